@@ -1,0 +1,71 @@
+"""YAML plus dotted overrides, checked against the component's own config class.
+
+Each component declares its config beside its code as a subclass of `Config`; this module only reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml import YAMLError
+
+from ldct_dist.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every component's config: frozen, and an unknown key is a mistake, not a comment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read(schema: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
+    """The config at `path` (None: defaults only) with `key.sub=value` overrides, as a `schema`.
+
+    Raises UserError naming the file and every key that is unknown, missing or of the wrong type.
+    """
+    tree = _load(path)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r}: write it as key=value, for example data.crop=[32,96,96]")
+    try:
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as e:
+        raise UserError(f"{path or 'overrides'}: {e}") from e
+    return validate(schema, plain, str(path or "config"))
+
+
+def validate(schema: type[C], plain: Any, where: str) -> C:
+    """`plain` as a `schema`; `where` names the source in the UserError."""
+    try:
+        return schema.model_validate(plain)
+    except ValidationError as e:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'config'}: {f['msg']}" for f in e.errors())
+        raise UserError(f"{where}: {faults}") from e
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, in the order its fields are declared."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _load(path: Path | None) -> DictConfig:
+    if path is None:
+        return OmegaConf.create({})
+    try:
+        tree = OmegaConf.load(path)
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such config file; see configs/ for examples") from e
+    except (OSError, YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable as YAML: {e}") from e
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path}: a config is a mapping of keys to values, this is a list or a single value")
+    return tree
