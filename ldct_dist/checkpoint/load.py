@@ -1,0 +1,88 @@
+"""Finding the newest checkpoint whose every byte is right, and reading it at any world size.
+
+Each rank hashes its share of the files, so a large checkpoint does not pass through one rank, and each
+file is then read by one rank and handed to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from ldct_dist.checkpoint import retention
+from ldct_dist.checkpoint.manifest import Corrupt, Manifest
+from ldct_dist.world import World
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest valid checkpoint, if any, and those that were passed over, with the reason."""
+
+    path: Path | None = None
+    manifest: Manifest | None = None
+    passed_over: list[str] = field(default_factory=list)
+
+
+def newest_valid(root: Path, world: World, group: dist.ProcessGroup | None = None) -> Found:
+    """The newest checkpoint under `root` of which every byte is as written; the same on every rank."""
+    sound, broken = world.broadcast(retention.newest_first(root) if world.is_main else ([], []), group)
+    passed_over = [f"{path.name}: {why}" for path, why in broken]
+    for path, manifest in sound:
+        faults = verify(path, manifest, world, group)
+        if not faults:
+            return Found(path, manifest, passed_over)
+        passed_over.append(f"{path.name}: {'; '.join(faults)}")
+    return Found(passed_over=passed_over)
+
+
+def verify(path: Path, manifest: Manifest, world: World, group: dist.ProcessGroup | None = None) -> list[str]:
+    """What is wrong with the checkpoint's files; empty if nothing is."""
+    faults = []
+    for i, name in enumerate(sorted(manifest.files)):
+        if i % world.size == world.rank:
+            try:
+                manifest.check(path, name)
+            except Corrupt as e:
+                faults.append(str(e))
+    return [fault for share in world.gather(faults, group) for fault in share]
+
+
+def read(
+    path: Path, manifest: Manifest, world: World, group: dist.ProcessGroup | None = None
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(file name, tensor name, tensor on the CPU) for all tensors, in the same order on every rank.
+
+    Call it on a checkpoint that `newest_valid` returned: it trusts the bytes.
+    """
+    for i, name in enumerate(sorted(manifest.files)):
+        owner = i % world.size
+        if owner == world.rank:
+            with safe_open(path / name, framework="pt") as f:
+                keys = sorted(f.keys())
+                listing = [(k, tuple(f.get_slice(k).get_shape()), f.get_tensor(k).dtype) for k in keys]
+                _from(owner, listing, world, group)
+                for k in keys:
+                    yield name, k, _tensor_from(owner, f.get_tensor(k), world, group)
+        else:
+            for k, shape, dtype in _from(owner, None, world, group):
+                yield name, k, _tensor_from(owner, torch.empty(shape, dtype=dtype), world, group)
+
+
+def _from(owner: int, item: object, world: World, group: dist.ProcessGroup | None) -> list:
+    box = [item]
+    if world.size > 1:
+        dist.broadcast_object_list(box, src=owner, group=group)
+    return box[0]  # type: ignore[return-value]
+
+
+def _tensor_from(
+    owner: int, tensor: torch.Tensor, world: World, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    if world.size > 1:
+        dist.broadcast(tensor, src=owner, group=group)
+    return tensor

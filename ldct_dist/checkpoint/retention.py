@@ -1,0 +1,75 @@
+"""Which checkpoints stay, and how those in a folder are ordered."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ldct_dist.checkpoint.manifest import Corrupt, Manifest
+from ldct_dist.config import Config
+
+PREFIX = "step-"
+TEMPORARY = ".writing-"
+DISCARDED = ".discarded-"
+
+
+class CheckpointConfig(Config):
+    """When a run is saved and what is kept."""
+
+    every: int = 500
+    """steps between checkpoints"""
+    keep_last: int = 3
+    """newest checkpoints that stay, besides the best one"""
+    keep_every: int | None = None
+    """checkpoints at multiples of this many steps stay for ever"""
+
+
+def directory(root: Path, step: int) -> Path:
+    return root / f"{PREFIX}{step:08d}"
+
+
+def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
+    """(checkpoints by generation and step, newest first; those with no sound manifest, and why).
+
+    Only manifests are read: whether the files behind them are whole is for the loader to check.
+    """
+    sound: list[tuple[Path, Manifest]] = []
+    broken: list[tuple[Path, str]] = []
+    for path in sorted(root.glob(f"{PREFIX}*"), reverse=True):
+        try:
+            sound.append((path, Manifest.read(path)))
+        except Corrupt as e:
+            broken.append((path, str(e)))
+    sound.sort(key=lambda c: (c[1].generation, c[1].step), reverse=True)
+    return sound, broken
+
+
+def prune(root: Path, config: CheckpointConfig) -> None:
+    """Delete what the config does not keep, and what unfinished saves and deletions left behind.
+
+    The newest checkpoint stays whatever the config says, and so does the best by validation.
+    """
+    checkpoints, _ = newest_first(root)
+    best = best_of(checkpoints)
+    for i, (path, manifest) in enumerate(checkpoints):
+        forever = config.keep_every is not None and manifest.step % config.keep_every == 0
+        if i >= max(1, config.keep_last) and not forever and path != best:
+            discard(path)
+    for leftover in [*root.glob(f"{TEMPORARY}*"), *root.glob(f"{DISCARDED}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)  # may be on its way out by another hand already
+
+
+def best_of(checkpoints: list[tuple[Path, Manifest]]) -> Path | None:
+    """The checkpoint with the lowest validation RMSE; None if no checkpoint was validated."""
+    scored = [
+        (m.state["validation"], -m.step, p) for p, m in checkpoints if m.state.get("validation") is not None
+    ]
+    return min(scored)[2] if scored else None
+
+
+def discard(path: Path) -> None:
+    """Rename first, so that a kill in the middle never leaves half a checkpoint under its own name."""
+    aside = path.with_name(f"{DISCARDED}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,112 @@
+"""Which rank this process is, and the few ways in which ranks talk."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ldct_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers: started alone, by torchrun, or by srun (one task a rank)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def join(cls, timeout_s: float = 1800.0) -> World:
+        """Read the launcher's variables, set the device and the threads, and meet the other ranks.
+
+        Raises UserError when the launcher promised a rank but not where to meet.
+        """
+        rank, size, local_rank, local_size = _launcher()
+        device = _device(local_rank)
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // local_size) if device.type == "cpu" else 1
+        )
+        if size > 1:
+            missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
+            if missing:
+                raise UserError(
+                    f"{size} ranks were started without {' and '.join(missing)}: export them in the job "
+                    "script (see slurm/train.sbatch), or start with torchrun"
+                )
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        return cls(rank, size, local_rank, local_size, device)
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    def group(self) -> dist.ProcessGroup | None:
+        """A gloo group of its own, so that a background thread's collectives never meet the trainer's."""
+        return dist.new_group(backend="gloo") if self.size > 1 else None
+
+    def gather(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """`item` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=group)
+        return items
+
+    def broadcast(self, item: Any, group: dist.ProcessGroup | None = None) -> Any:
+        """Rank 0's `item` on every rank."""
+        if self.size == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0, group=group)
+        return box[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` added over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def _launcher() -> tuple[int, int, int, int]:
+    """rank, world size, local rank, ranks on this node."""
+    e = os.environ
+    if "RANK" in e and "WORLD_SIZE" in e:
+        local = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
+        return int(e["RANK"]), int(e["WORLD_SIZE"]), *local
+    # SLURM_PROCID is also set in the batch step itself, where nobody else is to be met.
+    if "SLURM_PROCID" in e and "SLURM_STEP_ID" in e and int(e.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        per_node = e.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+        return int(e["SLURM_PROCID"]), int(e["SLURM_STEP_NUM_TASKS"]), int(e["SLURM_LOCALID"]), int(per_node)
+    return 0, 1, 0, 1
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A site's Slurm shows a task either all GPUs of the node or its own alone, as device 0.
+    index = 0 if torch.cuda.device_count() == 1 else local_rank
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} on {socket.gethostname()} sees {torch.cuda.device_count()} GPUs: "
+            "start one task per GPU (--gpus-per-node = --ntasks-per-node)"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
