@@ -30,6 +30,7 @@ from ldct_dist.errors import UserError
 
 FORMAT = "ldct_dist"
 FORMAT_VERSION = 1
+FULL_DOSE = "1.00"
 CATALOGUE = "catalogue.parquet"
 CASES = "cases"
 TEMPORARY = ".writing-"

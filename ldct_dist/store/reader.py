@@ -101,6 +101,10 @@ class Store:
             raise UserError(f"{self.path}: no case in split {name!r}; its splits are: {there}")
         return indices
 
+    def body(self, case: int) -> bytes:
+        """Share of body in each chunk of a case: see `layout.CaseRecord`."""
+        return self.table["body"][case].as_py()
+
     def read(self, case: str, dose: str, region: Region) -> np.ndarray:
         """int16 HU (z, y, x) of a region within the array's bounds.
 
