@@ -1,0 +1,177 @@
+"""A processed volume written back as a derived DICOM series that an archive accepts beside its source.
+
+What a derived image must say: DICOM PS3.3 C.7.6.1.1.2 (Image Type), C.12.4 (General Reference: derivation
+description and source images), C.7.5.2 (contributing equipment).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian
+
+from ldct_dist.ct.dicom import Series
+from ldct_dist.ct.headers import number, pydicom_faults_as_user_errors, text
+from ldct_dist.ct.pixels import Slice, read_slice
+from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.errors import UserError
+
+STALE = (
+    *("InstanceCreationDate", "InstanceCreationTime", "InstanceCreatorUID"),
+    *("SeriesDate", "SeriesTime", "ContentDate", "ContentTime"),
+    *("SmallestPixelValueInSeries", "LargestPixelValueInSeries", "IconImageSequence"),
+    *("DerivationCodeSequence", "DigitalSignaturesSequence", "MACParametersSequence"),
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "DataSetTrailingPadding"),
+)
+"""True of the source's pixels, file or moment of writing, not of the derived ones. The wall clock is not
+written in their place: the same input must give the same files."""
+
+
+def write_derived(series: Series, hu: np.ndarray, out: Path | str, description: str) -> list[Path]:
+    """Write `hu`, (z, y, x) int16 in the order of `read_series(series)`, as DICOM files in the folder `out`.
+
+    A voxel whose HU is the source's keeps its stored value bit for bit, and padding stays the source's
+    padding whatever `hu` says there. Other voxels are clipped to AIR_HU from below and to the stored
+    range, never becoming PixelPaddingValue. Patient, study, frame of reference, geometry and rescale are
+    the source's. `description` says how the series was made: plain ASCII.
+
+    Returns the files in slice order. `out` appears complete or not at all. Raises UserError when it
+    exists and is not empty, cannot be written, or when `hu` or `description` does not fit.
+    """
+    out = Path(out)
+    _check(series, hu, out, description)
+    series_uid = _derived_uid(series.series_uid, description, hashlib.sha256(hu.tobytes()).hexdigest())
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
+    names = [f"{i:04d}.dcm" for i in range(1, len(hu) + 1)]
+    try:
+        partial.mkdir(parents=True)
+        for name, source, slice_hu in zip(names, series.paths, hu, strict=True):
+            _write_slice(source, slice_hu, partial / name, series_uid, description)
+        os.replace(partial, out)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); choose another folder or make room") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [out / name for name in names]
+
+
+def _check(series: Series, hu: np.ndarray, out: Path, description: str) -> None:
+    if hu.shape != series.shape or hu.dtype != np.int16:
+        raise UserError(
+            f"{series.name}: its volume is int16 {series.shape}, this one is {hu.dtype} {hu.shape}; "
+            "give HU in the order of read_series"
+        )
+    if not (description.isascii() and description.isprintable() and 0 < len(description) <= 1024):
+        raise UserError(
+            f"description {description[:40]!r}: write 1 to 1024 plain ASCII characters in one line"
+        )
+    if "\\" in description:
+        raise UserError(
+            f"description {description[:40]!r}: DICOM separates values by backslashes; write none"
+        )
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists already; choose another folder or remove it")
+
+
+def _derived_uid(*sources: str) -> str:
+    """A UID that depends on its sources alone (UUID version 5 under 2.25, PS3.5 B.2).
+
+    Running the same job again then gives the same series, which an archive recognises, instead of yet
+    another one; another network, or other pixels, give another series.
+    """
+    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '|'.join(sources)).int}"
+
+
+def _write_slice(source: Path, hu: np.ndarray, path: Path, series_uid: str, description: str) -> None:
+    ds, slice_ = read_slice(source)
+    stored = _stored(slice_, hu)
+    with pydicom_faults_as_user_errors(source):
+        derived = _convertible(ds)
+        _describe(derived, series_uid, description)
+        _set_pixels(derived, stored, signed=slice_.low < 0)
+        derived.save_as(path, enforce_file_format=True, implicit_vr=False, little_endian=True)
+
+
+def _stored(source: Slice, hu: np.ndarray) -> np.ndarray:
+    """The stored values that mean `hu`, the source's own wherever nothing changed."""
+    wanted = np.rint((np.maximum(hu, AIR_HU) - source.intercept) / source.slope)
+    wanted = np.clip(wanted, source.low, source.high).astype(np.int32)
+    if source.pad:
+        above, below = source.pad[1] + 1, source.pad[0] - 1
+        collides = (wanted >= source.pad[0]) & (wanted <= source.pad[1])
+        wanted[collides] = above if above <= source.high else below
+    return np.where((hu == source.hu) | source.padding, source.stored, wanted)
+
+
+def _convertible(ds: Dataset) -> Dataset:
+    """`ds` without private elements, whose meaning (or copy of the old pixels) is unknown here, without
+    group lengths, and without values that pydicom cannot make sense of, which no archive would accept."""
+    kept = Dataset()
+    for element in ds.elements():
+        if element.tag.is_private or element.tag.element == 0:
+            continue
+        try:
+            kept.add(ds[element.tag])
+        except Exception:  # noqa: BLE001 - what fails to convert is exactly what is left out
+            continue
+    kept.remove_private_tags()
+    return kept
+
+
+def _describe(ds: Dataset, series_uid: str, description: str) -> None:
+    source_class, source_instance = ds.SOPClassUID, ds.SOPInstanceUID
+    for keyword in STALE:
+        if keyword in ds:
+            del ds[keyword]
+    ds.SOPInstanceUID = _derived_uid(series_uid, source_instance)
+    ds.SeriesInstanceUID = series_uid
+    ds.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
+    # LO holds 64 characters: the end, which tells the two series apart, is the part to keep.
+    ds.SeriesDescription = " ".join(filter(None, [text(ds, "SeriesDescription"), description]))[-64:].strip()
+    ds.SeriesNumber = int(number(ds, "SeriesNumber") or 0) + 1000
+    history = [text(ds, "DerivationDescription"), description]
+    ds.DerivationDescription = "; ".join(filter(None, history))[-1024:]
+    ds.SourceImageSequence = Sequence([_source_image(source_class, source_instance)])
+    equipment = Dataset()
+    equipment.PurposeOfReferenceCodeSequence = _code("109103", "Modifying Equipment")
+    equipment.Manufacturer = "ldct_dist"
+    equipment.ContributionDescription = description
+    ds.ContributingEquipmentSequence = Sequence([*ds.get("ContributingEquipmentSequence", []), equipment])
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+
+
+def _source_image(sop_class: str, sop_instance: str) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = sop_class
+    item.ReferencedSOPInstanceUID = sop_instance
+    item.PurposeOfReferenceCodeSequence = _code("121322", "Source image for image processing operation")
+    item.SpatialLocationsPreserved = "YES"
+    return item
+
+
+def _code(value: str, meaning: str) -> Sequence:
+    code = Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, "DCM", meaning
+    return Sequence([code])
+
+
+def _set_pixels(ds: Dataset, stored: np.ndarray, signed: bool) -> None:
+    pixels = stored.astype("<i2" if signed else "<u2")
+    ds.add_new("PixelData", "OW", pixels.tobytes())
+    ds["PixelData"].is_undefined_length = False
+    vr = "SS" if signed else "US"
+    for keyword, value in (
+        ("SmallestImagePixelValue", pixels.min()),
+        ("LargestImagePixelValue", pixels.max()),
+    ):
+        if keyword in ds:
+            ds.add_new(keyword, vr, int(value))

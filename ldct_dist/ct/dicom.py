@@ -1,0 +1,202 @@
+"""CT series found in folders and read as Volumes, or refused in one line each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from pydicom.uid import UID, CTImageStorage
+
+from ldct_dist.ct.geometry import Vector, stack
+from ldct_dist.ct.headers import Header, read_header
+from ldct_dist.ct.pixels import read_slice, rescale
+from ldct_dist.ct.volume import Acquisition, Volume
+from ldct_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Series:
+    """A CT series whose headers make a regular stack; its pixels are still unread.
+
+    paths: one file a slice, in the order of the Volume: positions (mm along the slice normal) ascend,
+    towards the head for axial series. patient_id is the patient's own: hash it before storing it.
+    spacing, origin and direction: as in Volume.
+    """
+
+    paths: tuple[Path, ...]
+    series_uid: str
+    study_uid: str | None
+    patient_id: str
+    description: str | None
+    acquisition: Acquisition
+    shape: tuple[int, int, int]
+    positions: tuple[float, ...]
+    spacing: Vector
+    origin: Vector
+    direction: tuple[Vector, Vector, Vector]
+
+    @property
+    def name(self) -> str:
+        """How errors call the series: its folder, description and UID."""
+        return _name(self.paths, self.description, self.series_uid)
+
+
+def find_series(folder: Path | str) -> tuple[list[Series], list[UserError]]:
+    """The usable CT series anywhere below `folder`, and one UserError for each series or file refused.
+
+    Only headers are read. Files that are not DICOM are passed over. Both lists are in order of path.
+    Raises UserError if `folder` is no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder that holds the DICOM files")
+    groups: dict[str, list[Header]] = {}
+    refused: list[UserError] = []
+    for path in _files(folder):
+        try:
+            header = read_header(path)
+        except UserError as e:
+            refused.append(e)
+            continue
+        if header:
+            groups.setdefault(header.series_uid, []).append(header)
+    found: list[Series] = []
+    for headers in groups.values():
+        try:
+            found.append(_series(headers))
+        except UserError as e:
+            name = _name([h.path for h in headers], headers[0].description, headers[0].series_uid)
+            refused.append(UserError(f"{name}: {e}"))
+    return found, refused
+
+
+def read_series(series: Series) -> Volume:
+    """The series' HU, padding and everything below AIR_HU as AIR_HU.
+
+    Raises UserError, naming the file, for pixel data that is truncated or cannot be made int16 HU.
+    """
+    hu = np.empty(series.shape, np.int16)
+    for i, path in enumerate(series.paths):
+        _, slice_ = read_slice(path)
+        if slice_.hu.shape != series.shape[1:]:
+            raise UserError(f"{path}: changed since the folder was searched; search it again")
+        hu[i] = slice_.hu
+    return Volume(hu, series.spacing, series.origin, series.direction, series.acquisition)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link back into the tree would repeat its slices, or never end
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (path for name in sorted(names) if (path := Path(parent, name)).is_file())
+
+
+def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> str:
+    folder = os.path.commonpath([path.parent for path in paths])
+    return (
+        f"{folder}: series {description!r} ({series_uid})"
+        if description
+        else f"{folder}: series {series_uid}"
+    )
+
+
+def _series(headers: Sequence[Header]) -> Series:
+    _refuse_other_than_ct(headers)
+    _refuse_mixed(headers)
+    first = headers[0]
+    positions = [_required(h.position, "ImagePositionPatient", h) for h in headers]
+    orientation = _required(first.orientation, "ImageOrientationPatient", first)
+    pixel_spacing = _required(first.pixel_spacing, "PixelSpacing", first)
+    rows, columns = _required(first.rows, "Rows", first), _required(first.columns, "Columns", first)
+    if len(headers) == 1:
+        raise UserError("a single slice is no volume; give the whole series")
+    grid = stack(positions, orientation, pixel_spacing, [h.path.name for h in headers])
+    return Series(
+        paths=tuple(headers[i].path for i in grid.order),
+        series_uid=first.series_uid,
+        study_uid=first.study_uid,
+        patient_id=first.patient_id or "",
+        description=first.description,
+        acquisition=_acquisition(headers),
+        shape=(len(headers), int(rows), int(columns)),
+        positions=grid.positions,
+        spacing=grid.spacing,
+        origin=grid.origin,
+        direction=grid.direction,
+    )
+
+
+def _refuse_other_than_ct(headers: Sequence[Header]) -> None:
+    for h in headers:
+        if h.modality != "CT":
+            raise UserError(f"not CT (Modality {h.modality or 'missing'}); nothing to do unless it should be")
+        if (h.frames or 1) > 1 or "Enhanced" in _sop_class_name(h):
+            raise UserError("enhanced (multi-frame) CT is not supported; convert it to one file a slice")
+        if h.sop_class != CTImageStorage:
+            raise UserError(
+                f"{h.path.name} is no CT image ({_sop_class_name(h)}); export the original CT images"
+            )
+        if "LOCALIZER" in (h.image_type or "").split("\\"):
+            raise UserError(f"{h.path.name} is a localizer (scout view); give the axial slices alone")
+        if h.tilt and abs(h.tilt) > 0.1:
+            raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
+        if h.rescale_type not in (None, "HU"):
+            raise UserError(
+                f"RescaleType {h.rescale_type}: its values are not HU; give the HU reconstruction"
+            )
+        rescale(h.path.name, h.slope, h.intercept)
+
+
+def _sop_class_name(header: Header) -> str:
+    return UID(header.sop_class or "").name or "no SOP class"
+
+
+def _refuse_mixed(headers: Sequence[Header]) -> None:
+    facts: dict[str, Callable[[Header], object]] = {
+        "patients": lambda h: h.patient_id,
+        "studies": lambda h: h.study_uid,
+        "frames of reference": lambda h: h.frame_of_reference,
+        "matrix sizes": lambda h: (h.rows, h.columns),
+        "pixel spacings": lambda h: h.pixel_spacing and tuple(round(s, 4) for s in h.pixel_spacing),
+        "orientations": lambda h: h.orientation and tuple(round(c, 3) + 0.0 for c in h.orientation),
+    }
+    for what, fact in facts.items():
+        for h in headers:
+            if fact(h) != fact(headers[0]):
+                raise UserError(
+                    f"mixed {what}: {fact(headers[0])} in {headers[0].path.name}, {fact(h)} in {h.path.name}; "
+                    "separate them into series of their own"
+                )
+
+
+def _required(value: object, keyword: str, header: Header):
+    if not value:
+        raise UserError(f"no usable {keyword} in {header.path.name}; export the original CT images")
+    return value
+
+
+def _acquisition(headers: Sequence[Header]) -> Acquisition:
+    """Facts on which all slices agree; tube current modulation varies the exposure, so its mean."""
+    first = headers[0]
+    exposures = [h.exposure_mas for h in headers if h.exposure_mas is not None]
+
+    def agreed(values: Sequence) -> bool:
+        return all(v == values[0] for v in values)
+
+    return Acquisition(
+        manufacturer=first.manufacturer,
+        model=first.model,
+        kernel=first.kernel if agreed([h.kernel for h in headers]) else None,
+        kvp=first.kvp if agreed([h.kvp for h in headers]) else None,
+        exposure_mas=fmean(exposures) if exposures else None,
+        slice_thickness_mm=first.thickness if agreed([h.thickness for h in headers]) else None,
+    )

@@ -1,0 +1,181 @@
+"""One DICOM file's header as typed facts, whatever state the file is in.
+
+pydicom converts element values when they are first touched, and a damaged header then raises (or warns
+about) nearly anything. So every element this package relies on is touched here, once, and turned into a
+plain number or string, or into None where it is absent or unusable. Nothing lazy leaves this module.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydicom
+from pydicom import Dataset
+from pydicom.multival import MultiValue
+from pydicom.uid import MediaStorageDirectoryStorage
+
+from ldct_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one slice says of itself. None: absent, unreadable or not finite. Lengths in mm."""
+
+    path: Path
+    series_uid: str
+    sop_class: str | None
+    study_uid: str | None
+    patient_id: str | None
+    frame_of_reference: str | None
+    modality: str | None
+    image_type: str | None
+    description: str | None
+    manufacturer: str | None
+    model: str | None
+    kernel: str | None
+    kvp: float | None
+    exposure_mas: float | None
+    thickness: float | None
+    tilt: float | None
+    frames: float | None
+    rows: float | None
+    columns: float | None
+    pixel_spacing: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    position: tuple[float, ...] | None
+    slope: float | None
+    intercept: float | None
+    rescale_type: str | None
+
+
+_KEYWORDS = [
+    *("SpecificCharacterSet", "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
+    *("FrameOfReferenceUID", "Modality", "ImageType", "SeriesDescription", "Manufacturer"),
+    *("ManufacturerModelName", "ConvolutionKernel", "KVP", "Exposure", "XRayTubeCurrent", "ExposureTime"),
+    *("SliceThickness", "GantryDetectorTilt", "NumberOfFrames", "Rows", "Columns", "PixelSpacing"),
+    *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
+]
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of the DICOM file at `path`; None for anything else, a DICOMDIR included.
+
+    Raises UserError when the file calls itself DICOM and cannot be read, or belongs to no series.
+    """
+    try:
+        if not _looks_like_dicom(path):
+            return None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; make the file readable or remove it") from e
+    with pydicom_faults_as_user_errors(path):
+        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
+        if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+            return None
+    return _header(path, ds)
+
+
+@contextmanager
+def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
+    """Keep pydicom's warnings about the file at `path` quiet and say its exceptions in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as e:  # damaged bytes raise whatever the parser or codec trips over
+        reason = str(e) or type(e).__name__
+        raise UserError(
+            f"{path}: not readable as DICOM ({reason[:200]}); export it again or remove it"
+        ) from e
+
+
+def text(ds: Dataset, keyword: str) -> str | None:
+    """The element's value as text, multiple values joined by backslashes as DICOM writes them."""
+    value = _value(ds, keyword)
+    if isinstance(value, MultiValue):
+        value = "\\".join(map(str, value))
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    return str(value).strip(" \0") or None if value is not None else None
+
+
+def numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+    """The element's `count` finite numbers; None if it holds anything else."""
+    parts = (text(ds, keyword) or "").split("\\")
+    try:
+        values = tuple(float(part) for part in parts)
+    except ValueError:
+        return None
+    return values if len(values) == count and all(map(math.isfinite, values)) else None
+
+
+def number(ds: Dataset, keyword: str) -> float | None:
+    """The element's one finite number; None if it holds anything else."""
+    values = numbers(ds, keyword, 1)
+    return values[0] if values else None
+
+
+def _looks_like_dicom(path: Path) -> bool:
+    with path.open("rb") as f:
+        head = f.read(132)
+    # Old exports lack the 128-byte preamble and begin with group 2 or 8, little endian.
+    return head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00")
+
+
+def _value(ds: Dataset, keyword: str) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ds.get(keyword)
+    except Exception:  # noqa: BLE001 - a value that pydicom cannot convert is as good as absent
+        return None
+
+
+def _header(path: Path, ds: Dataset) -> Header:
+    series_uid = text(ds, "SeriesInstanceUID")
+    if series_uid is None:
+        raise UserError(
+            f"{path}: no SeriesInstanceUID, so its series is unknown; export it again or remove it"
+        )
+    return Header(
+        path=path,
+        series_uid=series_uid,
+        sop_class=text(ds, "SOPClassUID"),
+        study_uid=text(ds, "StudyInstanceUID"),
+        patient_id=text(ds, "PatientID"),
+        frame_of_reference=text(ds, "FrameOfReferenceUID"),
+        modality=text(ds, "Modality"),
+        image_type=text(ds, "ImageType"),
+        description=text(ds, "SeriesDescription"),
+        manufacturer=text(ds, "Manufacturer"),
+        model=text(ds, "ManufacturerModelName"),
+        kernel=text(ds, "ConvolutionKernel"),
+        kvp=number(ds, "KVP"),
+        exposure_mas=_exposure_mas(ds),
+        thickness=number(ds, "SliceThickness"),
+        tilt=number(ds, "GantryDetectorTilt"),
+        frames=number(ds, "NumberOfFrames"),
+        rows=number(ds, "Rows"),
+        columns=number(ds, "Columns"),
+        pixel_spacing=numbers(ds, "PixelSpacing", 2),
+        orientation=numbers(ds, "ImageOrientationPatient", 6),
+        position=numbers(ds, "ImagePositionPatient", 3),
+        slope=number(ds, "RescaleSlope"),
+        intercept=number(ds, "RescaleIntercept"),
+        rescale_type=text(ds, "RescaleType"),
+    )
+
+
+def _exposure_mas(ds: Dataset) -> float | None:
+    """Exposure in mAs, or tube current (mA) times exposure time (ms) where only those are told."""
+    exposure = number(ds, "Exposure")
+    current, time = number(ds, "XRayTubeCurrent"), number(ds, "ExposureTime")
+    if exposure is None and current is not None and time is not None:
+        exposure = current * time / 1000
+    return exposure
