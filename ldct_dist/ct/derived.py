@@ -48,7 +48,7 @@ def write_derived(series: Series, hu: np.ndarray, out: Path | str, description: 
     """
     out = Path(out)
     _check(series, hu, out, description)
-    series_uid = _derived_uid(series.series_uid, description, hashlib.sha256(hu.tobytes()).hexdigest())
+    series_uid = derived_uid(series.series_uid, description, hashlib.sha256(hu.tobytes()).hexdigest())
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     names = [f"{i:04d}.dcm" for i in range(1, len(hu) + 1)]
     try:
@@ -81,7 +81,7 @@ def _check(series: Series, hu: np.ndarray, out: Path, description: str) -> None:
         raise UserError(f"{out}: exists already; choose another folder or remove it")
 
 
-def _derived_uid(*sources: str) -> str:
+def derived_uid(*sources: str) -> str:
     """A UID that depends on its sources alone (UUID version 5 under 2.25, PS3.5 B.2).
 
     Running the same job again then gives the same series, which an archive recognises, instead of yet
@@ -94,9 +94,9 @@ def _write_slice(source: Path, hu: np.ndarray, path: Path, series_uid: str, desc
     ds, slice_ = read_slice(source)
     stored = _stored(slice_, hu)
     with pydicom_faults_as_user_errors(source):
-        derived = _convertible(ds)
-        _describe(derived, series_uid, description)
-        _set_pixels(derived, stored, signed=slice_.low < 0)
+        derived = presentable(ds)
+        mark_derived(derived, series_uid, description)
+        set_pixels(derived, stored, signed=slice_.low < 0)
         derived.save_as(path, enforce_file_format=True, implicit_vr=False, little_endian=True)
 
 
@@ -111,7 +111,7 @@ def _stored(source: Slice, hu: np.ndarray) -> np.ndarray:
     return np.where((hu == source.hu) | source.padding, source.stored, wanted)
 
 
-def _convertible(ds: Dataset) -> Dataset:
+def presentable(ds: Dataset) -> Dataset:
     """`ds` without private elements, whose meaning (or copy of the old pixels) is unknown here, without
     group lengths, and without values that pydicom cannot make sense of, which no archive would accept."""
     kept = Dataset()
@@ -126,12 +126,12 @@ def _convertible(ds: Dataset) -> Dataset:
     return kept
 
 
-def _describe(ds: Dataset, series_uid: str, description: str) -> None:
+def mark_derived(ds: Dataset, series_uid: str, description: str) -> None:
     source_class, source_instance = ds.SOPClassUID, ds.SOPInstanceUID
     for keyword in STALE:
         if keyword in ds:
             del ds[keyword]
-    ds.SOPInstanceUID = _derived_uid(series_uid, source_instance)
+    ds.SOPInstanceUID = derived_uid(series_uid, source_instance)
     ds.SeriesInstanceUID = series_uid
     ds.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
     # LO holds 64 characters: the end, which tells the two series apart, is the part to keep.
@@ -164,7 +164,7 @@ def _code(value: str, meaning: str) -> Sequence:
     return Sequence([code])
 
 
-def _set_pixels(ds: Dataset, stored: np.ndarray, signed: bool) -> None:
+def set_pixels(ds: Dataset, stored: np.ndarray, signed: bool) -> None:
     pixels = stored.astype("<i2" if signed else "<u2")
     ds.add_new("PixelData", "OW", pixels.tobytes())
     ds["PixelData"].is_undefined_length = False
