@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ldct_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,19 @@ class World:
         box = [item]
         dist.broadcast_object_list(box, src=0, group=group)
         return box[0]
+
+    def agree(self, act: Callable[[], T]) -> T:
+        """`act` on rank 0 alone; its result on every rank, or its UserError."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = act()
+            except UserError as e:
+                error = str(e)
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise UserError(error)
+        return result  # type: ignore[return-value]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` added over the ranks, in place."""
