@@ -92,7 +92,7 @@ class World:
         result, error = self.broadcast((result, error))
         if error is not None:
             raise UserError(error)
-        return result  # type: ignore[return-value]
+        return result
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` added over the ranks, in place."""

@@ -15,8 +15,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from ldct_dist.checkpoint import retention
-from ldct_dist.checkpoint.manifest import Corrupt, Manifest
+from ldct_dist.checkpoint.manifest import NAME, Corrupt, Manifest
+from ldct_dist.errors import UserError
 from ldct_dist.world import World
+
+WEIGHTS = "weights.safetensors"  # the moving average: what one denoises with
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,27 @@ def _tensor_from(
     if world.size > 1:
         dist.broadcast(tensor, src=owner, group=group)
     return tensor
+
+
+def verify_run(root: Path) -> list[str]:
+    """What is wrong with the checkpoints under `root`, one line each; empty if every byte is as written."""
+    sound, broken = retention.newest_first(root)
+    faults = [f"{path}: {why}" for path, why in broken]
+    for path, manifest in sound:
+        faults += [f"{path}: {fault}" for fault in verify(path, manifest, World())]
+    return faults
+
+
+def weights_of(path: Path) -> Path:
+    """The weights that `path` stands for: itself, a checkpoint's, or those of a run's best checkpoint.
+
+    Best is by validation; without validation, the newest. Raises UserError if there are none.
+    """
+    if path.is_file():
+        return path
+    if (path / NAME).exists():
+        return path / WEIGHTS
+    sound, _ = retention.newest_first(path / "checkpoints")
+    if not sound:
+        raise UserError(f"{path}: neither a weights file nor a checkpoint nor a run that has one")
+    return (retention.best_of(sound) or sound[0][0]) / WEIGHTS

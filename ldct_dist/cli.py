@@ -1,0 +1,249 @@
+"""The command line: one thin function a verb, which parses, calls and prints.
+
+Heavy modules are imported inside the verbs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ldct_dist.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Low-dose CT to full-dose quality with 3-D CNNs: DICOM in, training on any number of nodes, DICOM out.",
+)
+console = Console(soft_wrap=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optim.lr=3e-4 data.crop=[32,96,96]"),
+]
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Argument(help="Folder with the DICOM files, nested as it may be")],
+    store: Annotated[Path, typer.Argument(help="The store to write, or to go on with")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with these settings")] = None,
+    part: Annotated[
+        str, typer.Option(help="i/n: every n-th case from the i-th (from 0), for array jobs")
+    ] = "0/1",
+) -> None:
+    """DICOM to a Zarr store; refused series are listed and do not stop the others.
+
+    Example: ldct-dist ingest /data/dicom /scratch/ct.zarr dose=0.25 splits='{train: 0.8, val: 0.1, test: 0.1}'
+    """
+    from ldct_dist import config as configs
+    from ldct_dist.store.ingest import IngestConfig, Survey
+    from ldct_dist.store.ingest import ingest as run
+
+    settings = configs.read(IngestConfig, config, overrides or [])
+    with _progress() as bar:
+        task = bar.add_task("ingest", total=None)
+
+        def announce(survey: Survey) -> None:
+            console.print(
+                f"{survey.cases} cases to write: about {survey.files} files, {survey.bytes / 2**30:.2f} GiB (estimate)"
+            )
+            bar.update(task, total=survey.cases)
+
+        report = run(
+            source, store, settings, part=_part(part), announce=announce, progress=lambda _: bar.advance(task)
+        )
+    console.print(
+        f"{len(report.written)} cases written, {len(report.skipped)} were there already, "
+        f"{len(report.rejected)} refused -> {store}"
+    )
+    for refusal in report.rejected[:20]:
+        console.print(f"  refused: {refusal.reason}", markup=False)
+    if report.rejected:
+        console.print(f"  all refusals: {store}.rejected.csv")
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(store: Annotated[Path, typer.Argument(help="A store")]) -> None:
+    """What a store holds: cases, doses, spacing, splits."""
+    from rich.table import Table
+
+    from ldct_dist.store.reader import Store
+
+    opened = Store(store)
+    table = Table("case", "split", "shape (z, y, x)", "spacing, mm", "doses", title=str(store))
+    for case in opened.cases:
+        table.add_row(
+            case.name,
+            case.split,
+            " x ".join(map(str, case.shape)),
+            " x ".join(f"{s:.3g}" for s in case.spacing),
+            ", ".join(case.doses),
+        )
+    console.print(table)
+
+
+@app.command()
+def simulate(
+    source: Annotated[Path, typer.Argument(help="Folder with one full-dose DICOM series")],
+    out: Annotated[Path, typer.Argument(help="New folder for the low-dose series")],
+    dose: Annotated[float, typer.Option(help="Fraction of the dose to keep")] = 0.25,
+    seed: Annotated[int, typer.Option(help="Same seed, same noise")] = 0,
+) -> None:
+    """A DICOM series as it would look at a lower dose.
+
+    Example: ldct-dist simulate full/ quarter/ --dose 0.25
+    """
+    from ldct_dist.ct.derived import write_derived
+    from ldct_dist.ct.dicom import one_series, read_series
+    from ldct_dist.ct.dose import simulate_low_dose
+
+    series = one_series(source)
+    with console.status("simulating"):
+        low = simulate_low_dose(read_series(series), dose, seed)
+    files = write_derived(
+        series, low.hu, out, f"Simulated at {dose:g} of the dose by ldct_dist (projection domain)"
+    )
+    console.print(f"{len(files)} slices -> {out}")
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="A store, or the folder of a run")]) -> None:
+    """Check every byte of a store, or of a run's checkpoints, against the checksums written with it."""
+    from ldct_dist.checkpoint.load import verify_run
+    from ldct_dist.store.verify import verify as verify_store
+
+    if (path / "checkpoints").is_dir():
+        faults = verify_run(path / "checkpoints")
+    elif (path / "zarr.json").exists():
+        faults = verify_store(path)
+    else:
+        raise UserError(f"{path}: neither a store (zarr.json) nor a run (checkpoints/)")
+    for fault in faults:
+        console.print(fault, markup=False)
+    if faults:
+        raise typer.Exit(1)
+    console.print(f"{path}: every byte is as it was written")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML; see configs/")],
+    overrides: Overrides = None,
+) -> None:
+    """Train, or go on with a run that was stopped: the same command does both.
+
+    One process alone, or many under torchrun or srun. Exit codes: 0 done, 75 stopped with a checkpoint (start
+    again to go on), 70 taken over by a newer start, 2 a mistake in what was given.
+
+    Example: ldct-dist train configs/mayo2016_unet3d.yaml store=/scratch/ct.zarr optim.lr=3e-4
+    """
+    from ldct_dist import config as configs
+    from ldct_dist.train.config import RunConfig
+    from ldct_dist.train.trainer import train as run
+
+    raise typer.Exit(int(run(configs.read(RunConfig, config, overrides or []))))
+
+
+@app.command()
+def denoise(
+    weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
+    source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],
+    out: Annotated[Path, typer.Argument(help="New folder for the derived series")],
+) -> None:
+    """Denoise DICOM series into derived DICOM series.
+
+    Example: ldct-dist denoise runs/mayo/ /data/patient-7 /data/patient-7-denoised
+    """
+    from ldct_dist.denoise.volumes import denoise_series
+
+    with _progress() as bar:
+        task = bar.add_task("denoise", total=1.0)
+        files = denoise_series(
+            _weights(weights),
+            source,
+            out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(f"{len(files)} slices -> {out}")
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
+    store: Annotated[Path, typer.Argument(help="A store")],
+    split: Annotated[str, typer.Option(help="Which cases")] = "test",
+    dose: Annotated[float, typer.Option(help="Dose fraction of the input")] = 0.25,
+    protocol: Annotated[
+        str, typer.Option(help="Window, data range and averaging, by name")
+    ] = "ldctbench-abdomen",
+    out: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON")] = None,
+) -> None:
+    """Low dose against denoised on a store's held-out cases: PSNR, SSIM, RMSE in HU.
+
+    Example: ldct-dist evaluate runs/mayo/ /scratch/ct.zarr --protocol ldctbench-abdomen
+    """
+    from ldct_dist.evaluate.compare import compare, print_comparison
+
+    comparison = compare(_weights(weights), store, split=split, dose=dose, protocol_name=protocol)
+    print_comparison(comparison, console)
+    if out is not None:
+        comparison.write(out)
+        console.print(f"figures -> {out}")
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Argument(help="The demo's YAML")] = Path("configs/demo.yaml"),
+    overrides: Overrides = None,
+) -> None:
+    """The main job on real CT in a few minutes: ingest, train, kill, resume, denoise, compare."""
+    from ldct_dist.demo import run
+
+    run(config, overrides or [], console)
+
+
+def _weights(path: Path) -> Path:
+    """The weights file that a run, a checkpoint or a file name stands for."""
+    from ldct_dist.checkpoint.load import weights_of
+
+    return weights_of(path)
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError as e:
+        raise UserError(f"--part {text}: write it as i/n, such as 0/8") from e
+    if not 0 <= i < n:
+        raise UserError(f"--part {text}: i counts from 0 and stays below n")
+    return i, n
+
+
+def _progress():
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,97 @@
+"""Several ranks on this machine, without a scheduler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+
+class LocalRanks:
+    """`ranks` processes of the command line, in one process group of their own.
+
+    If one fails, the others are ended too: they would wait for it in the next collective. As a context
+    manager it leaves no process behind.
+    """
+
+    def __init__(self, arguments: Sequence[str], ranks: int, log: Path | None = None) -> None:
+        self.processes: list[subprocess.Popen] = []
+        port = str(_free_port())
+        out: IO | None = open(log, "ab") if log is not None else None  # noqa: SIM115  handed to the processes
+        try:
+            for rank in range(ranks):
+                environment = {
+                    **os.environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+                group = self.processes[0].pid if self.processes else 0
+                command = [sys.executable, "-m", "ldct_dist", *arguments]
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdout=out,
+                        stderr=out,
+                        stdin=subprocess.DEVNULL,
+                        process_group=group,
+                    )
+                )
+        except BaseException:
+            self.signal(signal.SIGKILL)
+            raise
+        finally:
+            if out is not None:
+                out.close()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every process of the group."""
+        if any(p.poll() is None for p in self.processes):
+            os.killpg(self.processes[0].pid, number)
+
+    def poll(self) -> int | None:
+        """The exit code of the first process that ended; None while all run."""
+        return next((code for p in self.processes if (code := p.poll()) is not None), None)
+
+    def wait(self) -> int:
+        """The first exit code that is not 0, or 0, once all have ended."""
+        code = 0
+        waiting = list(self.processes)
+        while waiting:
+            for process in list(waiting):
+                try:
+                    ended = process.wait(timeout=0.1)
+                except subprocess.TimeoutExpired:
+                    continue
+                waiting.remove(process)
+                if ended != 0 and code == 0:
+                    code = ended
+                    if ended not in (0, 75):  # 75: all ranks have agreed to stop, and are saving
+                        self.signal(signal.SIGTERM)
+        return code
+
+    def __enter__(self) -> LocalRanks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

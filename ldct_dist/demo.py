@@ -1,0 +1,147 @@
+"""The main job end to end, on two real patients that come with the package: see `ldct-dist demo`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from ldct_dist import config as configs
+from ldct_dist.checkpoint.load import weights_of
+from ldct_dist.cluster.local import LocalRanks
+from ldct_dist.ct.derived import write_derived
+from ldct_dist.ct.dicom import one_series, read_series
+from ldct_dist.ct.volume import Volume
+from ldct_dist.denoise.volumes import denoise_series
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.baselines import gaussian, tune_gaussian
+from ldct_dist.evaluate.compare import Comparison, print_comparison
+from ldct_dist.evaluate.figures import three_planes
+from ldct_dist.evaluate.metrics import evaluate_volume
+from ldct_dist.evaluate.protocols import protocol
+from ldct_dist.store.ingest import IngestConfig, ingest
+from ldct_dist.store.layout import FULL_DOSE, dose_name
+from ldct_dist.store.reader import Store
+from ldct_dist.train.config import RunConfig
+
+DATA = Path(__file__).parent / "demo_data"
+TRAIN_PATIENT, TEST_PATIENT = "CRLM-CT-1006", "CRLM-CT-1004"
+RANKS = 2
+
+
+def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
+    """Ingest, train with a kill in the middle, denoise, compare; everything stays in the run's folder.
+
+    Raises UserError if a step of it fails.
+    """
+    start = time.monotonic()
+    config = configs.read(RunConfig, config_path, overrides)
+    folder = config.runs / config.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    console.rule("1/4  DICOM to Zarr, quarter dose simulated")
+    _ingest(config, console)
+    console.rule(f"2/4  training on {TRAIN_PATIENT} with {RANKS} processes, killed once and resumed")
+    resumed_at = _train_with_a_kill(config, [str(config_path), *overrides], folder, console)
+    console.rule(f"3/4  denoising {TEST_PATIENT}, which training has not seen")
+    low, denoised, full = _denoise(config, folder, console)
+    console.rule("4/4  what came out")
+    comparison = _compare(config, low, denoised, full)
+    picture = folder / "comparison.png"
+    window = protocol(comparison.protocol).window
+    three_planes(picture, {"low dose": low, "denoised": denoised, "full dose": full}, window, TEST_PATIENT)
+    _write_result(folder, comparison, resumed_at, time.monotonic() - start)
+
+    print_comparison(comparison, console)
+    console.print(
+        f"\nTensorBoard      {config.runs}/../.venv/bin/tensorboard --logdir {folder / 'tensorboard'}"
+    )
+    console.print(f"denoised series  {folder / 'denoised'}")
+    console.print(f"picture          {picture}")
+    console.print(f"figures          {folder / 'result.json'}")
+
+
+def _ingest(config: RunConfig, console: Console) -> None:
+    splits = {TRAIN_PATIENT: "train", TEST_PATIENT: "test"}
+    settings = IngestConfig(dose=config.data.dose, split_of=splits, seed=config.seed)
+    report = ingest(DATA, config.store, settings)
+    if report.rejected:
+        raise UserError(f"{report.rejected[0].where}: {report.rejected[0].reason}")
+    console.print(f"{len(report.written)} patients -> {config.store}")
+
+
+def _train_with_a_kill(config: RunConfig, arguments: list[str], folder: Path, console: Console) -> int:
+    """Train, SIGKILL all processes once half the steps are done, train on; the step it went on from."""
+    kill_at = config.steps // 2
+    with LocalRanks(["train", *arguments], RANKS) as ranks:
+        while _steps_done(folder) < kill_at:
+            if (code := ranks.poll()) is not None:
+                raise UserError(f"training ended by itself with exit code {code}; its lines above say why")
+            time.sleep(0.05)
+        ranks.signal(signal.SIGKILL)
+        ranks.wait()
+    console.print(
+        f"[bold red]SIGKILL[/] to all {RANKS} processes at step {_steps_done(folder)}; the same command again:"
+    )
+    with LocalRanks(["train", *arguments], RANKS) as ranks:
+        if (code := ranks.wait()) != 0:
+            raise UserError(f"the resumed training ended with exit code {code}; its lines above say why")
+    starts = json.loads((folder / "environment.json").read_text())
+    return int(starts[-1]["from_step"])
+
+
+def _steps_done(folder: Path) -> int:
+    losses = folder / "losses.jsonl"
+    return losses.read_bytes().count(b"\n") if losses.exists() else 0
+
+
+def _denoise(config: RunConfig, folder: Path, console: Console) -> tuple[Volume, Volume, Volume]:
+    """The held-out patient from low-dose DICOM to denoised DICOM; low, denoised and full as they lie on disk."""
+    store = Store(config.store)
+    case = store.cases[int(store.split("test")[0])].name
+    source = one_series(DATA / TEST_PATIENT)
+    low = store.volume(case, dose_name(config.data.dose))
+    write_derived(
+        source, low.hu, folder / "low-dose", f"Simulated at {config.data.dose:g} of the dose by ldct_dist"
+    )
+    denoise_series(weights_of(folder), folder / "low-dose", folder / "denoised")
+    console.print(f"{len(low.hu)} slices -> {folder / 'denoised'}")
+    low, denoised = (read_series(one_series(folder / name)) for name in ("low-dose", "denoised"))
+    return low, denoised, read_series(source)
+
+
+def _compare(config: RunConfig, low: Volume, denoised: Volume, full: Volume) -> Comparison:
+    """Low dose, denoised, and a Gaussian filter whose width was tuned on the training patient."""
+    store = Store(config.store)
+    case = store.cases[int(store.split("train")[0])].name
+    train_low, train_full = (store.volume(case, d).hu for d in (dose_name(config.data.dose), FULL_DOSE))
+    sigma = tune_gaussian(train_low, train_full)
+    measure = protocol(config.validation.protocol)
+    images = {"low dose": low.hu, "gaussian": gaussian(low.hu, sigma), "denoised": denoised.hu}
+    figures = {name: evaluate_volume(hu, full.hu, measure) for name, hu in images.items()}
+    return Comparison(measure.name, figures)
+
+
+def _write_result(folder: Path, comparison: Comparison, resumed_at: int, seconds: float) -> None:
+    low, denoised, filtered = (comparison.figures[k] for k in ("low dose", "denoised", "gaussian"))
+    result = {
+        "rmse_low": low["rmse_hu"],
+        "rmse_denoised": denoised["rmse_hu"],
+        "rmse_gaussian": filtered["rmse_hu"],
+        "psnr_low": low["psnr_db"],
+        "psnr_denoised": denoised["psnr_db"],
+        "ssim_low": low["ssim"],
+        "ssim_denoised": denoised["ssim"],
+        "protocol": comparison.protocol,
+        "resumed_at_step": resumed_at,
+        "seconds": round(seconds, 1),
+    }
+    assert all(np.isfinite(v) for v in result.values() if not isinstance(v, str))
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

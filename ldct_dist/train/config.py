@@ -1,0 +1,79 @@
+"""The config of a run: the components' own configs, and what belongs to the loop alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from ldct_dist.checkpoint.retention import CheckpointConfig
+from ldct_dist.config import Config
+from ldct_dist.data.plan import DataConfig
+from ldct_dist.models.losses import LossConfig
+from ldct_dist.models.registry import ModelConfig
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class OptimConfig(Config):
+    """Adam or AdamW under a cosine with linear warm-up."""
+
+    name: Literal["adam", "adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    final_lr: float = Field(0.01, ge=0, le=1)
+    """learning rate of the last step, as a share of lr"""
+    warmup: int = Field(0, ge=0)
+    """steps of linear warm-up"""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float | None = Field(1.0, gt=0)
+    """gradients are scaled down to this L2 norm"""
+    ema: float = Field(0.999, ge=0, lt=1)
+    """decay of the exponential moving average of the weights, which validation and denoising use"""
+
+
+class ValidationConfig(Config):
+    """Whole held-out volumes, shared out over the ranks."""
+
+    every: Positive = 1000
+    """steps between validations"""
+    split: str = "val"
+    protocol: str = "ldctbench-abdomen"
+    max_cases: Positive | None = None
+
+
+class LogConfig(Config):
+    every: Positive = 20
+    """steps between progress lines and TensorBoard scalars"""
+    images: bool = True
+    """three-plane images of the first validation case"""
+
+
+class RunConfig(Config):
+    """One training run; the folder runs/name holds everything it writes."""
+
+    name: Name
+    store: Path
+    steps: Positive
+    runs: Path = Path("runs")
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    strategy: Literal["ddp"] = "ddp"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: autocast, with weights and optimizer in fp32; fp64 is for checking arithmetic"""
+    micro_batch: Positive | None = None
+    """crops a forward pass; None: the rank's whole share. Gradients accumulate over the share"""
+    compile: bool = False
+    channels_last: bool = True
+    init_from: Path | None = None
+    """weights.safetensors of another run to start from (fine-tuning; not a resume)"""
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    time_limit_s: float | None = Field(None, gt=0)
+    """stop, resumable, this long after the start; None: Slurm's time limit, if there is one"""

@@ -1,0 +1,105 @@
+"""What a person and TensorBoard see of a run; rank 0 alone writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from ldct_dist.train.run import RunFolder
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One step, over the whole global batch. loss in HU (HU^2 for mse), wait as a share of the step."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    applied: bool
+    """False where the loss or a gradient was not finite and the step changed nothing"""
+    wait_s: float
+    seconds: float
+
+
+class Monitor:
+    """losses.jsonl (every step, exact), TensorBoard and the progress line.
+
+    On resume, what was written after the checkpoint is taken back, so that the curve has each step once.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int, total: int, batch: int, every: int) -> None:
+        self.folder, self.total, self.batch, self.every = folder, total, batch, every
+        _drop_from(folder, first_step)
+        self._losses = open(folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step, flush_secs=10)
+        self._since: list[StepFigures] = []
+        self._start, self._first = time.monotonic(), first_step
+
+    def step(self, figures: StepFigures) -> None:
+        line = {k: v for k, v in asdict(figures).items() if k not in ("wait_s", "seconds")}
+        self._losses.write(json.dumps(line) + "\n")
+        self._since.append(figures)
+        if figures.step % self.every == 0 or figures.step == self.total:
+            self._report()
+
+    def validation(self, step: int, figures: dict[str, float], protocol: str) -> None:
+        for name, value in figures.items():
+            self._board.add_scalar(f"validation/{name} ({protocol})", value, step)
+        self.say("validation   " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + f"   [{protocol}]")
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """picture: uint8 (H, W)."""
+        self._board.add_image(f"validation/{name}", picture[None], step)
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+
+    def close(self) -> None:
+        self._losses.close()
+        self._board.close()
+
+    def _report(self) -> None:
+        since, self._since = self._since, []
+        seconds = sum(f.seconds for f in since)
+        last = since[-1]
+        loss = float(np.mean([f.loss for f in since]))
+        wait = 100 * sum(f.wait_s for f in since) / seconds
+        rate = len(since) * self.batch / seconds
+        scalars = {
+            "train/loss": loss,
+            "train/lr": last.lr,
+            "train/grad_norm": last.grad_norm,
+            "speed/crops_per_s": rate,
+            "speed/data_wait_percent": wait,
+        }
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, last.step)
+        self._board.flush()
+        done = last.step - self._first
+        eta = (time.monotonic() - self._start) / done * (self.total - last.step)
+        self.say(
+            f"step {last.step:>{len(str(self.total))}}/{self.total}   loss {loss:8.3f}   lr {last.lr:.2e}   "
+            f"{rate:6.1f} crops/s   data wait {wait:4.1f} %   ETA {timedelta(seconds=round(eta))}"
+        )
+
+
+def _drop_from(folder: RunFolder, first_step: int) -> None:
+    """Keep the loss lines of the steps up to `first_step`, which the checkpoint has behind it."""
+    if not folder.losses.exists():
+        return
+    kept = []
+    for line in folder.losses.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line + "\n")
+        except ValueError:
+            break  # a line cut short by a kill: all that follows is newer
+    temporary = folder.losses.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(folder.losses)

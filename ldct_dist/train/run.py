@@ -1,0 +1,119 @@
+"""The run folder: everything about a run, in one place that explains itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import ldct_dist
+from ldct_dist.config import to_yaml
+from ldct_dist.errors import UserError
+from ldct_dist.train.config import RunConfig
+from ldct_dist.world import World
+
+CHANGEABLE = ("steps", "runs", "micro_batch", "threads", "validation", "checkpoint", "log", "time_limit_s")
+"""Keys that may differ when a run goes on: they change neither the samples nor the arithmetic of a step
+(steps bends the rest of the learning-rate curve, which is what a user who changes it asks for)."""
+CHANGEABLE_DATA = ("data.threads", "data.memory_mib", "store")
+CODE_PACKAGES = ("torch", "numpy", "zarr", "tensorstore", "pydicom", "ldct_dist")
+
+
+class RunFolder:
+    """Paths of one run, and what is written there once at each start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.generations = path / "generations"
+        self.tensorboard = path / "tensorboard"
+        self.losses = path / "losses.jsonl"
+        self.environment = path / "environment.json"
+
+    def open(self, config: RunConfig) -> list[str]:
+        """Create the folder, or check that `config` is still the run's; the keys that changed.
+
+        Raises UserError if a key changed that would make it another run.
+        """
+        changed = list(self._changes(config)) if self.config.exists() else []
+        refused = [line for key, line in changed if not key.startswith((*CHANGEABLE, *CHANGEABLE_DATA))]
+        if refused:
+            raise UserError(
+                f"{self.path} holds another run: {'; '.join(refused)}. Take the value back, or start a new run "
+                f"from these weights: name=NEW init_from={self.checkpoints}/<step>/weights.safetensors"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.config, to_yaml(config))
+        except OSError as e:
+            raise UserError(f"run folder {self.path}: {e.strerror}; choose another with runs=FOLDER") from e
+        return [line for _, line in changed]
+
+    def record_start(self, world: World, generation: int, step: int) -> None:
+        """Append how this generation was started: step, versions, command, world size, threads."""
+        entry = {
+            "generation": generation,
+            "from_step": step,
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "host": platform.node(),
+            "packages": {name: _version(name) for name in CODE_PACKAGES},
+            "commit": _commit(),
+            "world_size": world.size,
+            "device": str(world.device),
+            "threads": torch.get_num_threads(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+        before = json.loads(self.environment.read_text()) if self.environment.exists() else []
+        _replace(self.environment, json.dumps([*before, entry], indent=1))
+
+    def _changes(self, config: RunConfig) -> Iterator[tuple[str, str]]:
+        old = _flat(yaml.safe_load(self.config.read_text()))
+        new = _flat(config.model_dump(mode="json"))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                yield key, f"{key} was {old.get(key)}, now {new.get(key)}"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this code was checked out at; None outside a checkout."""
+    root = Path(ldct_dist.__file__).parent.parent
+    try:
+        git = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
