@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from pydicom.uid import UID, CTImageStorage
+from pydicom.uid import CTImageStorage, UID_dictionary
 
 from ldct_dist.ct.geometry import Vector, stack
 from ldct_dist.ct.headers import Header, read_header
@@ -72,6 +72,16 @@ def find_series(folder: Path | str) -> tuple[list[Series], list[UserError]]:
             name = _name([h.path for h in headers], headers[0].description, headers[0].series_uid)
             refused.append(UserError(f"{name}: {e}"))
     return found, refused
+
+
+def one_series(folder: Path | str) -> Series:
+    """The only CT series below `folder`. Raises UserError if there is none, or more than one."""
+    found, refused = find_series(folder)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise refused[0] if refused else UserError(f"{folder}: no CT series below it")
+    raise UserError(f"{folder}: {len(found)} CT series below it; give the folder of one of them")
 
 
 def read_series(series: Series) -> Volume:
@@ -157,7 +167,7 @@ def _refuse_other_than_ct(headers: Sequence[Header]) -> None:
 
 
 def _sop_class_name(header: Header) -> str:
-    return UID(header.sop_class or "").name or "no SOP class"
+    return UID_dictionary.get(header.sop_class or "", (header.sop_class or "no SOP class",))[0]
 
 
 def _refuse_mixed(headers: Sequence[Header]) -> None:
