@@ -150,20 +150,17 @@ class Loader:
     def _steps_ahead(self) -> int:
         """How many steps of blocks to read ahead of the assembled batches, within the memory budget."""
         config = self.plan.config
-        crop = self.plan.crop(0, self.lanes[0])
-        voxels = [s.stop - s.start for s in crop.region]
-        block = 2 * 2 * int(np.prod(voxels))
-        budget = (config.memory_mib << 20) - sum(b.numel() * b.element_size() for b in self._buffers)
-        # a lane holds its block and, over READY + ahead steps, the ones it will move on to
-        spare = budget // block - len(self.lanes)
-        steps = int(spare * config.crops_per_block / len(self.lanes)) - READY
-        if steps < 0:
-            need = (2 * len(self.lanes) * block >> 20) + 1
+        block = 2 * 2 * self.plan.largest_block()  # two doses of int16
+        buffers = sum(b.numel() * b.element_size() for b in self._buffers)
+        # within crops_per_block steps a lane holds its block and the one it moves on to
+        each = ((config.memory_mib << 20) - buffers) // (block * len(self.lanes)) - 1
+        if each < 1:
+            need = (2 * len(self.lanes) * block + buffers >> 20) + 1
             raise UserError(
-                f"data.memory_mib={config.memory_mib} holds too few blocks of {block >> 20} MiB for "
+                f"data.memory_mib={config.memory_mib} holds too few blocks of {block / 2**20:.1f} MiB for "
                 f"{len(self.lanes)} lanes: set it to at least {need}, or use more ranks"
             )
-        return min(steps, config.crops_per_block)
+        return max(0, min(each, 2) * config.crops_per_block - READY)
 
     def _check_doses(self) -> None:
         for i in self.plan.cases[:1]:

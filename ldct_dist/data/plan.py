@@ -91,6 +91,13 @@ class Plan:
         start = _place((phase + turn * PLASTIC) % 1.0, self.config.crop, shape, region)
         return Crop(step * self.config.batch + lane, name, shape, (lane, number), region, start)
 
+    def largest_block(self) -> int:
+        """Voxels of the largest block of any case: what a loader must be ready to hold."""
+        columns = (self.store.table[name].combine_chunks().flatten().to_numpy() for name in ("shape", "chunk"))
+        shape, chunk = (c.reshape(-1, 3)[self.cases].astype(np.int64) for c in columns)
+        span = np.minimum(-(-shape // chunk), -(-np.array(self.config.crop) // chunk) + 1)
+        return int(np.minimum(span * chunk, shape).prod(axis=1).max())
+
     def _case(self, lane: int, number: int) -> tuple[int, int]:
         """Index of the case that `lane` reads as its block `number`, and how often it was read before."""
         row, seat = divmod(number * self.config.batch + lane, self._row)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from ldct_dist.checkpoint import generation, retention
+from ldct_dist.checkpoint.load import newest_valid, read, verify_run, weights_of
+from ldct_dist.checkpoint.manifest import Corrupt, Manifest
+from ldct_dist.checkpoint.retention import CheckpointConfig
+from ldct_dist.checkpoint.save import Part, Saver, share_out
+from ldct_dist.errors import UserError
+from ldct_dist.world import World
+
+ALONE = World()
+
+
+def parts(value: float) -> dict[str, Part]:
+    return {
+        "weights.safetensors": Part({"w": torch.full((40, 30), value), "b": torch.arange(7.0)}, {"kind": "test"}),
+        "optimizer.safetensors": Part({"w/exp_avg": torch.full((40, 30), -value), "w/step": torch.tensor(value)}),
+    }
+
+
+@pytest.fixture
+def saver(tmp_path):
+    number = generation.claim(tmp_path / "generations")
+    config = CheckpointConfig(keep_last=2, keep_every=50)
+    return Saver(tmp_path / "checkpoints", tmp_path / "generations", number, config, ALONE)
+
+
+def save(saver: Saver, step: int, validation: float | None = None):
+    saver.save(step, parts(step), {"step": step, "validation": validation})
+    return saver.finish()
+
+
+def steps(saver: Saver) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in saver.root.iterdir())
+
+
+def test_what_was_saved_is_read_back_bit_for_bit(saver):
+    outcome = save(saver, 3)
+    found = newest_valid(saver.root, ALONE)
+    assert found.path == outcome.path
+    assert found.passed_over == []
+    got = {(file, name): tensor for file, name, tensor in read(found.path, found.manifest, ALONE)}
+    for file, part in parts(3).items():
+        for name, tensor in part.tensors.items():
+            assert torch.equal(got.pop((file, name)), tensor)
+    assert not got
+
+
+def test_training_may_change_tensors_once_they_are_staged(saver):
+    live = torch.zeros(1000)
+    saver.save(1, {"weights.safetensors": Part({"w": live})}, {"validation": None})
+    saver.staged()
+    live.fill_(7)
+    saver.finish()
+    found = newest_valid(saver.root, ALONE)
+    assert all((t == 0).all() for _, _, t in read(found.path, found.manifest, ALONE))
+
+
+def test_any_changed_byte_or_cut_is_found_and_the_one_before_is_taken(saver, tmp_path):
+    save(saver, 1)
+    good = save(saver, 2).path
+    draw = random.Random(0)
+    files = sorted(good.iterdir())
+    assert len(files) == 3
+    for trial in range(120):
+        backup = tmp_path / "backup"
+        shutil.copytree(good, backup)
+        victim = good / files[trial % 3].name
+        raw = bytearray(victim.read_bytes())
+        place = draw.randrange(len(raw))
+        if trial % 4 == 3:
+            raw = raw[:place]
+        else:
+            raw[place] ^= 1 << draw.randrange(8)
+        victim.write_bytes(raw)
+        found = newest_valid(saver.root, ALONE)
+        assert found.path.name == "step-00000001", (victim.name, place)
+        assert len(found.passed_over) == 1
+        assert "step-00000002" in found.passed_over[0]
+        assert len(verify_run(saver.root)) == 1
+        shutil.rmtree(good)
+        backup.rename(good)
+    assert verify_run(saver.root) == []
+
+
+def test_a_missing_file_and_a_missing_manifest_are_passed_over(saver):
+    save(saver, 1)
+    path = save(saver, 2).path
+    (path / "optimizer.safetensors").unlink()
+    assert "optimizer.safetensors is not readable" in newest_valid(saver.root, ALONE).passed_over[0]
+    (path / "MANIFEST.json").unlink()
+    with pytest.raises(Corrupt, match=r"MANIFEST.json is not readable"):
+        Manifest.read(path)
+    assert newest_valid(saver.root, ALONE).path.name == "step-00000001"
+
+
+def test_the_newest_the_best_and_every_nth_stay(saver):
+    for step, score in ((10, 9.0), (20, 3.0), (30, 8.0), (50, None), (60, 7.0), (70, None), (80, 5.0)):
+        save(saver, step, score)
+    assert steps(saver) == [20, 50, 70, 80]
+    assert weights_of(saver.root.parent).parent.name == "step-00000020"
+
+
+def test_a_newer_generation_fences_the_older_one_and_outranks_its_steps(saver, tmp_path):
+    save(saver, 100)
+    newer = Saver(saver.root, saver.claims, generation.claim(saver.claims), saver.config, ALONE)
+    assert save(newer, 40).error is None
+    outcome = save(saver, 120)
+    assert outcome.fenced
+    assert outcome.path is None
+    assert "taken over by generation 2" in outcome.error
+    assert newest_valid(saver.root, ALONE).path.name == "step-00000040"
+
+
+def test_two_claims_never_get_the_same_generation(tmp_path):
+    assert [generation.claim(tmp_path) for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+def test_leftovers_of_a_killed_save_do_not_block_the_next(saver):
+    saver.root.mkdir()
+    (saver.root / f"{retention.TEMPORARY}step-00000005-000001").mkdir()
+    (saver.root / f"{retention.DISCARDED}step-00000001").mkdir()
+    assert save(saver, 5).error is None
+    assert steps(saver) == [5]
+
+
+def test_a_step_saved_again_replaces_the_checkpoint_that_was_passed_over(saver):
+    path = save(saver, 5).path
+    (path / "weights.safetensors").write_bytes(b"")
+    assert save(saver, 5).error is None
+    assert verify_run(saver.root) == []
+
+
+def test_a_save_that_cannot_be_written_is_an_outcome_and_leaves_the_last_good_one(saver, monkeypatch):
+    save(saver, 1)
+    monkeypatch.setattr("ldct_dist.checkpoint.save.save_file", _disk_full)
+    outcome = save(saver, 2)
+    assert "No space left on device" in outcome.error
+    assert [p.name for p in saver.root.iterdir()] == ["step-00000001"]
+    monkeypatch.undo()
+    assert save(saver, 3).error is None
+
+
+def _disk_full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_writes_are_spread_over_ranks():
+    sizes = {"a": 100, "b": 60, "c": 40, "d": 30, "e": 30}
+    given = {name: Part({"t": torch.zeros(n)}) for name, n in sizes.items()}
+    owner = share_out(given, 2)
+    loads = [sum(sizes[name] for name, rank in owner.items() if rank == r) for r in (0, 1)]
+    assert sorted(loads) == [130, 130]
+
+
+def test_weights_of_a_folder_without_any_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="neither a weights file nor a checkpoint nor a run"):
+        weights_of(tmp_path)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_store
+
+from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.data.augment import AugmentConfig
+from ldct_dist.data.loader import Loader
+from ldct_dist.data.plan import DataConfig, Plan
+from ldct_dist.errors import UserError
+
+NO_AUGMENT = AugmentConfig(flips=False, transpose=False)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("loader") / "ct.zarr", [(20, 40, 40), (33, 40, 50), (9, 64, 64)] * 3)
+
+
+def plan_of(store, **config):
+    return Plan(store, DataConfig(**{"crop": (16, 24, 24), "batch": 4, "crops_per_block": 3, **config}), seed=5)
+
+
+def batches(store, steps, rank=0, world=1, **config):
+    with Loader(plan_of(store, **config), rank, world) as loader:
+        for step in steps:
+            batch = loader.batch(step)
+            yield batch.low.clone(), batch.full.clone(), batch.box.clone()
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(start=st.integers(0, 10**6))
+def test_one_two_and_four_ranks_see_the_same_voxels_and_so_does_a_resume_at_any_step(store, start):
+    whole = list(batches(store, range(start, start + 4)))
+    for world in (2, 4):
+        for rank in range(world):
+            # this one resumes a step later
+            for mine, all_of in zip(batches(store, range(start + 1, start + 4), rank, world), whole[1:], strict=True):
+                for tensor, expected in zip(mine, all_of, strict=True):
+                    assert torch.equal(tensor, expected[rank::world])
+
+
+def test_a_batch_is_cut_from_the_volumes_at_the_planned_places(store):
+    plan = plan_of(store, augment=NO_AUGMENT)
+    with Loader(plan) as loader:
+        for step in range(12):
+            batch = loader.batch(step)
+            for i, crop in enumerate(plan.crops(step)):
+                for tensor, dose in ((batch.low, "0.25"), (batch.full, "1.00")):
+                    padded = np.pad(store.volume(crop.case, dose).hu, 24, constant_values=AIR_HU)
+                    z, y, x = (s + 24 for s in crop.start)
+                    assert np.array_equal(tensor[i, 0].numpy(), padded[z : z + 16, y : y + 24, x : x + 24])
+
+
+@pytest.mark.parametrize("augment", [NO_AUGMENT, AugmentConfig()])
+def test_the_box_tells_padding_from_volume(store, augment):
+    for low, full, box in batches(store, range(20), augment=augment):
+        for i in range(len(low)):
+            inside = np.zeros((16, 24, 24), bool)
+            inside[tuple(slice(max(a, 0), max(b, 0)) for a, b in box[i].tolist())] = True
+            assert (low[i, 0].numpy()[~inside] == AIR_HU).all()
+            assert (full[i, 0].numpy()[inside] != AIR_HU).all()
+
+
+def test_low_and_full_dose_move_alike(store):
+    for low, full, _ in batches(store, range(20)):
+        body = full > -500
+        if body.sum() > 1000:
+            difference = (low - full)[body]
+            assert abs(difference.mean()) < 3  # unpaired, tissue against air would show as hundreds of HU
+            assert 25 < difference.std() < 35
+
+
+def test_dose_mixing_scales_the_noise_within_its_range(store):
+    mixed = AugmentConfig(flips=False, transpose=False, dose_mix=(0.5, 2.0))
+    ratios = []
+    for (low, full, _), (plain_low, plain_full, _) in zip(
+        batches(store, range(10), augment=mixed), batches(store, range(10), augment=NO_AUGMENT), strict=True
+    ):
+        assert torch.equal(full, plain_full)
+        noise, plain = (low - full).flatten(1), (plain_low - plain_full).flatten(1)
+        ratios += [(n.norm() / p.norm()).item() for n, p in zip(noise, plain, strict=True) if p.norm() > 0]
+    assert 0.5 <= min(ratios) < 0.9 < 1.5 < max(ratios) <= 2.0
+
+
+def test_closing_leaves_no_thread(store):
+    before = set(threading.enumerate())
+    with Loader(plan_of(store)) as loader:
+        loader.batch(0)
+        assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) == before
+
+
+def test_jumping_back_and_forth_gives_the_same_batches(store):
+    straight = {step: low for step, (low, _, _) in enumerate(batches(store, range(12)))}
+    order = [7, 3, 4, 11, 0, 1, 2]
+    for step, (low, _, _) in zip(order, batches(store, order), strict=True):
+        assert torch.equal(low, straight[step])
+
+
+def test_blocks_held_stay_within_the_memory_budget(store):
+    plan = plan_of(store, memory_mib=4)
+    with Loader(plan) as loader:
+        for step in range(30):
+            loader.batch(step)
+            held = sum(sum(a.nbytes for a in f.result()) for f in loader._blocks.values())
+            held += sum(b.numel() * b.element_size() for b in loader._buffers)
+            assert held <= 4 << 20
+
+
+def test_a_budget_that_cannot_hold_the_lanes_is_refused(store):
+    with pytest.raises(UserError, match=r"memory_mib=1 holds too few blocks"):
+        Loader(plan_of(store, memory_mib=1))
+
+
+def test_damage_is_named_where_it_is_met(tmp_path):
+    store = make_store(tmp_path / "ct.zarr", [(20, 40, 40)])
+    shard = tmp_path / "ct.zarr/cases/case-000/0.25/c/0/0/0"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    with Loader(plan_of(store)) as loader, pytest.raises(UserError, match="case case-000 at dose 0.25 is damaged"):
+        loader.batch(0)
+
+
+def test_a_dose_that_the_store_does_not_have_is_refused(store):
+    with pytest.raises(UserError, match=r"has doses 1.00, 0.25, not 0.10; set data.dose"):
+        Loader(plan_of(store, dose=0.1))
