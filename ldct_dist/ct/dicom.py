@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 import numpy as np
 from pydicom.uid import CTImageStorage, UID_dictionary
@@ -16,6 +17,8 @@ from ldct_dist.ct.headers import Header, read_header
 from ldct_dist.ct.pixels import read_slice, rescale
 from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,11 @@ def read_series(series: Series) -> Volume:
 
     Raises UserError, naming the file, for pixel data that is truncated or cannot be made int16 HU.
     """
-    hu = np.empty(series.shape, np.int16)
-    for i, path in enumerate(series.paths):
-        _, slice_ = read_slice(path)
-        if slice_.hu.shape != series.shape[1:]:
+    slices = [read_slice(path)[1].hu for path in series.paths]
+    for path, hu in zip(series.paths, slices, strict=True):
+        if hu.shape != series.shape[1:]:
             raise UserError(f"{path}: changed since the folder was searched; search it again")
-        hu[i] = slice_.hu
-    return Volume(hu, series.spacing, series.origin, series.direction, series.acquisition)
+    return Volume(np.stack(slices), series.spacing, series.origin, series.direction, series.acquisition)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -126,7 +127,7 @@ def _series(headers: Sequence[Header]) -> Series:
     positions = [_required(h.position, "ImagePositionPatient", h) for h in headers]
     orientation = _required(first.orientation, "ImageOrientationPatient", first)
     pixel_spacing = _required(first.pixel_spacing, "PixelSpacing", first)
-    rows, columns = _required(first.rows, "Rows", first), _required(first.columns, "Columns", first)
+    rows, columns = _required(first.matrix, "Rows and Columns", first)
     if len(headers) == 1:
         raise UserError("a single slice is no volume; give the whole series")
     grid = stack(positions, orientation, pixel_spacing, [h.path.name for h in headers])
@@ -137,7 +138,7 @@ def _series(headers: Sequence[Header]) -> Series:
         patient_id=first.patient_id or "",
         description=first.description,
         acquisition=_acquisition(headers),
-        shape=(len(headers), int(rows), int(columns)),
+        shape=(len(headers), rows, columns),
         positions=grid.positions,
         spacing=grid.spacing,
         origin=grid.origin,
@@ -175,7 +176,7 @@ def _refuse_mixed(headers: Sequence[Header]) -> None:
         "patients": lambda h: h.patient_id,
         "studies": lambda h: h.study_uid,
         "frames of reference": lambda h: h.frame_of_reference,
-        "matrix sizes": lambda h: (h.rows, h.columns),
+        "matrix sizes": lambda h: h.matrix,
         "pixel spacings": lambda h: h.pixel_spacing and tuple(round(s, 4) for s in h.pixel_spacing),
         "orientations": lambda h: h.orientation and tuple(round(c, 3) + 0.0 for c in h.orientation),
     }
@@ -188,8 +189,8 @@ def _refuse_mixed(headers: Sequence[Header]) -> None:
                 )
 
 
-def _required(value: object, keyword: str, header: Header):
-    if not value:
+def _required(value: T | None, keyword: str, header: Header) -> T:
+    if value is None:
         raise UserError(f"no usable {keyword} in {header.path.name}; export the original CT images")
     return value
 

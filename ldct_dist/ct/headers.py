@@ -17,6 +17,7 @@ from pathlib import Path
 import pydicom
 from pydicom import Dataset
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from ldct_dist.errors import UserError
@@ -43,8 +44,7 @@ class Header:
     thickness: float | None
     tilt: float | None
     frames: float | None
-    rows: float | None
-    columns: float | None
+    matrix: tuple[int, int] | None
     pixel_spacing: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
     position: tuple[float, ...] | None
@@ -61,14 +61,19 @@ _KEYWORDS = [
     *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
 ]
 
+_SUFFIXES = (".dcm", ".dicom", ".ima")
+
 
 def read_header(path: Path) -> Header | None:
     """The header of the DICOM file at `path`; None for anything else, a DICOMDIR included.
 
-    Raises UserError when the file calls itself DICOM and cannot be read, or belongs to no series.
+    Raises UserError when the file calls itself DICOM, by its name or its first bytes, and cannot be read
+    or belongs to no series: passing over it could quietly shorten a series by its last slice.
     """
     try:
         if not _looks_like_dicom(path):
+            if path.suffix.lower() in _SUFFIXES:
+                raise UserError(f"{path}: named as DICOM but is not; copy it again or remove it")
             return None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; make the file readable or remove it") from e
@@ -96,13 +101,20 @@ def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
 
 
 def text(ds: Dataset, keyword: str) -> str | None:
-    """The element's value as text, multiple values joined by backslashes as DICOM writes them."""
-    value = _value(ds, keyword)
-    if isinstance(value, MultiValue):
-        value = "\\".join(map(str, value))
+    """The element's value as printable text, multiple values joined by backslashes as DICOM writes them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = ds.get(keyword)
+            if isinstance(value, MultiValue):
+                value = "\\".join(map(str, value))
+    except Exception:  # noqa: BLE001 - a value that pydicom cannot convert is as good as absent
+        return None
     if isinstance(value, bytes):
         value = value.decode("latin-1")
-    return str(value).strip(" \0") or None if value is not None else None
+    if value is None or isinstance(value, Sequence):
+        return None
+    return "".join(filter(str.isprintable, str(value))).strip() or None
 
 
 def numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
@@ -126,15 +138,6 @@ def _looks_like_dicom(path: Path) -> bool:
         head = f.read(132)
     # Old exports lack the 128-byte preamble and begin with group 2 or 8, little endian.
     return head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00")
-
-
-def _value(ds: Dataset, keyword: str) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ds.get(keyword)
-    except Exception:  # noqa: BLE001 - a value that pydicom cannot convert is as good as absent
-        return None
 
 
 def _header(path: Path, ds: Dataset) -> Header:
@@ -161,8 +164,7 @@ def _header(path: Path, ds: Dataset) -> Header:
         thickness=number(ds, "SliceThickness"),
         tilt=number(ds, "GantryDetectorTilt"),
         frames=number(ds, "NumberOfFrames"),
-        rows=number(ds, "Rows"),
-        columns=number(ds, "Columns"),
+        matrix=_matrix(ds),
         pixel_spacing=numbers(ds, "PixelSpacing", 2),
         orientation=numbers(ds, "ImageOrientationPatient", 6),
         position=numbers(ds, "ImagePositionPatient", 3),
@@ -170,6 +172,12 @@ def _header(path: Path, ds: Dataset) -> Header:
         intercept=number(ds, "RescaleIntercept"),
         rescale_type=text(ds, "RescaleType"),
     )
+
+
+def _matrix(ds: Dataset) -> tuple[int, int] | None:
+    rows, columns = number(ds, "Rows") or 0, number(ds, "Columns") or 0
+    sizes = range(1, 1 << 16)
+    return (int(rows), int(columns)) if rows in sizes and columns in sizes else None
 
 
 def _exposure_mas(ds: Dataset) -> float | None:
