@@ -1,0 +1,68 @@
+"""Losses over the voxels that count, one value a sample.
+
+Per sample, so that their mean over a global batch is the same number however ranks share the batch out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ldct_dist.config import Config
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LossConfig(Config):
+    name: Literal["charbonnier", "l1", "mse"] = "charbonnier"
+    eps_hu: float = Field(1.0, gt=0)
+    """charbonnier, sqrt(d^2 + eps^2) - eps, is quadratic below this difference and linear above it"""
+
+
+def build_loss(config: LossConfig) -> Loss:
+    """loss(denoised, full, mask): float HU (b, 1, z, y, x) and bool mask of the same shape to (b,).
+
+    The mean over the masked voxels, in HU; in HU^2 for mse. A sample without any such voxel counts 0.
+    """
+
+    def charbonnier(d: torch.Tensor) -> torch.Tensor:
+        # sqrt(d^2 + eps^2) - eps without its cancellation where d is small
+        return d.square() / ((d.square() + config.eps_hu**2).sqrt() + config.eps_hu)
+
+    penalties: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "charbonnier": charbonnier,
+        "l1": torch.abs,
+        "mse": torch.square,
+    }
+    penalty = penalties[config.name]
+
+    def loss(denoised: torch.Tensor, full: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        counted = penalty(denoised - full) * mask
+        return counted.flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+
+    return loss
+
+
+def mask_from_box(
+    box: torch.Tensor, shape: torch.Size, margin: tuple[int, int, int] = (0, 0, 0)
+) -> torch.Tensor:
+    """Which voxels of the crops count: bool (b, 1, z, y, x), for box (b, 3, 2) and crops of `shape` (z, y, x).
+
+    Padding, outside the box, does not. With a margin (the network's radius), nor do voxels whose receptive
+    field reaches over a face of the crop behind which the volume goes on: in use they would see more.
+    """
+    inside = None
+    for axis, (size, reach) in enumerate(zip(shape, margin, strict=True)):
+        start, stop = box[:, axis, 0], box[:, axis, 1]
+        low = torch.where(start < 0, reach, start)[:, None]
+        high = torch.where(stop > size, size - reach, stop)[:, None]
+        i = torch.arange(size, device=box.device)[None]
+        view = [len(box), 1, 1, 1, 1]
+        view[2 + axis] = size
+        along = ((i >= low) & (i < high)).view(view)
+        inside = along if inside is None else inside & along
+    assert inside is not None
+    return inside

@@ -1,0 +1,74 @@
+"""Networks by name and size, and the Denoiser that wraps each: HU in, HU out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ldct_dist.config import Config
+from ldct_dist.errors import UserError
+from ldct_dist.models.redcnn3d import REDCNN3d
+from ldct_dist.models.unet3d import nafnet3d, unet3d
+
+SCALE_HU = 100.0
+"""Networks compute in units of this; no one outside has to know."""
+
+# Channels at the first level. A family grows in width alone: depth would widen the receptive field.
+WIDTHS: dict[str, dict[str, int]] = {
+    "unet3d": {"xs": 12, "s": 26, "m": 100, "l": 256, "xl": 448, "xxl": 832},
+    "nafnet3d": {"xs": 16, "s": 52, "m": 196, "l": 512, "xl": 880, "xxl": 1616},
+    "redcnn3d": {"xs": 16, "s": 40, "classic": 96, "m": 156, "l": 408, "xl": 704, "xxl": 1296},
+}
+NETWORKS: dict[str, Callable[[int, bool, bool], Any]] = {
+    "unet3d": unet3d,
+    "nafnet3d": nafnet3d,
+    "redcnn3d": REDCNN3d,
+}
+
+
+class ModelConfig(Config):
+    """Which network. Parameters by size: xs below 0.4 M, s 1 M, m 15 M, l 100 M, xl 300 M, xxl 1 B."""
+
+    name: Literal["unet3d", "nafnet3d", "redcnn3d"] = "unet3d"
+    size: str = "s"
+    thick_slices: bool = False
+    """kernels of 1 in z at the finest level, for slices much thicker than the pixels"""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: activations are computed again in the backward pass, for about a third more time"""
+
+
+class Denoiser(nn.Module):
+    """A residual network on HU: forward takes and gives float HU (b, 1, z, y, x).
+
+    A fresh one is the identity, bit for bit. `radius` is how many voxels (z, y, x) an output voxel sees to
+    each side, at most; `stride` what the input's size must be a multiple of.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        recompute = config.activation_checkpointing == "full"
+        self.network = NETWORKS[config.name](_width(config), config.thick_slices, recompute)
+        nn.init.zeros_(self.network.last.weight)
+        nn.init.zeros_(self.network.last.bias)
+        self.radius: tuple[int, int, int] = self.network.radius
+        self.stride: tuple[int, int, int] = self.network.stride
+
+    def forward(self, hu: torch.Tensor) -> torch.Tensor:
+        # The sum is outside autocast's reach: bf16 could not tell 1000 HU from 1002.
+        return hu + SCALE_HU * self.network(hu / SCALE_HU).to(hu.dtype)
+
+
+def build(config: ModelConfig) -> Denoiser:
+    """A fresh network. Raises UserError for a size that the network does not come in."""
+    return Denoiser(config)
+
+
+def _width(config: ModelConfig) -> int:
+    sizes = WIDTHS[config.name]
+    if config.size not in sizes:
+        raise UserError(f"model.size={config.size}: {config.name} comes in {', '.join(sizes)}")
+    return sizes[config.size]
