@@ -65,7 +65,7 @@ def denoise_volume(
     padded = np.pad(
         hu, [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)], constant_values=AIR_HU
     )
-    shape: Triple = padded.shape  # type: ignore[assignment]
+    shape: Triple = padded.shape
     out = np.empty_like(padded)
     cut = list(tiles(shape, tile, model.radius, model.stride))
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -40,13 +40,13 @@ def compare(weights: Path, store: Path, *, split: str, dose: float, protocol_nam
     """Denoise and measure each case of `split`. Raises UserError for what is not there."""
     measure, opened = protocol(protocol_name), Store(store)
     model = load_weights(weights)
-    cases = {}
+    cases: dict[str, dict[str, dict[str, float]]] = {}
     for i in opened.split(split):
         name = opened.cases[int(i)].name
         low = opened.volume(name, dose_name(dose)).hu
         full = opened.volume(name, FULL_DOSE).hu
-        images = {"low dose": low, "denoised": denoise_volume(model, low)}
-        cases[name] = {image: evaluate_volume(hu, full, measure) for image, hu in images.items()}
+        shown = {"low dose": low, "denoised": denoise_volume(model, low)}
+        cases[name] = {image: evaluate_volume(hu, full, measure) for image, hu in shown.items()}
     images = next(iter(cases.values()))
     mean = {
         image: {key: float(np.mean([c[image][key] for c in cases.values()])) for key in images[image]}
