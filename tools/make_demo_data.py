@@ -14,8 +14,8 @@ from pydicom import Dataset
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
 from ldct_dist.ct.derived import derived_uid, mark_derived, presentable, set_pixels
-from ldct_dist.ct.dicom import find_series
-from ldct_dist.ct.pixels import Slice, read_slice
+from ldct_dist.ct.dicom import find_series, read_slices
+from ldct_dist.ct.pixels import Slice
 
 CASES = ("CRLM-CT-1004", "CRLM-CT-1006")
 DESCRIPTION = "reduced to 256 x 256 by 2 x 2 mean"
@@ -42,12 +42,12 @@ def main(source: Path, out: Path) -> None:
 def _halve_series(folder: Path, syntax: str) -> list[Dataset]:
     (series,), _ = find_series(folder)
     series_uid = derived_uid(series.series_uid, DESCRIPTION)
-    return [_halve(*read_slice(path), series_uid, syntax) for path in series.paths]
+    return [_halve(ds, slice_, series_uid, syntax) for ds, slice_ in read_slices(series)]
 
 
 def _halve(source: Dataset, slice_: Slice, series_uid: str, syntax: str) -> Dataset:
     ds = presentable(source)
-    mark_derived(ds, series_uid, DESCRIPTION)
+    mark_derived(ds, series_uid, derived_uid(series_uid, slice_.path.name), DESCRIPTION)
     del ds.SourceImageSequence[0].SpatialLocationsPreserved  # true of the patient, not pixel by pixel
     rows, columns = slice_.stored.shape[0] // 2, slice_.stored.shape[1] // 2
     ds.Rows, ds.Columns = rows, columns
@@ -57,7 +57,7 @@ def _halve(source: Dataset, slice_: Slice, series_uid: str, syntax: str) -> Data
     along_row, along_column = np.reshape(np.array(ds.ImageOrientationPatient, float), (2, 3))
     shift = (between_columns * along_row + between_rows * along_column) / 2
     ds.ImagePositionPatient = [round(float(p), 6) for p in np.array(ds.ImagePositionPatient, float) + shift]
-    set_pixels(ds, _halve_pixels(slice_), signed=slice_.low < 0)
+    set_pixels(ds, slice_, _halve_pixels(slice_))
     ds.compress(syntax, encoding_plugin=CODECS[syntax], generate_instance_uid=False)
     return ds
 

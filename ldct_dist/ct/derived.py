@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian
 
-from ldct_dist.ct.dicom import Series
+from ldct_dist.ct.dicom import Series, read_slices
 from ldct_dist.ct.headers import number, pydicom_faults_as_user_errors, text
-from ldct_dist.ct.pixels import Slice, read_slice
+from ldct_dist.ct.pixels import Slice
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
 
@@ -46,15 +47,18 @@ def write_derived(series: Series, hu: np.ndarray, out: Path | str, description: 
     Returns the files in slice order. `out` appears complete or not at all. Raises UserError when it
     exists and is not empty, cannot be written, or when `hu` or `description` does not fit.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     _check(series, hu, out, description)
     series_uid = derived_uid(series.series_uid, description, hashlib.sha256(hu.tobytes()).hexdigest())
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     names = [f"{i:04d}.dcm" for i in range(1, len(hu) + 1)]
     try:
         partial.mkdir(parents=True)
-        for name, source, slice_hu in zip(names, series.paths, hu, strict=True):
-            _write_slice(source, slice_hu, partial / name, series_uid, description)
+        for name, (ds, source), slice_hu in zip(names, read_slices(series), hu, strict=True):
+            instance_uid = derived_uid(series_uid, name)
+            (partial / name).write_bytes(
+                _encoded(ds, source, slice_hu, series_uid, instance_uid, description)
+            )
         os.replace(partial, out)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror}); choose another folder or make room") from e
@@ -90,14 +94,16 @@ def derived_uid(*sources: str) -> str:
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '|'.join(sources)).int}"
 
 
-def _write_slice(source: Path, hu: np.ndarray, path: Path, series_uid: str, description: str) -> None:
-    ds, slice_ = read_slice(source)
-    stored = _stored(slice_, hu)
-    with pydicom_faults_as_user_errors(source):
+def _encoded(
+    ds: Dataset, source: Slice, hu: np.ndarray, series_uid: str, instance_uid: str, description: str
+) -> bytes:
+    buffer = BytesIO()
+    with pydicom_faults_as_user_errors(source.path):
         derived = presentable(ds)
-        mark_derived(derived, series_uid, description)
-        set_pixels(derived, stored, signed=slice_.low < 0)
-        derived.save_as(path, enforce_file_format=True, implicit_vr=False, little_endian=True)
+        mark_derived(derived, series_uid, instance_uid, description)
+        set_pixels(derived, source, _stored(source, hu))
+        derived.save_as(buffer, enforce_file_format=True, implicit_vr=False, little_endian=True)
+    return buffer.getvalue()
 
 
 def _stored(source: Slice, hu: np.ndarray) -> np.ndarray:
@@ -112,34 +118,40 @@ def _stored(source: Slice, hu: np.ndarray) -> np.ndarray:
 
 
 def presentable(ds: Dataset) -> Dataset:
-    """`ds` without private elements, whose meaning (or copy of the old pixels) is unknown here, without
-    group lengths, and without values that pydicom cannot make sense of, which no archive would accept."""
+    """`ds` without what must not go out under a new name.
+
+    Left out are private elements (their meaning is unknown here, and some hold a copy of the old pixels),
+    group lengths, and values that pydicom cannot make sense of, which no archive would accept.
+    """
     kept = Dataset()
-    for element in ds.elements():
-        if element.tag.is_private or element.tag.element == 0:
+    for raw in ds.elements():
+        if raw.tag.is_private or raw.tag.element == 0:
             continue
         try:
-            kept.add(ds[element.tag])
+            element = ds[raw.tag]
+            for item in element.value if element.VR == "SQ" else ():
+                item.remove_private_tags()  # which converts everything inside, too
+            kept.add(element)
         except Exception:  # noqa: BLE001 - what fails to convert is exactly what is left out
             continue
-    kept.remove_private_tags()
     return kept
 
 
-def mark_derived(ds: Dataset, series_uid: str, description: str) -> None:
-    source_class, source_instance = ds.SOPClassUID, ds.SOPInstanceUID
+def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: str) -> None:
+    """Turn the header of an image into that of one derived from it, as `description` says (ASCII)."""
+    source = _source_image(ds.SOPClassUID, ds.SOPInstanceUID)
     for keyword in STALE:
         if keyword in ds:
             del ds[keyword]
-    ds.SOPInstanceUID = derived_uid(series_uid, source_instance)
-    ds.SeriesInstanceUID = series_uid
+    ds.SOPInstanceUID, ds.SeriesInstanceUID = instance_uid, series_uid
     ds.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
     # LO holds 64 characters: the end, which tells the two series apart, is the part to keep.
     ds.SeriesDescription = " ".join(filter(None, [text(ds, "SeriesDescription"), description]))[-64:].strip()
-    ds.SeriesNumber = int(number(ds, "SeriesNumber") or 0) + 1000
+    ds.SeriesNumber = int(number(ds, "SeriesNumber") or 0) % 1_000_000 + 1000
     history = [text(ds, "DerivationDescription"), description]
     ds.DerivationDescription = "; ".join(filter(None, history))[-1024:]
-    ds.SourceImageSequence = Sequence([_source_image(source_class, source_instance)])
+    ds.SourceImageSequence = Sequence([source])
+    ds.RescaleType = "HU"  # silence means HU in an original image only
     equipment = Dataset()
     equipment.PurposeOfReferenceCodeSequence = _code("109103", "Modifying Equipment")
     equipment.Manufacturer = "ldct_dist"
@@ -164,14 +176,14 @@ def _code(value: str, meaning: str) -> Sequence:
     return Sequence([code])
 
 
-def set_pixels(ds: Dataset, stored: np.ndarray, signed: bool) -> None:
-    pixels = stored.astype("<i2" if signed else "<u2")
+def set_pixels(ds: Dataset, source: Slice, stored: np.ndarray) -> None:
+    """Put `stored` (y, x), values of the stored type of `source`, into `ds`, native, with what describes them."""
+    vr = "SS" if source.low < 0 else "US"
+    pixels = stored.astype("<i2" if source.low < 0 else "<u2")
     ds.add_new("PixelData", "OW", pixels.tobytes())
-    ds["PixelData"].is_undefined_length = False
-    vr = "SS" if signed else "US"
-    for keyword, value in (
-        ("SmallestImagePixelValue", pixels.min()),
-        ("LargestImagePixelValue", pixels.max()),
-    ):
+    described = {"SmallestImagePixelValue": int(pixels.min()), "LargestImagePixelValue": int(pixels.max())}
+    if source.pad:
+        described |= {"PixelPaddingValue": source.pad[0], "PixelPaddingRangeLimit": source.pad[1]}
+    for keyword, value in described.items():
         if keyword in ds:
-            ds.add_new(keyword, vr, int(value))
+            ds.add_new(keyword, vr, value)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
 
 import numpy as np
+from pydicom import Dataset
 from pydicom.uid import CTImageStorage, UID_dictionary
 
 from ldct_dist.ct.geometry import Vector, stack
 from ldct_dist.ct.headers import Header, read_header
-from ldct_dist.ct.pixels import read_slice, rescale
+from ldct_dist.ct.pixels import Slice, read_slice, rescale
 from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
 
@@ -92,11 +93,17 @@ def read_series(series: Series) -> Volume:
 
     Raises UserError, naming the file, for pixel data that is truncated or cannot be made int16 HU.
     """
-    slices = [read_slice(path)[1].hu for path in series.paths]
-    for path, hu in zip(series.paths, slices, strict=True):
-        if hu.shape != series.shape[1:]:
+    hu = np.stack([slice_.hu for _, slice_ in read_slices(series)])
+    return Volume(hu, series.spacing, series.origin, series.direction, series.acquisition)
+
+
+def read_slices(series: Series) -> Iterator[tuple[Dataset, Slice]]:
+    """Each slice's dataset and values, in the order of the Volume. Raises as read_series does."""
+    for path in series.paths:
+        ds, slice_ = read_slice(path)
+        if slice_.hu.shape != series.shape[1:]:
             raise UserError(f"{path}: changed since the folder was searched; search it again")
-    return Volume(np.stack(slices), series.spacing, series.origin, series.direction, series.acquisition)
+        yield ds, slice_
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -172,21 +179,28 @@ def _sop_class_name(header: Header) -> str:
 
 
 def _refuse_mixed(headers: Sequence[Header]) -> None:
-    facts: dict[str, Callable[[Header], object]] = {
-        "patients": lambda h: h.patient_id,
-        "studies": lambda h: h.study_uid,
-        "frames of reference": lambda h: h.frame_of_reference,
-        "matrix sizes": lambda h: h.matrix,
-        "pixel spacings": lambda h: h.pixel_spacing and tuple(round(s, 4) for s in h.pixel_spacing),
-        "orientations": lambda h: h.orientation and tuple(round(c, 3) + 0.0 for c in h.orientation),
-    }
-    for what, fact in facts.items():
-        for h in headers:
-            if fact(h) != fact(headers[0]):
+    first = headers[0]
+    for h in headers:
+        for what, a, b in (
+            ("patients", first.patient_id, h.patient_id),
+            ("studies", first.study_uid, h.study_uid),
+            ("frames of reference", first.frame_of_reference, h.frame_of_reference),
+            ("matrix sizes", first.matrix, h.matrix),
+            ("pixel spacings", first.pixel_spacing, h.pixel_spacing),
+            ("orientations", first.orientation, h.orientation),
+        ):
+            if a != b and not _rounding(a, b):
                 raise UserError(
-                    f"mixed {what}: {fact(headers[0])} in {headers[0].path.name}, {fact(h)} in {h.path.name}; "
+                    f"mixed {what}: {a} in {first.path.name}, {b} in {h.path.name}; "
                     "separate them into series of their own"
                 )
+
+
+def _rounding(a: object, b: object) -> bool:
+    """Whether two tuples of mm or direction cosines differ by no more than their last written digits."""
+    if not (isinstance(a, tuple) and isinstance(b, tuple)):
+        return False
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < 5e-4
 
 
 def _required(value: T | None, keyword: str, header: Header) -> T:

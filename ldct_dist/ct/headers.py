@@ -70,14 +70,11 @@ def read_header(path: Path) -> Header | None:
     Raises UserError when the file calls itself DICOM, by its name or its first bytes, and cannot be read
     or belongs to no series: passing over it could quietly shorten a series by its last slice.
     """
-    try:
+    with pydicom_faults_as_user_errors(path):
         if not _looks_like_dicom(path):
             if path.suffix.lower() in _SUFFIXES:
                 raise UserError(f"{path}: named as DICOM but is not; copy it again or remove it")
             return None
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; make the file readable or remove it") from e
-    with pydicom_faults_as_user_errors(path):
         ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
         if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return None
@@ -86,13 +83,15 @@ def read_header(path: Path) -> Header | None:
 
 @contextmanager
 def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
-    """Keep pydicom's warnings about the file at `path` quiet and say its exceptions in one line."""
+    """Keep pydicom's warnings about the file at `path` quiet and raise its exceptions as one UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except (UserError, MemoryError):
         raise
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); make it readable or remove it") from e
     except Exception as e:  # damaged bytes raise whatever the parser or codec trips over
         reason = str(e) or type(e).__name__
         raise UserError(

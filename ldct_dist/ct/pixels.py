@@ -38,12 +38,13 @@ _DECODER = {
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice: what is stored and what it means.
+    """One slice: what is stored in the file at `path` and what it means.
 
     stored: (y, x) int32, the stored values. hu: (y, x) int16, AIR_HU where padding or below AIR_HU.
     padding: (y, x) bool. low, high: the stored range. pad: the range PixelPaddingValue takes, if any.
     """
 
+    path: Path
     stored: np.ndarray
     hu: np.ndarray
     padding: np.ndarray
@@ -77,12 +78,12 @@ def read_slice(path: Path) -> tuple[Dataset, Slice]:
     padding = tagged | (hu <= FILLER_HU)
     _refuse_unsound(path, stored[~tagged], hu, tagged, (low, high))
     hu = np.where(padding, AIR_HU, np.maximum(hu, AIR_HU)).astype(np.int16)
-    return ds, Slice(stored, hu, padding, slope, intercept, low, high, pad)
+    return ds, Slice(path, stored, hu, padding, slope, intercept, low, high, pad)
 
 
 def rescale(where: object, slope: float | None, intercept: float | None) -> tuple[float, float]:
-    """Slope and intercept; UserError, naming `where`, when they are absent or turn nothing into HU."""
-    if slope is None or intercept is None or slope == 0:
+    """Slope and intercept; UserError, naming `where`, when they are absent or no CT's."""
+    if slope is None or intercept is None or not 1e-4 <= abs(slope) <= 1e4 or abs(intercept) > 1e6:
         raise UserError(
             f"{where}: no usable RescaleSlope and RescaleIntercept, so its values are not HU; "
             "export the series as original CT images"
