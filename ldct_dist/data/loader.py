@@ -1,14 +1,14 @@
 """Blocks to batches: whole blocks are decoded once by threads, ahead of the step that needs them.
 
-No worker processes: the decoder and the copies release the GIL, so threads are enough, nothing is
-forked, nothing is pickled, and a signal has one process to reach.
+No worker processes: decoding and copying release the GIL, so threads are enough, nothing is forked, nothing
+is pickled, and a signal has one process to reach.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,13 @@ import torch
 
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.data import augment
+from ldct_dist.data.memory import Recycler
 from ldct_dist.data.plan import Crop, Plan, lanes_of
 from ldct_dist.errors import UserError
-from ldct_dist.store.layout import FULL_DOSE, dose_name
 
-READY = 2  # batches assembled ahead of the step that runs
+READY = 2  # batches made ahead of the step that runs
+AHEAD = 16  # steps for which blocks are read ahead, if memory allows
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,51 +49,56 @@ class Batch:
 
 
 class Loader:
-    """The batches of one rank, for any step in any order; steps in a row are read ahead.
+    """The batches of one rank, for any step in any order; steps in a row are made ahead.
 
-    The tensors of a batch may be overwritten after READY + 1 further calls of `batch`.
-    `waited_s` is how long the latest call waited for data. Close it, or use it as a context manager.
+    `waited_s` is how long the latest call of `batch` waited for data. Close it, or use it as a context manager.
+    Raises UserError if the lanes cannot be shared out, or the memory budget is too small for them.
     """
 
     def __init__(self, plan: Plan, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> None:
-        config = plan.config
         self.plan, self.device = plan, torch.device(device)
-        self.lanes = lanes_of(rank, world, config.batch)
+        self.lanes = lanes_of(rank, world, plan.config.batch)
         self.waited_s = 0.0
-        self._doses = (dose_name(config.dose), FULL_DOSE)
-        self._check_doses()
-        self._decoders = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
-        self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
-        self._blocks: dict[tuple[int, int], Future[tuple[np.ndarray, np.ndarray]]] = {}
-        self._ready: dict[int, Future[_Cut]] = {}
-        cuda = self.device.type == "cuda"
-        # int16 halves what crosses the bus to a GPU; on the CPU the cut itself makes the float
-        shape = (2, len(self.lanes), 1, *config.crop)
-        dtype = torch.int16 if cuda else torch.float32
-        self._buffers = [torch.empty(shape, dtype=dtype, pin_memory=cuda) for _ in range(READY + 2)]
-        self._stream = torch.cuda.Stream(self.device) if cuda else None
         self._ahead = self._steps_ahead()
+        self._blocks: dict[
+            tuple[int, int], tuple[Future[np.ndarray], ...]
+        ] = {}  # by (lane, number): low, full
+        self._batches: dict[int, Future[_Made]] = {}
+        self._block_memory = Recycler(self._block_bytes() // len(plan.doses))
+        self._batch_memory = Recycler(self._batch_bytes())
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # One queue, first come, first served: a batch's blocks are queued before it, so it never waits for
+        # work that stands behind it.
+        self._threads = ThreadPoolExecutor(plan.config.threads, thread_name_prefix="data")
 
     def batch(self, step: int) -> Batch:
         """This rank's share of the batch of `step`.
 
         Raises UserError naming the case if its data is damaged.
         """
-        start = time.perf_counter()
-        cut = self._cut_future(step).result()
-        self.waited_s = time.perf_counter() - start
         self._forget(step)
-        for ahead in range(step + 1, step + 1 + READY):
-            self._cut_future(ahead)
-        low, full = self._to_device(cut.buffer)
-        drawn = augment.draw(self.plan.config.augment, self.plan.seed, [c.index for c in cut.crops])
-        low, full, box = augment.apply(low, full, cut.box.to(self.device, non_blocking=True), drawn)
-        return Batch(low, full, box, cut.crops)
+        self._read(step, step + READY)
+        for s in range(step, step + 1 + READY):
+            if s not in self._batches:
+                self._batches[s] = self._make(s)
+        k = self.plan.crops_per_block
+        self._read(step, step + READY + self._ahead, most=self.plan.config.threads + len(self.lanes) // k)
+
+        start = time.perf_counter()
+        made = self._batches[step].result()
+        self.waited_s = time.perf_counter() - start
+        if made.copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(made.copied)
+            for tensor in (made.batch.low, made.batch.full, made.batch.box):
+                tensor.record_stream(current)
+        return made.batch
 
     def close(self) -> None:
-        """Stop reading ahead and join the threads."""
-        self._assembler.shutdown(wait=True, cancel_futures=True)
-        self._decoders.shutdown(wait=True, cancel_futures=True)
+        """Stop reading ahead, join the threads and let go of the memory."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._batches.clear()
+        self._blocks.clear()
 
     def __enter__(self) -> Loader:
         return self
@@ -99,94 +106,116 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _cut_future(self, step: int) -> Future[_Cut]:
-        if step not in self._ready:
-            crops = tuple(self.plan.crop(step, lane) for lane in self.lanes)
-            blocks = [self._block(crop) for crop in crops]
-            for ahead in range(step + 1, step + 1 + self._ahead):
-                for lane in self.lanes:
-                    if (ahead + lane) % self.plan.config.crops_per_block == 0:  # the lane moves on
-                        self._block(self.plan.crop(ahead, lane))
-            self._ready[step] = self._assembler.submit(self._cut, step, crops, blocks)
-        return self._ready[step]
+    def _read(self, first: int, last: int, most: int | None = None) -> None:
+        """Have the blocks of steps `first` to `last` decoded, `most` of them at a time, the most urgent first."""
+        keys = [key for key in self._keys(first, last) if key not in self._blocks]
+        k = self.plan.crops_per_block
+        for lane, number in sorted(keys, key=lambda key: key[1] * k - key[0])[:most]:
+            self._blocks[lane, number] = tuple(
+                self._threads.submit(self._decode, lane, number, dose) for dose in self.plan.doses
+            )
 
-    def _block(self, crop: Crop) -> Future[tuple[np.ndarray, np.ndarray]]:
-        if crop.block not in self._blocks:
-            self._blocks[crop.block] = self._decoders.submit(self._decode, crop)
-        return self._blocks[crop.block]
+    def _keys(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        k = self.plan.crops_per_block
+        for lane in self.lanes:
+            for number in range((first + lane) // k, (last + lane) // k + 1):
+                yield lane, number
 
-    def _decode(self, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
-        low, full = (self.plan.store.read(crop.case, dose, crop.region) for dose in self._doses)
-        return low, full
+    def _decode(self, lane: int, number: int, dose: str) -> np.ndarray:
+        block = self.plan.block(lane, number)
+        memory = self._block_memory.take(block.size, np.int16)
+        return self.plan.store.read(block.case, dose, block.region, memory)
 
-    def _cut(self, step: int, crops: tuple[Crop, ...], blocks: list[Future]) -> _Cut:
-        buffer = self._buffers[step % len(self._buffers)]
-        size = self.plan.config.crop
-        for i, (crop, block) in enumerate(zip(crops, blocks, strict=True)):
-            for dose, array in enumerate(block.result()):
-                _cut_crop(array, crop, size, buffer[dose, i, 0])
-        box = torch.tensor([[(-s, n - s) for s, n in zip(c.start, c.shape, strict=True)] for c in crops])
-        return _Cut(buffer, box, crops)
+    def _make(self, step: int) -> Future[_Made]:
+        crops = tuple(self.plan.crop(step, lane) for lane in self.lanes)
+        return self._threads.submit(self._cut, step, crops, [self._blocks[c.key] for c in crops])
+
+    def _cut(self, step: int, crops: tuple[Crop, ...], blocks: list[tuple[Future[np.ndarray], ...]]) -> _Made:
+        pair = self._staging()
+        for i, (crop, doses) in enumerate(zip(crops, blocks, strict=True)):
+            for dose, block in enumerate(doses):
+                _cut_crop(block.result(), crop, pair[dose, i, 0].numpy())
+        box = torch.tensor(
+            [[(-s, n - s) for s, n in zip(c.start, c.block.shape, strict=True)] for c in crops]
+        )
+        if self._copies is None:
+            return _Made(self._augmented(step, crops, pair, box))
+        with torch.cuda.stream(self._copies):
+            pair = pair.to(self.device, non_blocking=True).float()
+            made = self._augmented(step, crops, pair, box.pin_memory().to(self.device, non_blocking=True))
+            return _Made(made, self._copies.record_event())
+
+    def _augmented(self, step: int, crops: tuple[Crop, ...], pair: torch.Tensor, box: torch.Tensor) -> Batch:
+        config = self.plan.config
+        drawn = augment.draw(config.augment, self.plan.seed, step * config.batch, config.batch)
+        (low, full), box = augment.apply(config.augment, pair, box, drawn[list(self.lanes)])
+        return Batch(low, full, box, crops)
+
+    def _staging(self) -> torch.Tensor:
+        """Where a batch is cut to: (2, b, 1, z, y, x), low dose and full."""
+        shape = (len(self.plan.doses), len(self.lanes), 1, *self.plan.config.crop)
+        if self._copies is None:
+            return torch.from_numpy(self._batch_memory.take(shape, np.float32))
+        # int16 halves what crosses the bus; torch itself recycles pinned memory, once copies from it are done
+        return torch.empty(shape, dtype=torch.int16, pin_memory=True)
 
     def _forget(self, step: int) -> None:
-        """Drop batches and blocks that no step from `step` on, as far as read ahead, asks for."""
-        self._ready = {s: f for s, f in self._ready.items() if step < s <= step + READY}
-        reach = step + READY + self._ahead
-        k = self.plan.config.crops_per_block
-        wanted = {
-            (lane, n) for lane in self.lanes for n in range((step + lane) // k, (reach + lane) // k + 1)
-        }
-        self._blocks = {block: f for block, f in self._blocks.items() if block in wanted}
+        """Drop the batches and blocks that steps from `step` on, as far as is read ahead, do not ask for.
 
-    def _to_device(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._stream is None:
-            return buffer[0], buffer[1]
-        with torch.cuda.stream(self._stream):
-            pair = buffer.to(self.device, non_blocking=True).float()
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        pair.record_stream(torch.cuda.current_stream(self.device))
-        return pair[0], pair[1]
+        After a jump some of them may still be in the making: their memory comes first.
+        """
+        wanted = set(self._keys(step, step + READY + self._ahead))
+        unwanted = [s for s in self._batches if not step <= s <= step + READY]
+        stale: list[Future] = [self._batches.pop(s) for s in unwanted]
+        for key in [key for key in self._blocks if key not in wanted]:
+            stale.extend(self._blocks.pop(key))
+        _cancel(stale)
+
+    def _block_bytes(self) -> int:
+        return len(self.plan.doses) * self.plan.blocks.largest * np.dtype(np.int16).itemsize
+
+    def _batch_bytes(self) -> int:
+        crop = int(np.prod(self.plan.config.crop))
+        return len(self.plan.doses) * len(self.lanes) * crop * np.dtype(np.float32).itemsize
 
     def _steps_ahead(self) -> int:
-        """How many steps of blocks to read ahead of the assembled batches, within the memory budget."""
-        config = self.plan.config
-        block = 2 * 2 * self.plan.largest_block()  # two doses of int16
-        buffers = sum(b.numel() * b.element_size() for b in self._buffers)
-        # within crops_per_block steps a lane holds its block and the one it moves on to
-        each = ((config.memory_mib << 20) - buffers) // (block * len(self.lanes)) - 1
-        if each < 1:
-            need = (2 * len(self.lanes) * block + buffers >> 20) + 1
+        """How many steps of blocks to read ahead of the batches that are made, within the memory budget."""
+        config, k, lanes = self.plan.config, self.plan.crops_per_block, len(self.lanes)
+        # batches: those ready, the one in use, and one that augmentation makes from another
+        batches = (READY + 2) * self._batch_bytes()
+        blocks = (config.memory_mib * MIB - batches) // self._block_bytes()
+        # Over n steps a lane holds its block and the up to ceil(n / k) that it moves on to.
+        each = blocks // lanes - 1
+        least = -(-READY // k)
+        if each < least:
+            need = (batches + lanes * (1 + least) * self._block_bytes()) // MIB + 1
             raise UserError(
-                f"data.memory_mib={config.memory_mib} holds too few blocks of {block / 2**20:.1f} MiB for "
-                f"{len(self.lanes)} lanes: set it to at least {need}, or use more ranks"
+                f"data.memory_mib={config.memory_mib} holds too few blocks of {self._block_bytes() / MIB:.1f} MiB "
+                f"for {lanes} lanes: set it to at least {need}, or use more ranks"
             )
-        return max(0, min(each, 2) * config.crops_per_block - READY)
-
-    def _check_doses(self) -> None:
-        for i in self.plan.cases[:1]:
-            case = self.plan.store.cases[int(i)]
-            missing = [d for d in self._doses if d not in case.doses]
-            if missing:
-                raise UserError(
-                    f"{self.plan.store.path}: case {case.name} has doses {', '.join(case.doses)}, "
-                    f"not {', '.join(missing)}; set data.dose to one of them"
-                )
+        return min(each, max(least, -(-AHEAD // k))) * k - READY
 
 
 @dataclass(frozen=True)
-class _Cut:
-    buffer: torch.Tensor
-    box: torch.Tensor
-    crops: tuple[Crop, ...]
+class _Made:
+    batch: Batch
+    copied: torch.cuda.Event | None = None
+    """set once the batch lies on the GPU"""
 
 
-def _cut_crop(block: np.ndarray, crop: Crop, size: tuple[int, int, int], into: torch.Tensor) -> None:
+def _cut_crop(block: np.ndarray, crop: Crop, into: np.ndarray) -> None:
     """Copy one crop out of its block, converting on the way, and pad where the volume is too short."""
     source, target = [], []
-    for r, s, c, n in zip(crop.region, crop.start, size, crop.shape, strict=True):
+    for r, s, c, n in zip(crop.block.region, crop.start, into.shape, crop.block.shape, strict=True):
         start, stop = max(s, 0), min(s + c, n)
         source.append(slice(start - r.start, stop - r.start))
         target.append(slice(start - s, stop - s))
-    if any(t.stop - t.start < c for t, c in zip(target, size, strict=True)):
-        into.fill_(AIR_HU)
-    into[tuple(target)].copy_(torch.from_numpy(block)[tuple(source)])
+    cut = block[tuple(source)]
+    if cut.size < into.size:
+        into.fill(AIR_HU)
+    into[tuple(target)] = cut
+
+
+def _cancel(futures: Iterable[Future]) -> None:
+    """Call off what has not begun, and wait for what has."""
+    wait([f for f in futures if not f.cancel()])

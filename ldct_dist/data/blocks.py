@@ -1,0 +1,110 @@
+"""The blocks that cases are read in, and where in a block a crop may lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from ldct_dist.store.reader import Store
+
+Triple = tuple[int, int, int]
+Region = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of whole chunks, cut at the volume's border; coordinates in voxels (z, y, x).
+
+    cell: which share of the volume's crop corners this block serves, axis by axis, as (i, n): the i-th of n.
+    body: share of body in each of the case's chunks.
+    """
+
+    case: str
+    shape: Triple
+    chunk: Triple
+    region: Region
+    cell: tuple[tuple[int, int], ...]
+    body: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def size(self) -> Triple:
+        z, y, x = (s.stop - s.start for s in self.region)
+        return z, y, x
+
+    def body_share(self, starts: np.ndarray, crop: Triple) -> np.ndarray:
+        """Share of body in crops at `starts` (n, 3), taking each chunk's body as spread evenly over it."""
+        overlaps = []
+        for s, c, chunk, size in zip(starts.T[:, :, None], crop, self.chunk, self.shape, strict=True):
+            edges = np.append(np.arange(0, size, chunk), size)
+            inside = np.clip(edges, s, s + c)
+            overlap = np.diff(inside, axis=1)
+            overlaps.append(overlap / overlap.sum(axis=1, keepdims=True))
+        z, y, x = overlaps
+        return (
+            (z @ self.body.reshape(len(self.body), -1)).reshape(len(z), *self.body.shape[1:])  # (n, y, x)
+            * y[:, :, None]
+            * x[:, None, :]
+        ).sum(axis=(1, 2))
+
+
+class Blocks:
+    """The blocks of each case that show enough body.
+
+    Blocks begin at every chunk and span one chunk more than the crop needs, so that a crop may lie across
+    any chunk's border.
+
+    mean_voxels, mean_used: voxels of a case's largest block and of a crop's part within the volume, both in
+    the mean over cases. largest: voxels of the largest block of any case.
+    """
+
+    def __init__(self, store: Store, cases: np.ndarray, crop: Triple, min_body: float) -> None:
+        self._store, self._crop, self._min_body = store, crop, min_body
+        shape, chunk = (store.triples(name)[cases] for name in ("shape", "chunk"))
+        grid = -(-shape // chunk)
+        span = np.minimum(grid, -(-np.array(crop) // chunk) + 1)
+        voxels = np.minimum(span * chunk, shape).prod(axis=1)
+        self.mean_voxels, self.largest = float(voxels.mean()), int(voxels.max())
+        self.mean_used = float(np.minimum(crop, shape).prod(axis=1).mean())
+        self.of = lru_cache(4096)(self._of)
+
+    def _of(self, case: int) -> list[Block]:
+        c = self._store.cases[case]
+        grid = [-(-size // n) for size, n in zip(c.shape, c.chunk, strict=True)]
+        span = [min(g, -(-crop // n) + 1) for g, crop, n in zip(grid, self._crop, c.chunk, strict=True)]
+        count = [g - s + 1 for g, s in zip(grid, span, strict=True)]
+        body = np.frombuffer(self._store.body(case), np.uint8).reshape(grid) / 255.0
+        blocks, shares = [], []
+        for corner in product(*map(range, count)):
+            region = tuple(
+                slice(i * n, min((i + s) * n, size))
+                for i, s, n, size in zip(corner, span, c.chunk, c.shape, strict=True)
+            )
+            cell = tuple(zip(corner, count, strict=True))
+            blocks.append(Block(c.name, c.shape, c.chunk, region, cell, body))  # type: ignore[arg-type]
+            shares.append(body[tuple(slice(i, i + s) for i, s in zip(corner, span, strict=True))].mean())
+        wanted = [b for b, share in zip(blocks, shares, strict=True) if share >= self._min_body]
+        return wanted or [blocks[int(np.argmax(shares))]]
+
+
+def place(u: np.ndarray, crop: Triple, block: Block) -> np.ndarray:
+    """Corners of crops in the volume (..., 3) from u in [0, 1), of the same shape.
+
+    The corners of all crops that touch the volume by at least half are shared out evenly among the blocks
+    along an axis; those that lie beyond the volume's border are pulled back to it. Else voxels near the
+    border, which lie in few crops, would hardly be seen.
+    """
+    starts = np.empty(u.shape, np.int64)
+    for axis, (c, size, r, (i, n)) in enumerate(
+        zip(crop, block.shape, block.region, block.cell, strict=True)
+    ):
+        if size <= c:
+            starts[..., axis] = size - c + np.floor(u[..., axis] * (c - size + 1))
+            continue
+        beyond = c // 2
+        corners = size - c + 1 + 2 * beyond
+        corner = np.floor((i + u[..., axis]) / n * corners) - beyond
+        starts[..., axis] = np.clip(corner, r.start, r.stop - c)
+    return starts
