@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.evaluate.metrics import evaluate_volume
-from ldct_dist.evaluate.protocols import protocol
+from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.weights import load_weights
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
@@ -38,7 +38,7 @@ class Comparison:
 
 def compare(weights: Path, store: Path, *, split: str, dose: float, protocol_name: str) -> Comparison:
     """Denoise and measure each case of `split`. Raises UserError for what is not there."""
-    measure, opened = protocol(protocol_name), Store(store)
+    measure, opened = protocol_named(protocol_name), Store(store)
     model = load_weights(weights)
     cases: dict[str, dict[str, dict[str, float]]] = {}
     for i in opened.split(split):
@@ -56,10 +56,8 @@ def compare(weights: Path, store: Path, *, split: str, dose: float, protocol_nam
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    measure = protocol(comparison.protocol)
-    low, high = measure.window
-    title = f"against full dose, protocol {measure.name}: window [{low:g}, {high:g}] HU for PSNR and SSIM, RMSE unwindowed"
-    table = Table("", *COLUMNS.values(), title=title)
+    measure = protocol_named(comparison.protocol)
+    table = Table("", *COLUMNS.values(), title=f"against full dose: {measure}")
     for image, figures in comparison.figures.items():
         table.add_row(
             image, *(f"{figures[key]:.3f}" if key == "ssim" else f"{figures[key]:.2f}" for key in COLUMNS)

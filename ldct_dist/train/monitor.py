@@ -53,9 +53,9 @@ class Monitor:
             self._board.add_scalar(f"validation/{name} ({protocol})", value, step)
         self.say("validation   " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + f"   [{protocol}]")
 
-    def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """picture: uint8 (H, W)."""
-        self._board.add_image(f"validation/{name}", picture[None], step)
+    def image(self, step: int, picture: np.ndarray) -> None:
+        """picture: uint8 (3, H, W)."""
+        self._board.add_image("validation/low dose, denoised, full dose, difference", picture, step)
 
     def say(self, line: str) -> None:
         print(line, flush=True)

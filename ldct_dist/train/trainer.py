@@ -16,7 +16,7 @@ from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.data.plan import Plan
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.figures import planes_strip
-from ldct_dist.evaluate.protocols import protocol
+from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.ema import Ema
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import Denoiser, build
@@ -64,7 +64,7 @@ class Trainer:
         self.plan = Plan(self.store, config.data, config.seed)
         if config.validation.every <= config.steps:
             self.store.split(config.validation.split)  # refuse now, not at the first validation
-            protocol(config.validation.protocol)
+            protocol_named(config.validation.protocol)
         self.state = self._fresh_state()
         self.strategy = DDPStrategy(self.state.model, world, config.precision == "bf16", config.compile)
         self.loss = build_loss(config.loss)
@@ -214,7 +214,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model: Denoiser = build(config.model).to(self.world.device)
         if config.channels_last:
-            model = model.to(memory_format=torch.channels_last_3d)
+            model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if config.precision == "fp64":
             model = model.double()
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optim.name]
@@ -253,9 +253,8 @@ class Trainer:
         if monitor is not None:
             monitor.validation(self.state.step, done.figures, config.protocol)
             if self.config.log.images and done.first is not None:
-                window = protocol(config.protocol).window
-                for name, hu in done.first.items():
-                    monitor.image(self.state.step, name, planes_strip(hu, done.spacing, window))
+                window = protocol_named(config.protocol).window
+                monitor.image(self.state.step, planes_strip(done.first, window))
         return self.state.note_validation(done.figures["rmse_hu"])
 
     def _monitor(self) -> Monitor | None:

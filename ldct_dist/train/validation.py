@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.evaluate.metrics import evaluate_volume
-from ldct_dist.evaluate.protocols import protocol
+from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.layout import FULL_DOSE
 from ldct_dist.store.reader import Store
@@ -18,30 +19,27 @@ from ldct_dist.world import World
 
 @dataclass(frozen=True)
 class Validated:
-    """Mean figures over the cases; and for the first case its low, denoised and full HU, on rank 0."""
+    """Mean figures over the cases; and the first case's low dose, denoised and full dose, on rank 0."""
 
     figures: dict[str, float]
-    first: dict[str, np.ndarray] | None
-    spacing: tuple[float, float, float]
+    first: dict[str, Volume] | None
 
 
 def validate(
     model: Denoiser, store: Store, dose: str, config: ValidationConfig, world: World, bf16: bool
 ) -> Validated:
     """Denoise the cases of the validation split and measure them; the same figures on every rank."""
-    measure = protocol(config.protocol)
-    cases = [store.cases[int(i)] for i in store.split(config.split)[: config.max_cases]]
+    protocol = protocol_named(config.protocol)
     mine, first = [], None
-    for i, case in enumerate(cases):
+    for i, case in enumerate(store.split(config.split)[: config.max_cases]):
         if i % world.size != world.rank:
             continue
-        low = store.volume(case.name, dose).hu
-        full = store.volume(case.name, FULL_DOSE).hu
-        denoised = denoise_volume(model, low, device=world.device, bf16=bf16)
-        mine.append((i, evaluate_volume(denoised, full, measure)))
+        name = store.cases[int(case)].name
+        low, full = store.volume(name, dose), store.volume(name, FULL_DOSE)
+        denoised = replace(low, hu=denoise_volume(model, low.hu, device=world.device, bf16=bf16))
+        mine.append((i, evaluate_volume(denoised.hu, full.hu, protocol)))
         if i == 0:
-            first = {"low": low, "denoised": denoised, "full": full}
+            first = {"low dose": low, "denoised": denoised, "full dose": full}
     # by case number, so that the mean adds up in the same order for every number of ranks
     rows = [row for _, row in sorted((r for share in world.gather(mine) for r in share), key=lambda r: r[0])]
-    figures = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    return Validated(figures, first, cases[0].spacing)
+    return Validated({key: float(np.mean([row[key] for row in rows])) for key in rows[0]}, first)
