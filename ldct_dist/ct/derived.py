@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
-from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian
 
 from ldct_dist.ct.dicom import Series, read_slices
@@ -139,24 +138,25 @@ def presentable(ds: Dataset) -> Dataset:
 
 def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: str) -> None:
     """Turn the header of an image into that of one derived from it, as `description` says (ASCII)."""
-    source = _source_image(ds.SOPClassUID, ds.SOPInstanceUID)
+    new = Dataset()  # filled apart, so that each element takes its own VR, not a wrong one of the source's
+    new.SOPInstanceUID, new.SeriesInstanceUID = instance_uid, series_uid
+    new.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
+    # LO holds 64 characters: the end, which tells the two series apart, is the part to keep.
+    new.SeriesDescription = " ".join(filter(None, [text(ds, "SeriesDescription"), description]))[-64:].strip()
+    new.SeriesNumber = int(number(ds, "SeriesNumber") or 0) % 1_000_000 + 1000
+    history = [text(ds, "DerivationDescription"), description]
+    new.DerivationDescription = "; ".join(filter(None, history))[-1024:]
+    new.SourceImageSequence = [_source_image(ds.SOPClassUID, ds.SOPInstanceUID)]
+    new.RescaleType = "HU"  # silence means HU in an original image only
+    equipment = Dataset()
+    equipment.PurposeOfReferenceCodeSequence = [_code("109103", "Modifying Equipment")]
+    equipment.Manufacturer = "ldct_dist"
+    equipment.ContributionDescription = description
+    new.ContributingEquipmentSequence = [*ds.get("ContributingEquipmentSequence", []), equipment]
     for keyword in STALE:
         if keyword in ds:
             del ds[keyword]
-    ds.SOPInstanceUID, ds.SeriesInstanceUID = instance_uid, series_uid
-    ds.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
-    # LO holds 64 characters: the end, which tells the two series apart, is the part to keep.
-    ds.SeriesDescription = " ".join(filter(None, [text(ds, "SeriesDescription"), description]))[-64:].strip()
-    ds.SeriesNumber = int(number(ds, "SeriesNumber") or 0) % 1_000_000 + 1000
-    history = [text(ds, "DerivationDescription"), description]
-    ds.DerivationDescription = "; ".join(filter(None, history))[-1024:]
-    ds.SourceImageSequence = Sequence([source])
-    ds.RescaleType = "HU"  # silence means HU in an original image only
-    equipment = Dataset()
-    equipment.PurposeOfReferenceCodeSequence = _code("109103", "Modifying Equipment")
-    equipment.Manufacturer = "ldct_dist"
-    equipment.ContributionDescription = description
-    ds.ContributingEquipmentSequence = Sequence([*ds.get("ContributingEquipmentSequence", []), equipment])
+    ds.update(new)
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
@@ -165,15 +165,15 @@ def _source_image(sop_class: str, sop_instance: str) -> Dataset:
     item = Dataset()
     item.ReferencedSOPClassUID = sop_class
     item.ReferencedSOPInstanceUID = sop_instance
-    item.PurposeOfReferenceCodeSequence = _code("121322", "Source image for image processing operation")
+    item.PurposeOfReferenceCodeSequence = [_code("121322", "Source image for image processing operation")]
     item.SpatialLocationsPreserved = "YES"
     return item
 
 
-def _code(value: str, meaning: str) -> Sequence:
+def _code(value: str, meaning: str) -> Dataset:
     code = Dataset()
     code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, "DCM", meaning
-    return Sequence([code])
+    return code
 
 
 def set_pixels(ds: Dataset, source: Slice, stored: np.ndarray) -> None:

@@ -179,6 +179,7 @@ def _sop_class_name(header: Header) -> str:
 
 
 def _refuse_mixed(headers: Sequence[Header]) -> None:
+    """The error names files, not values: lines like these end up in shared logs, and patients must not."""
     first = headers[0]
     for h in headers:
         for what, a, b in (
@@ -191,7 +192,7 @@ def _refuse_mixed(headers: Sequence[Header]) -> None:
         ):
             if a != b and not _rounding(a, b):
                 raise UserError(
-                    f"mixed {what}: {a} in {first.path.name}, {b} in {h.path.name}; "
+                    f"mixed {what}: {first.path.name} and {h.path.name} differ; "
                     "separate them into series of their own"
                 )
 
@@ -211,17 +212,16 @@ def _required(value: T | None, keyword: str, header: Header) -> T:
 
 def _acquisition(headers: Sequence[Header]) -> Acquisition:
     """Facts on which all slices agree; tube current modulation varies the exposure, so its mean."""
-    first = headers[0]
     exposures = [h.exposure_mas for h in headers if h.exposure_mas is not None]
-
-    def agreed(values: Sequence) -> bool:
-        return all(v == values[0] for v in values)
-
     return Acquisition(
-        manufacturer=first.manufacturer,
-        model=first.model,
-        kernel=first.kernel if agreed([h.kernel for h in headers]) else None,
-        kvp=first.kvp if agreed([h.kvp for h in headers]) else None,
+        manufacturer=_agreed([h.manufacturer for h in headers]),
+        model=_agreed([h.model for h in headers]),
+        kernel=_agreed([h.kernel for h in headers]),
+        kvp=_agreed([h.kvp for h in headers]),
         exposure_mas=fmean(exposures) if exposures else None,
-        slice_thickness_mm=first.thickness if agreed([h.thickness for h in headers]) else None,
+        slice_thickness_mm=_agreed([h.thickness for h in headers]),
     )
+
+
+def _agreed(values: Sequence[T | None]) -> T | None:
+    return values[0] if all(v == values[0] for v in values) else None

@@ -93,10 +93,9 @@ def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); make it readable or remove it") from e
     except Exception as e:  # damaged bytes raise whatever the parser or codec trips over
-        reason = str(e) or type(e).__name__
-        raise UserError(
-            f"{path}: not readable as DICOM ({reason[:200]}); export it again or remove it"
-        ) from e
+        # pydicom sometimes appends a traceback to its message.
+        reason = (str(e) or type(e).__name__).partition("Traceback")[0].strip()
+        raise UserError(f"{path}: not readable as DICOM ({reason}); export it again or remove it") from e
 
 
 def text(ds: Dataset, keyword: str) -> str | None:
