@@ -1,95 +1,181 @@
-"""Pictures in the radiologist's three planes."""
+"""Pictures of whole volumes in three planes: as a PNG for people, and as an array for TensorBoard.
+
+Both show the same panels. One column an image, the last image being the reference; then a column with the difference
+between the last two, which for low dose, denoised and full dose is denoised - full dose. Rows are the axial, coronal
+and sagittal plane through the middle of the body, head up, everything in one scale of mm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from scipy.ndimage import zoom
 
 from ldct_dist.ct.volume import Volume
+from ldct_dist.evaluate.protocols import Range
 
-PLANES = ("axial", "coronal", "sagittal")
-DIFFERENCE_HU = 60.0
-WIDTH_MM = 62.0  # of one panel on the page
+_GREY = colormaps["gray"]
+_SIGNED = LinearSegmentedColormap.from_list(  # below zero blue, above zero red, no difference dark
+    "signed", ["#a8dcff", "#2f7fc1", "#0c0c0c", "#c2472f", "#ffc9b0"]
+)
+_BODY_HU = -500
+_INK, _PAPER = "#e6e6e6", "#0c0c0c"
+
+# Inches on paper.
+_PANEL, _GAP = 2.8, 0.06
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.34, 0.12, 0.86, 0.66
+
+_STRIP_PIXELS = 256  # width of a column of the array
 
 
-def three_planes(path: Path, images: Mapping[str, Volume], window: tuple[float, float], title: str) -> None:
-    """A PNG: a row a plane through the middle, a column an image, and last minus last but one as difference.
+@dataclass(frozen=True)
+class _Panel:
+    """What one column shows: its three planes, (rows, columns) in HU, and how HU become colours."""
 
-    images: in order, the reference last; all on one grid. window: HU (low, high) shown from black to white.
+    name: str
+    planes: list[np.ndarray]
+    colours: Colormap
+    norm: Normalize
+
+
+def three_planes(path: Path, images: dict[str, Volume], window: Range, title: str) -> None:
+    """Write the panels of `images` as a PNG to `path`.
+
+    images: a column's title -> its Volume; two or more, of one grid. window: the HU shown as black and as white. The
+    difference has its own scale, symmetrical in HU, which reaches to the 99.5th percentile of what the panels show.
     """
-    names = list(images)
-    reference, candidate = images[names[-1]], images[names[-2]]
-    difference = candidate.hu.astype(np.float32) - reference.hu
-    columns = [(name, images[name].hu, "gray", window) for name in names]
-    limit = (-DIFFERENCE_HU, DIFFERENCE_HU)
-    columns.append((f"{names[-2]} - {names[-1]}", difference, "RdBu_r", limit))
-
-    spacing = reference.spacing
-    heights = [n * mm for n, mm in (_extent(reference.hu.shape, spacing, plane)[0] for plane in PLANES)]
-    widths = [n * mm for n, mm in (_extent(reference.hu.shape, spacing, plane)[1] for plane in PLANES)]
-    scale = WIDTH_MM / max(widths) / 25.4
-    figure = Figure(
-        figsize=(len(columns) * (max(widths) * scale + 0.12) + 0.9, sum(heights) * scale + 1.15),
-        dpi=130,
-        facecolor="black",
+    panels, sizes_mm = _panels(images, window)
+    mm_per_inch = max(width for _, width in sizes_mm) / _PANEL
+    sizes = [(height / mm_per_inch, width / mm_per_inch) for height, width in sizes_mm]
+    sheet = _Sheet(
+        width=_LEFT + len(panels) * (_PANEL + _GAP) + _RIGHT,
+        height=_TOP + sum(height + _GAP for height, _ in sizes) + _BOTTOM,
     )
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        3, len(columns) + 1, height_ratios=heights, width_ratios=[1] * len(columns) + [0.05],
-        left=0.03, right=0.95, top=0.88, bottom=0.02, hspace=0.04, wspace=0.04,
-    )  # fmt: skip
-    for row, plane in enumerate(PLANES):
-        for column, (name, hu, colours, (low, high)) in enumerate(columns):
-            axes = figure.add_subplot(grid[row, column])
-            (_, dy), (_, dx) = _extent(hu.shape, spacing, plane)
-            shown = axes.imshow(
-                _middle(hu, plane), cmap=colours, vmin=low, vmax=high, aspect=dy / dx, interpolation="nearest"
-            )
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            if row == 0:
-                axes.set_title(name, color="white", fontsize=11)
-            if column == 0:
-                axes.set_ylabel(plane, color="white", fontsize=10)
-    bar = figure.colorbar(shown, cax=figure.add_subplot(grid[:, -1]))
-    bar.set_label("difference, HU", color="white", fontsize=9)
-    bar.ax.tick_params(colors="white", labelsize=8)
-    figure.suptitle(f"{title}    window [{window[0]:g}, {window[1]:g}] HU", color="white", fontsize=12)
-    figure.savefig(path, facecolor=figure.get_facecolor())
+    sheet.text(_LEFT, 0.30, title, size=13, weight="bold", ha="left")
+    for column, panel in enumerate(panels):
+        x, y = _LEFT + column * (_PANEL + _GAP), _TOP
+        sheet.text(x + _PANEL / 2, _TOP - 0.14, panel.name, size=11)
+        for plane, (height, width) in zip(panel.planes, sizes, strict=True):
+            axes = sheet.axes(x + (_PANEL - width) / 2, y, width, height)
+            axes.imshow(plane, cmap=panel.colours, norm=panel.norm, aspect="auto", interpolation="bilinear")
+            y += height + _GAP
+
+    y = _TOP
+    for name, (height, _) in zip(("axial", "coronal", "sagittal"), sizes, strict=True):
+        sheet.text(_LEFT / 2, y + height / 2, name, size=10, rotation=90)
+        y += height + _GAP
+    window_middle = _LEFT + len(images) * (_PANEL + _GAP) / 2
+    sheet.colour_bar(
+        window_middle, y + 0.1, panels[0], f"window [{window[0]:g}, {window[1]:g}] HU".replace("-", "−")
+    )
+    sheet.colour_bar(sheet.width - _RIGHT - _PANEL / 2, y + 0.1, panels[-1], "difference in HU")
+    sheet.figure.savefig(path, facecolor=_PAPER)
 
 
-def planes_strip(
-    hu: np.ndarray, spacing: tuple[float, float, float], window: tuple[float, float]
-) -> np.ndarray:
-    """The three middle planes side by side, uint8 (H, W): black to white over the window, pixels square in mm."""
-    low, high = window
-    pixel = min(spacing)
-    pictures = []
-    for plane in PLANES:
-        (rows, dy), (columns, dx) = _extent(hu.shape, spacing, plane)
-        y = (np.arange(round(rows * dy / pixel)) * pixel / dy).astype(int).clip(0, rows - 1)
-        x = (np.arange(round(columns * dx / pixel)) * pixel / dx).astype(int).clip(0, columns - 1)
-        gray = (_middle(hu, plane).astype(np.float32) - low) / (high - low)
-        pictures.append((gray.clip(0, 1) * 255).astype(np.uint8)[np.ix_(y, x)])
-    height = max(p.shape[0] for p in pictures)
-    return np.hstack([np.pad(p, ((0, height - p.shape[0]), (0, 4))) for p in pictures])
+def planes_strip(images: dict[str, Volume], window: Range) -> np.ndarray:
+    """The same panels without words: (3, rows, columns) uint8 RGB, as TensorBoard's add_image takes them.
+
+    Each column is at most 256 pixels wide, and its voxels are square.
+    """
+    panels, sizes_mm = _panels(images, window)
+    widest = max(width for _, width in sizes_mm)
+    mm_per_pixel = max(widest / _STRIP_PIXELS, min(images[panels[0].name].spacing))
+    columns = []
+    for panel in panels:
+        tiles = []
+        for plane, size in zip(panel.planes, sizes_mm, strict=True):
+            scale = [mm / mm_per_pixel / voxels for mm, voxels in zip(size, plane.shape, strict=True)]
+            rgb = panel.colours(panel.norm(zoom(plane, scale, order=1, grid_mode=True, mode="nearest")))[
+                ..., :3
+            ]
+            free = round(widest / mm_per_pixel) - rgb.shape[1]
+            tiles.append(np.pad(rgb, ((0, 2), (free // 2, free - free // 2 + 2), (0, 0))))
+        columns.append(np.concatenate(tiles))
+    strip = np.concatenate(columns, axis=1)[:-2, :-2]
+    return np.ascontiguousarray((strip * 255).round().astype(np.uint8).transpose(2, 0, 1))
 
 
-def _middle(hu: np.ndarray, plane: str) -> np.ndarray:
-    """The middle slice of a plane, as it is read: head up in coronal and sagittal."""
+def _panels(images: dict[str, Volume], window: Range) -> tuple[list[_Panel], list[tuple[float, float]]]:
+    """A panel for each image and one for the difference, and the planes' (height, width) in mm."""
+    *_, (name, image), (reference_name, reference) = images.items()
+    box = _body(reference.hu)
+    grey = Normalize(*window, clip=True)
+    panels = [_Panel(title, _planes(volume.hu, box), _GREY, grey) for title, volume in images.items()]
+    difference = [a - b for a, b in zip(_planes(image.hu, box), _planes(reference.hu, box), strict=True)]
+    limit = _round_up(float(np.percentile(np.concatenate([np.abs(d).ravel() for d in difference]), 99.5)))
+    signed = Normalize(-limit, limit, clip=True)
+    panels.append(_Panel(f"{name} − {reference_name}", difference, _SIGNED, signed))
+    z, y, x = ((part.stop - part.start) * mm for part, mm in zip(box, reference.spacing, strict=True))
+    return panels, [(y, x), (z, x), (z, y)]
+
+
+def _body(hu: np.ndarray) -> tuple[slice, slice, slice]:
+    """All slices, and the rows and columns between which the body lies; everything where there is none."""
+    body = hu > _BODY_HU
+    box = [slice(0, len(hu))]
+    for axis in (1, 2):
+        filled = body.sum(axis=(0, 3 - axis))
+        inside = np.flatnonzero(filled > 0.02 * filled.max())
+        box.append(slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, hu.shape[axis]))
+    return box[0], box[1], box[2]
+
+
+def _planes(hu: np.ndarray, box: tuple[slice, slice, slice]) -> list[np.ndarray]:
+    """Axial, coronal and sagittal plane through the middle of the box, float32 HU, head up."""
+    hu = hu[box]
     z, y, x = (n // 2 for n in hu.shape)
-    return {"axial": hu[z], "coronal": hu[::-1, y], "sagittal": hu[::-1, :, x]}[plane]
+    return [plane.astype(np.float32) for plane in (hu[z], hu[::-1, y], hu[::-1, :, x])]
 
 
-def _extent(
-    shape: tuple[int, ...], spacing: tuple[float, float, float], plane: str
-) -> tuple[tuple[int, float], tuple[int, float]]:
-    """(pixels, mm a pixel) down and across."""
-    z, y, x = zip(shape, spacing, strict=True)
-    return {"axial": (y, x), "coronal": (z, x), "sagittal": (z, y)}[plane]
+def _round_up(hu: float) -> float:
+    """To the next of 10, 20, 50, 100, ... HU, so that the colour bar has plain numbers at its ends."""
+    if hu <= 10:
+        return 10.0
+    power = 10.0 ** math.floor(math.log10(hu))
+    return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if step * power >= hu)
+
+
+class _Sheet:
+    """A page measured in inches from its upper left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        # A Figure without pyplot: no global state, no window, and threads may each draw their own.
+        self.figure = Figure((width, height), dpi=150, facecolor=_PAPER)
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Bare axes, their upper left corner at (x, y)."""
+        bottom = self.height - y - height
+        axes = self.figure.add_axes(
+            (x / self.width, bottom / self.height, width / self.width, height / self.height)
+        )
+        axes.set_axis_off()
+        return axes
+
+    def text(self, x: float, y: float, words: str, **style: Any) -> None:
+        placed = {"color": _INK, "ha": "center", "va": "center", **style}
+        self.figure.text(x / self.width, 1 - y / self.height, words, placed)
+
+    def colour_bar(self, middle: float, y: float, panel: _Panel, label: str) -> None:
+        axes = self.axes(middle - 1.0, y, 2.0, 0.09)
+        axes.set_axis_on()
+        bar = self.figure.colorbar(
+            ScalarMappable(panel.norm, panel.colours), cax=axes, orientation="horizontal"
+        )
+        low, high = panel.norm.vmin, panel.norm.vmax
+        assert low is not None
+        assert high is not None
+        bar.set_ticks([low, (low + high) / 2, high])
+        bar.ax.tick_params(colors=_INK, labelsize=8, length=2)
+        bar.ax.xaxis.set_major_formatter("{x:g}")
+        bar.outline.set_visible(False)
+        self.text(middle, y + 0.42, label, size=9)

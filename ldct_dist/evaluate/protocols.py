@@ -1,50 +1,70 @@
-"""Named ways to measure image quality: a PSNR without its window and data range means nothing.
+"""Named ways to turn a pair of volumes into figures of merit, so that a number says what it means.
 
-The same white error of 20 HU reads 38, 26 or 18 dB by window alone.
+The same white noise of 20 HU reads 37.5 dB in a window 1500 HU wide and 26.0 dB in one of 400: a PSNR without its
+window says nothing. A protocol fixes all that the figures depend on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ldct_dist.errors import UserError
+
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """window: HU (low, high) that images are clipped to before PSNR and SSIM; their data range is its width.
+    """What is clipped, compared and averaged.
 
-    RMSE is in HU, not windowed. All figures are taken slice by slice and averaged over the slices, as the
-    papers do; only slices' voxels inside the field of view count (see `metrics`).
+    window: HU, lowest and highest; both images are clipped to it for PSNR and SSIM, and its width is their data range.
+    rmse_range: HU; both images are clipped to it for the RMSE.
+    ssim: the local window, of 7 x 7 equal weights or an 11 x 11 Gaussian of sigma 1.5.
+    ssim_zero: the HU that are zero intensity to SSIM, which compares brightness too; None: the window's lowest.
+    average: "slice", the mean of the slices' figures; or "volume", one mean square over all voxels.
     """
 
     name: str
-    window: tuple[float, float]
-    source: str
+    window: Range
+    rmse_range: Range
+    ssim: Literal["uniform7", "gaussian11"] = "uniform7"
+    ssim_zero: float | None = None
+    average: Literal["slice", "volume"] = "slice"
 
     @property
     def data_range(self) -> float:
         return self.window[1] - self.window[0]
 
+    def __str__(self) -> str:
+        """Such as "ldctbench-abdomen, window [-150, 250] HU"; the words that stand beside every figure."""
+        return f"{self.name}, window [{self.window[0]:g}, {self.window[1]:g}] HU"
 
-def _centred(centre: float, width: float) -> tuple[float, float]:
+
+def _centre_width(centre: float, width: float) -> Range:
     return centre - width / 2, centre + width / 2
 
 
+_LDCTBENCH_RMSE = (-1024.0, 1900.0)
+
 PROTOCOLS = {
-    p.name: p
-    for p in (
-        Protocol("ldctbench-chest", _centred(-600, 1500), "ldct-benchmark, chest: centre -600, width 1500"),
-        Protocol("ldctbench-abdomen", _centred(50, 400), "ldct-benchmark, abdomen: centre 50, width 400"),
-        Protocol("ldctbench-neuro", _centred(40, 80), "ldct-benchmark, neuro: centre 40, width 80"),
-        Protocol("redcnn-l506", (-160.0, 240.0), "RED-CNN and its successors on Mayo 2016, patient L506"),
-        Protocol("full-range", (-1024.0, 3071.0), "the 12 bits of clinical CT"),
+    protocol.name: protocol
+    for protocol in (
+        # As ldct-benchmark's compute_metric has them.
+        Protocol("ldctbench-chest", _centre_width(-600, 1500), _LDCTBENCH_RMSE),
+        Protocol("ldctbench-abdomen", _centre_width(50, 400), _LDCTBENCH_RMSE),
+        Protocol("ldctbench-neuro", _centre_width(40, 80), _LDCTBENCH_RMSE),
+        # As the widely used RED-CNN implementation scores patient L506 of Mayo 2016: its RMSE is windowed too,
+        # and its SSIM takes the HU as they are.
+        Protocol("redcnn-l506", (-160.0, 240.0), (-160.0, 240.0), ssim="gaussian11", ssim_zero=0.0),
+        # All that 12 bits hold.
+        Protocol("full-range", (-1024.0, 3071.0), (-1024.0, 3071.0), average="volume"),
     )
 }
 
 
-def protocol(name: str) -> Protocol:
-    """The protocol of that name. Raises UserError naming those there are."""
+def protocol_named(name: str) -> Protocol:
+    """Raises UserError that lists the names there are."""
     if name not in PROTOCOLS:
-        raise UserError(f"protocol {name!r}: there are {', '.join(PROTOCOLS)}")
+        raise UserError(f"protocol {name!r}: there is no such protocol; choose from {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

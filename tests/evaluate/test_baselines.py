@@ -1,0 +1,51 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ldct_dist.ct.phantom import body
+from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.evaluate.baselines import gaussian, tune_gaussian
+
+
+@pytest.fixture(scope="module")
+def full():
+    return body((6, 96, 96), (4.0, 4.0, 4.0), seed=0)
+
+
+def with_noise(volume, std):
+    noise = np.random.default_rng(0).normal(0, std, volume.shape)
+    noisy = np.rint(volume.hu + noise).clip(AIR_HU, None)
+    return replace(volume, hu=np.where(volume.hu == AIR_HU, AIR_HU, noisy).astype(np.int16))
+
+
+def test_width_is_in_mm_along_every_axis():
+    hu = np.zeros((41, 41, 41), np.int16)
+    hu[20, 20, 20] = 30000
+    smooth = gaussian(Volume(hu, (2.0, 1.0, 0.5)), sigma_mm=2.0).hu.astype(float)
+    for axis, mm in enumerate((2.0, 1.0, 0.5)):
+        profile = smooth.sum(axis=tuple({0, 1, 2} - {axis}))
+        at = (np.arange(41) - 20) * mm
+        assert np.sqrt((profile * at**2).sum() / profile.sum()) == pytest.approx(2.0, rel=0.05)
+
+
+def test_padding_stays(full):
+    smooth = gaussian(full, 5.0)
+    assert ((smooth.hu == AIR_HU) >= (full.hu == AIR_HU)).all()
+    assert smooth.spacing == full.spacing
+
+
+def test_tuned_width_beats_its_neighbours(full):
+    low = with_noise(full, 80)
+    sigma = tune_gaussian(low, full)
+
+    def rmse(width):
+        error = gaussian(low, width).hu.astype(float) - full.hu
+        return np.sqrt(np.square(error)[full.hu > AIR_HU].mean())
+
+    assert 0.5 < sigma < 6
+    assert rmse(sigma) < min(rmse(0.7 * sigma), rmse(1.4 * sigma), rmse(0))
+
+
+def test_more_noise_wants_a_wider_filter(full):
+    assert tune_gaussian(with_noise(full, 20), full) < tune_gaussian(with_noise(full, 150), full)

@@ -1,0 +1,153 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from ldct_dist.ct.phantom import body
+from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.metrics import evaluate_volume
+from ldct_dist.evaluate.protocols import PROTOCOLS, protocol_named
+
+
+@pytest.fixture(scope="module")
+def pair():
+    full = body((4, 64, 64), (5.0, 6.0, 6.0), seed=0).hu
+    noise = np.random.default_rng(1).normal(0, 20, full.shape)
+    return np.rint(full + noise).astype(np.int16), full
+
+
+def test_values_worked_out_by_hand():
+    full = np.full((2, 16, 16), 40, np.int16)
+    image = full.copy()
+    image[0] += 10
+    image[1] -= 30
+    figures = evaluate_volume(image, full, "ldctbench-abdomen")
+    assert figures["rmse_hu"] == pytest.approx((10 + 30) / 2)
+    assert figures["psnr_db"] == pytest.approx((20 * math.log10(400 / 10) + 20 * math.log10(400 / 30)) / 2)
+
+    pooled = evaluate_volume(image, full, "full-range")
+    assert pooled["rmse_hu"] == pytest.approx(math.sqrt((10**2 + 30**2) / 2))
+    assert pooled["psnr_db"] == pytest.approx(20 * math.log10(4095 / pooled["rmse_hu"]))
+
+
+def test_what_lies_outside_the_window_counts_for_rmse_alone():
+    full = np.full((1, 16, 16), 40, np.int16)
+    full[0, :8] = 700  # bone, white in the window
+    image = full.copy()
+    image[0, :8] += 100
+    image[0, 0, 0] = 690
+    figures = evaluate_volume(image, full, "ldctbench-abdomen")
+    assert figures["psnr_db"] == math.inf
+    assert figures["ssim"] == pytest.approx(1)
+    assert figures["rmse_hu"] == pytest.approx(math.sqrt((127 * 100**2 + 10**2) / 256))
+    # The RED-CNN implementation windows its RMSE too.
+    assert evaluate_volume(image, full, "redcnn-l506")["rmse_hu"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "decibel"), [("ldctbench-chest", 37.5), ("ldctbench-abdomen", 26.0), ("ldctbench-neuro", 12.4)]
+)
+def test_the_same_error_reads_differently_by_window(name, decibel):
+    """20 log10(width / 20), and a little more where the window cuts the noise at two standard deviations."""
+    full = np.full((2, 128, 128), 40, np.int16)
+    image = full + np.random.default_rng(0).normal(0, 20, full.shape)
+    assert evaluate_volume(image, full, name)["psnr_db"] == pytest.approx(decibel, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["ldctbench-chest", "ldctbench-abdomen", "ldctbench-neuro"])
+def test_agrees_with_scikit_image_where_every_voxel_counts(pair, name):
+    image, full = pair
+    protocol = protocol_named(name)
+    figures = evaluate_volume(image, full, name, mask=np.ones(full.shape, bool))
+    # ldct-benchmark scales the window to [0, 1] before it compares.
+    a, b = ((np.clip(x, *protocol.window) - protocol.window[0]) / protocol.data_range for x in (full, image))
+    slices = list(zip(a, b, strict=True))
+    assert figures["psnr_db"] == pytest.approx(
+        np.mean([peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in slices])
+    )
+    assert figures["ssim"] == pytest.approx(
+        np.mean([structural_similarity(x, y, data_range=1.0) for x, y in slices])
+    )
+
+
+def test_gaussian_ssim_is_the_red_cnn_one(pair):
+    """Convolutions with an 11 x 11 Gaussian of sigma 1.5, as that implementation computes it, borders apart."""
+    image, full = (torch.from_numpy(x.astype(np.float64)).clip(-160, 240)[:, None] for x in pair)
+    line = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2)[None, None]
+
+    def mean(x):
+        return torch.nn.functional.conv2d(x, window)
+
+    c1, c2 = (0.01 * 400) ** 2, (0.03 * 400) ** 2
+    a, b = mean(image), mean(full)
+    covariance = mean(image * full) - a * b
+    variances = mean(image * image) - a * a + mean(full * full) - b * b
+    expected = ((2 * a * b + c1) * (2 * covariance + c2)) / ((a * a + b * b + c1) * (variances + c2))
+    figures = evaluate_volume(*pair, "redcnn-l506", mask=np.ones(pair[1].shape, bool))
+    assert figures["ssim"] == pytest.approx(expected.mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_equal_images_are_perfect(pair, name):
+    _, full = pair
+    assert evaluate_volume(full, full, name) == {
+        "rmse_hu": 0.0,
+        "psnr_db": math.inf,
+        "ssim": pytest.approx(1),
+    }
+
+
+def test_a_slice_without_error_does_not_make_the_mean_infinite(pair):
+    image, full = pair[0].copy(), pair[1]
+    image[0] = full[0]
+    some = evaluate_volume(image, full, "ldctbench-abdomen")["psnr_db"]
+    rest = evaluate_volume(image[1:], full[1:], "ldctbench-abdomen")["psnr_db"]
+    assert some == pytest.approx(rest)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(rows=st.integers(1, 40), slices=st.integers(0, 2), name=st.sampled_from(sorted(PROTOCOLS)))
+def test_padding_does_not_flatter(rows, slices, name):
+    rng = np.random.default_rng(0)
+    full = rng.integers(-100, 200, (2, 16, 16)).astype(np.int16)
+    image = full + rng.normal(0, 20, full.shape)
+    plain = evaluate_volume(image, full, name)
+    around = ((0, slices), (0, rows), (0, 0))
+    padded = evaluate_volume(
+        np.pad(image, around, constant_values=AIR_HU), np.pad(full, around, constant_values=AIR_HU), name
+    )
+    assert padded["rmse_hu"] == pytest.approx(plain["rmse_hu"])
+    assert padded["psnr_db"] == pytest.approx(plain["psnr_db"])
+
+
+def test_only_the_mask_counts(pair):
+    image, full = pair
+    mask = np.zeros(full.shape, bool)
+    mask[:, 20:40, 20:40] = True
+    spoilt = np.where(mask, image, full + 500)
+    spoilt[:, 10:50, 10:50] = image[:, 10:50, 10:50]  # SSIM looks as far as its window
+    assert evaluate_volume(spoilt, full, "ldctbench-abdomen", mask) == pytest.approx(
+        evaluate_volume(image, full, "ldctbench-abdomen", mask)
+    )
+
+
+def test_mistakes_are_named(pair):
+    image, full = pair
+    with pytest.raises(UserError, match=r"'abdomen'.*ldctbench-abdomen, ldctbench-neuro, redcnn-l506"):
+        evaluate_volume(image, full, "abdomen")
+    with pytest.raises(UserError, match="shapes differ"):
+        evaluate_volume(image[1:], full, "full-range")
+    with pytest.raises(UserError, match="no voxel to count"):
+        evaluate_volume(image, np.full_like(full, AIR_HU), "full-range")
+    with pytest.raises(UserError, match="smaller than its window"):
+        evaluate_volume(image[:, :6], full[:, :6], "full-range")
+
+
+def test_a_protocol_says_its_window():
+    assert str(protocol_named("ldctbench-abdomen")) == "ldctbench-abdomen, window [-150, 250] HU"
