@@ -181,6 +181,8 @@ def set_pixels(ds: Dataset, source: Slice, stored: np.ndarray) -> None:
     vr = "SS" if source.low < 0 else "US"
     pixels = stored.astype("<i2" if source.low < 0 else "<u2")
     ds.add_new("PixelData", "OW", pixels.tobytes())
+    if source.lossy and "LossyImageCompression" not in ds:
+        ds.LossyImageCompression = "01"  # once lost, always said
     described = {"SmallestImagePixelValue": int(pixels.min()), "LargestImagePixelValue": int(pixels.max())}
     if source.pad:
         described |= {"PixelPaddingValue": source.pad[0], "PixelPaddingRangeLimit": source.pad[1]}

@@ -60,7 +60,7 @@ def find_series(folder: Path | str) -> tuple[list[Series], list[UserError]]:
         raise UserError(f"{folder}: no such folder; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
-    for path in _files(folder):
+    for path in _files(folder, refused):
         try:
             header = read_header(path)
         except UserError as e:
@@ -79,13 +79,19 @@ def find_series(folder: Path | str) -> tuple[list[Series], list[UserError]]:
 
 
 def one_series(folder: Path | str) -> Series:
-    """The only CT series below `folder`. Raises UserError if there is none, or more than one."""
+    """The only CT series below `folder`.
+
+    Raises UserError if there is none or more than one, or if anything was refused: an unreadable file may
+    be a slice that the series now lacks.
+    """
     found, refused = find_series(folder)
-    if len(found) == 1:
-        return found[0]
+    if len(found) > 1:
+        raise UserError(f"{folder}: {len(found)} CT series below it; give the folder of one of them")
+    if refused:
+        raise refused[0]
     if not found:
-        raise refused[0] if refused else UserError(f"{folder}: no CT series below it")
-    raise UserError(f"{folder}: {len(found)} CT series below it; give the folder of one of them")
+        raise UserError(f"{folder}: no CT series below it; give the folder that holds the DICOM files")
+    return found[0]
 
 
 def read_series(series: Series) -> Volume:
@@ -106,9 +112,12 @@ def read_slices(series: Series) -> Iterator[tuple[Dataset, Slice]]:
         yield ds, slice_
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, refused: list[UserError]) -> Iterator[Path]:
+    def refuse(e: OSError) -> None:
+        refused.append(UserError(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
+
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link back into the tree would repeat its slices, or never end
             folders.clear()

@@ -25,6 +25,9 @@ DRIFT = 0.25
 LENGTHS_MM = (0.01, 100.0)
 """Spacings outside this range belong to no CT of a patient, so the header is wrong."""
 
+FARTHEST_MM = 1e5
+"""No table moves further from the origin of patient coordinates; beyond, floats also lose the spacing."""
+
 Vector = tuple[float, float, float]
 
 
@@ -60,6 +63,9 @@ def stack(
     if not all(LENGTHS_MM[0] <= s <= LENGTHS_MM[1] for s in pixel_spacing):
         raise UserError(f"PixelSpacing {tuple(pixel_spacing)} mm belongs to no CT; correct it at the source")
     points = np.asarray(positions, float)
+    if np.abs(points).max() > FARTHEST_MM:
+        farthest = names[int(np.abs(points).max(axis=1).argmax())]
+        raise UserError(f"ImagePositionPatient of {farthest} is over 100 m away; correct it at the source")
     along = points @ normal
     order = np.argsort(along, kind="stable")
     points, along = points[order], along[order]
@@ -78,7 +84,8 @@ def stack(
 
 
 def _axes(orientation: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    x_axis, y_axis = np.asarray(orientation[:3], float), np.asarray(orientation[3:], float)
+    # Clipped, so that an absurd header does not overflow before it is refused.
+    x_axis, y_axis = np.clip(np.reshape(orientation, (2, 3)), -9, 9)
     lengths = np.array([np.linalg.norm(x_axis), np.linalg.norm(y_axis)])
     # Anonymisers round the cosines to three or four decimals; more than that is not a pair of axes.
     if np.abs(lengths - 1).max() > 0.01 or abs(x_axis @ y_axis) > 0.01:

@@ -35,6 +35,8 @@ _DECODER = {
     uid.RLELossless: "pydicom",
 }
 
+_LOSSY = (uid.JPEG2000, uid.HTJ2K, uid.JPEGLSNearLossless, uid.JPEGExtended12Bit)
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -42,6 +44,7 @@ class Slice:
 
     stored: (y, x) int32, the stored values. hu: (y, x) int16, AIR_HU where padding or below AIR_HU.
     padding: (y, x) bool. low, high: the stored range. pad: the range PixelPaddingValue takes, if any.
+    lossy: whether the file's compression may have changed values.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class Slice:
     low: int
     high: int
     pad: tuple[int, int] | None
+    lossy: bool
 
 
 def read_slice(path: Path) -> tuple[Dataset, Slice]:
@@ -78,7 +82,8 @@ def read_slice(path: Path) -> tuple[Dataset, Slice]:
     padding = tagged | (hu <= FILLER_HU)
     _refuse_unsound(path, stored[~tagged], hu, tagged, (low, high))
     hu = np.where(padding, AIR_HU, np.maximum(hu, AIR_HU)).astype(np.int16)
-    return ds, Slice(path, stored, hu, padding, slope, intercept, low, high, pad)
+    lossy = ds.file_meta.TransferSyntaxUID in _LOSSY
+    return ds, Slice(path, stored, hu, padding, slope, intercept, low, high, pad, lossy)
 
 
 def rescale(where: object, slope: float | None, intercept: float | None) -> tuple[float, float]:
@@ -96,7 +101,8 @@ def _sample_format(path: Path, ds: Dataset) -> tuple[int, bool]:
     representation, samples = number(ds, "PixelRepresentation"), number(ds, "SamplesPerPixel")
     if allocated != 16 or bits is None or not 1 < bits <= 16 or high_bit != bits - 1:
         raise UserError(
-            f"{path}: {allocated} bits allocated, {bits} stored, high bit {high_bit}; CT uses 16 bits"
+            f"{path}: BitsAllocated {text(ds, 'BitsAllocated')}, BitsStored {text(ds, 'BitsStored')}, HighBit "
+            f"{text(ds, 'HighBit')}, but CT uses 16 bits, the low ones first; export the original CT images"
         )
     if (
         samples != 1
@@ -116,6 +122,9 @@ def _decode(path: Path, ds: Dataset) -> np.ndarray:
     with pydicom_faults_as_user_errors(path):
         if syntax.is_encapsulated and syntax != uid.RLELossless and not _ends(ds):
             raise UserError(f"{path}: truncated pixel data; export the file again")
+        if not syntax.is_encapsulated and len(ds.PixelData) >= 2 * (ds.Rows + 1) * ds.Columns:
+            # A few bytes of padding are common; a whole row too many means another matrix.
+            raise UserError(f"{path}: more pixel data than Rows and Columns say; export the file again")
         pixels = pixel_array(
             ds, index=0, raw=True, correct_unused_bits=False, decoding_plugin=_DECODER.get(syntax, "")
         )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import (
+    JPEG2000,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -256,6 +257,20 @@ def test_descriptions_that_dicom_cannot_hold(tmp_path, source, description):
     with pytest.raises(UserError, match="description"):
         write_derived(source, read_series(source).hu, tmp_path / "out", description)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("said", "expected"), [(None, "01"), ("00", "00"), ("01", "01")])
+def test_lossy_compression_of_the_source_stays_said(tmp_path, said, expected):
+    for path in write_series(tmp_path / "in", phantom((2, 64, 64))):
+        ds = dcmread(path)
+        ds.compress(JPEG2000, j2k_cr=[5], generate_instance_uid=False)
+        ds.LossyImageCompression = said
+        if said is None:
+            del ds.LossyImageCompression
+        ds.save_as(path)
+    series = only(tmp_path / "in")
+    for path in write_derived(series, read_series(series).hu, tmp_path / "out", "x"):
+        assert dcmread(path).LossyImageCompression == expected
 
 
 def test_volume_of_another_shape(tmp_path, source):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from pydicom.uid import (
 from synthetic_dicom import Options, phantom, write_series
 
 from ldct_dist.ct.derived import write_derived
-from ldct_dist.ct.dicom import find_series, read_series
+from ldct_dist.ct.dicom import find_series, one_series, read_series
 from ldct_dist.errors import UserError
 
 
@@ -71,10 +73,13 @@ TAGS = {
     "missing": ({"ImagePositionPatient": lambda i: [0, 0, 2.5 * (i + 2 * (i > 1))]}, "2 missing slice(s)"),
     "uneven": ({"ImagePositionPatient": lambda i: [0, 0, i * i + i]}, "unevenly spaced"),
     "sheared": ({"ImagePositionPatient": lambda i: [0, 0.4 * i, 2.5 * i]}, "shift sideways by 1.60 mm"),
+    "huge axes": ({"ImageOrientationPatient": ["1e200", 0, 0, 0, "1e200", 0]}, "perpendicular"),
+    "far away": ({"ImagePositionPatient": lambda i: [0, 0, f"1e{300 - i}"]}, "slice-000.dcm is over 100 m"),
     "far apart": ({"ImagePositionPatient": lambda i: [0, 0, 1e4 * i]}, "slices 10000 mm apart"),
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("tags", "words"), TAGS.values(), ids=TAGS.keys())
 def test_headers_that_make_no_volume(tmp_path, tags, words):
     write_series(tmp_path, phantom(), Options(tags=tags))
@@ -118,6 +123,35 @@ def test_a_dcm_file_that_is_no_dicom_is_not_passed_over(tmp_path, content):
     assert "last.dcm" in refusal(tmp_path)
 
 
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    write_series(tmp_path / "a", phantom())
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "locked":  # as root, permissions alone would not stop us
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    found, refused = find_series(tmp_path)
+    assert len(found) == 1
+    assert "locked: Permission denied" in str(refused[0])
+
+
+def test_one_series_means_one_and_nothing_refused(tmp_path):
+    with pytest.raises(UserError, match="no CT series"):
+        one_series(tmp_path)
+    write_series(tmp_path / "a", phantom())
+    assert one_series(tmp_path).shape == (5, 40, 48)
+    (tmp_path / "a" / "last.dcm").touch()
+    with pytest.raises(UserError, match="last"):
+        one_series(tmp_path)
+    write_series(tmp_path / "b", phantom(), Options(seed="b"))
+    with pytest.raises(UserError, match="2 CT series"):
+        one_series(tmp_path)
+
+
 def pixel_refusal(folder) -> str:
     found, refused = find_series(folder)
     assert refused == []
@@ -151,6 +185,7 @@ PIXEL_TAGS = {
     "HU too high": ({"RescaleSlope": 1000}, "does not fit 16 bits"),
     "padding is tissue": ({"PixelPaddingValue": 1024}, "tissue has too"),
     "beyond BitsStored": ({"BitsStored": 8, "HighBit": 7}, "beyond BitsStored"),
+    "more rows": ({"Rows": 30}, "more pixel data than Rows and Columns say"),
     "8 bits": ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "CT uses 16 bits"),
     "colour": ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "not one grey value"),
     "no pixels": ({"PixelData": None}, "no pixel data"),
