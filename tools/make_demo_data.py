@@ -48,6 +48,8 @@ def _halve_series(folder: Path, syntax: str) -> list[Dataset]:
 def _halve(source: Dataset, slice_: Slice, series_uid: str, syntax: str) -> Dataset:
     ds = presentable(source)
     mark_derived(ds, series_uid, derived_uid(series_uid, slice_.path.name), DESCRIPTION)
+    if "AdditionalPatientHistory" in ds:
+        del ds.AdditionalPatientHistory  # free text on a patient, of no use here
     del ds.SourceImageSequence[0].SpatialLocationsPreserved  # true of the patient, not pixel by pixel
     rows, columns = slice_.stored.shape[0] // 2, slice_.stored.shape[1] // 2
     ds.Rows, ds.Columns = rows, columns
