@@ -10,6 +10,7 @@ from datetime import timedelta
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from ldct_dist.ct.volume import Volume
 from ldct_dist.train.run import RunFolder
 
 
@@ -53,9 +54,12 @@ class Monitor:
             self._board.add_scalar(f"validation/{name} ({protocol})", value, step)
         self.say("validation   " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + f"   [{protocol}]")
 
-    def image(self, step: int, picture: np.ndarray) -> None:
-        """picture: uint8 (3, H, W)."""
-        self._board.add_image("validation/low dose, denoised, full dose, difference", picture, step)
+    def image(self, step: int, images: dict[str, Volume], window: tuple[float, float]) -> None:
+        """Three planes of each image, and of the difference of the last two, in a window of HU."""
+        from ldct_dist.evaluate.figures import planes_strip  # its imports cost a second, for this rank alone
+
+        picture = planes_strip(images, window)
+        self._board.add_image("validation/" + ", ".join([*images, "difference"]), picture, step)
 
     def say(self, line: str) -> None:
         print(line, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from enum import IntEnum
 from pathlib import Path
@@ -13,9 +14,8 @@ from ldct_dist.checkpoint import generation as generations
 from ldct_dist.checkpoint.load import newest_valid, read
 from ldct_dist.checkpoint.save import Saver
 from ldct_dist.data.loader import Batch, Loader
-from ldct_dist.data.plan import Plan
+from ldct_dist.data.plan import Plan, lanes_of
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.figures import planes_strip
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.ema import Ema
 from ldct_dist.models.losses import build_loss, mask_from_box
@@ -58,20 +58,17 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, stop: Stop) -> None:
         self.config, self.world, self.stop = config, world, stop
-        self.folder = RunFolder(config.runs / config.name)
-        changed = world.agree(lambda: self.folder.open(config))
         self.store = Store(config.store)
         self.plan = Plan(self.store, config.data, config.seed)
-        if config.validation.every <= config.steps:
-            self.store.split(config.validation.split)  # refuse now, not at the first validation
-            protocol_named(config.validation.protocol)
         self.state = self._fresh_state()
+        self._refuse_misfits()
         self.strategy = DDPStrategy(self.state.model, world, config.precision == "bf16", config.compile)
         self.loss = build_loss(config.loss)
+        # The first thing written: every mistake above leaves no trace.
+        self.folder = RunFolder(config.runs / config.name)
+        for line in world.agree(lambda: self.folder.open(config)):
+            self._say(f"changed since the last start: {line}")
         self.generation = world.agree(lambda: generations.claim(self.folder.generations))
-        if world.is_main:
-            for line in changed:
-                print(f"changed since the last start: {line}", flush=True)
         self.saver = Saver(
             self.folder.checkpoints, self.folder.generations, self.generation, config.checkpoint, world
         )
@@ -83,11 +80,11 @@ class Trainer:
         if self.world.is_main:
             self.folder.record_start(self.world, self.generation, self.state.step)
         loader = Loader(self.plan, self.world.rank, self.world.size, self.world.device)
-        monitor = self._monitor()
+        monitor = self.open_monitor()
         try:
             self._warm_up()
             while self.state.step < self.config.steps:
-                ending = self._advance(loader, monitor)
+                ending = self.advance(loader, monitor)
                 if ending is not None:
                     return ending
             return self._finish(monitor)
@@ -134,7 +131,7 @@ class Trainer:
         state.step += 1
         return mean_loss, norm.item(), applied, wishes
 
-    def _advance(self, loader: Loader, monitor: Monitor | None) -> Ending | None:
+    def advance(self, loader: Loader, monitor: Monitor | None) -> Ending | None:
         """One step and what falls due after it; an Ending if the run is to stop here."""
         start = time.perf_counter()
         batch = loader.batch(self.state.step)
@@ -180,9 +177,8 @@ class Trainer:
     def _resume(self) -> None:
         group = self.world.group()
         found = newest_valid(self.folder.checkpoints, self.world, group)
-        if self.world.is_main:
-            for line in found.passed_over:
-                print(f"passed over checkpoint {line}", flush=True)
+        for line in found.passed_over:
+            self._say(f"passed over checkpoint {line}")
         if found.path is None or found.manifest is None:
             if self.config.init_from is not None:
                 self._start_from(self.config.init_from)
@@ -195,8 +191,7 @@ class Trainer:
         for file, name, tensor in read(found.path, found.manifest, self.world, group):
             self.state.load(file, name, tensor)
         self.state.load_counters(found.manifest.state)
-        if self.world.is_main:
-            print(f"resumed at step {self.state.step} from {found.path}", flush=True)
+        self._say(f"resumed at step {self.state.step} from {found.path}")
 
     def _start_from(self, path: Path) -> None:
         source = load_weights(path, self.world.device)
@@ -206,15 +201,33 @@ class Trainer:
             )
         self.state.model.load_state_dict(source.state_dict())
         self.state.ema = Ema(self.state.model, self.config.optim.ema)
+        self._say(f"fine-tuning: a new run that starts from the weights in {path} (not a resume)")
+
+    def _refuse_misfits(self) -> None:
+        """What the parts of the config ask of each other and of this machine."""
+        config, model = self.config, self.state.model
+        lanes_of(self.world.rank, self.world.size, config.data.batch)
+        if any(c % s for c, s in zip(config.data.crop, model.stride, strict=True)):
+            raise UserError(
+                f"data.crop={list(config.data.crop)}: {config.model.name} takes crops whose sides are multiples of "
+                f"{list(model.stride)} (z, y, x)"
+            )
+        if config.validation.every <= config.steps:
+            self.store.split(config.validation.split)
+            protocol_named(config.validation.protocol)
+        if config.compile and self.world.device.type == "cpu" and shutil.which("g++") is None:
+            raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")
+
+    def _say(self, line: str) -> None:
         if self.world.is_main:
-            print(f"fine-tuning: a new run that starts from the weights in {path} (not a resume)", flush=True)
+            print(line, flush=True)
 
     def _fresh_state(self) -> TrainState:
         config = self.config
         torch.manual_seed(config.seed)
         model: Denoiser = build(config.model).to(self.world.device)
         if config.channels_last:
-            model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            _to_channels_last(model)
         if config.precision == "fp64":
             model = model.double()
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optim.name]
@@ -253,11 +266,10 @@ class Trainer:
         if monitor is not None:
             monitor.validation(self.state.step, done.figures, config.protocol)
             if self.config.log.images and done.first is not None:
-                window = protocol_named(config.protocol).window
-                monitor.image(self.state.step, planes_strip(done.first, window))
+                monitor.image(self.state.step, done.first, protocol_named(config.protocol).window)
         return self.state.note_validation(done.figures["rmse_hu"])
 
-    def _monitor(self) -> Monitor | None:
+    def open_monitor(self) -> Monitor | None:
         if not self.world.is_main:
             return None
         c = self.config
@@ -276,6 +288,17 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def _to_channels_last(model: Denoiser) -> None:
+    """The layout in which 3-D convolutions run fastest, on CPU and GPU.
+
+    Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
+    strides to be those of the parameter.
+    """
+    for p in model.parameters():
+        if p.ndim == 5 and p[0, 0].numel() > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _deadline(config: RunConfig) -> float | None:
