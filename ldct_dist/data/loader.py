@@ -132,12 +132,16 @@ class Loader:
 
     def _cut(self, step: int, crops: tuple[Crop, ...], blocks: list[tuple[Future[np.ndarray], ...]]) -> _Made:
         pair = self._staging()
+        hu = pair.numpy()
         for i, (crop, doses) in enumerate(zip(crops, blocks, strict=True)):
+            source, target = _overlap(crop, self.plan.config.crop)
             for dose, block in enumerate(doses):
-                _cut_crop(block.result(), crop, pair[dose, i, 0].numpy())
-        box = torch.tensor(
-            [[(-s, n - s) for s, n in zip(c.start, c.block.shape, strict=True)] for c in crops]
-        )
+                cut = block.result()[source]
+                if cut.shape != self.plan.config.crop:
+                    hu[dose, i].fill(AIR_HU)
+                hu[dose, i, 0][target] = cut  # converts on the way
+        start, shape = np.array([c.start for c in crops]), np.array([c.block.shape for c in crops])
+        box = torch.from_numpy(np.stack((-start, shape - start), axis=-1))
         if self._copies is None:
             return _Made(self._augmented(step, crops, pair, box))
         with torch.cuda.stream(self._copies):
@@ -203,17 +207,14 @@ class _Made:
     """set once the batch lies on the GPU"""
 
 
-def _cut_crop(block: np.ndarray, crop: Crop, into: np.ndarray) -> None:
-    """Copy one crop out of its block, converting on the way, and pad where the volume is too short."""
+def _overlap(crop: Crop, size: tuple[int, int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a crop takes its voxels from in its block, and where in the crop they go."""
     source, target = [], []
-    for r, s, c, n in zip(crop.block.region, crop.start, into.shape, crop.block.shape, strict=True):
+    for r, s, c, n in zip(crop.block.region, crop.start, size, crop.block.shape, strict=True):
         start, stop = max(s, 0), min(s + c, n)
         source.append(slice(start - r.start, stop - r.start))
         target.append(slice(start - s, stop - s))
-    cut = block[tuple(source)]
-    if cut.size < into.size:
-        into.fill(AIR_HU)
-    into[tuple(target)] = cut
+    return tuple(source), tuple(target)
 
 
 def _cancel(futures: Iterable[Future]) -> None:

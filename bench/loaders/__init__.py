@@ -1,0 +1,1 @@
+"""Ways to feed paired crops to a network, each as a generator of (low, full, names of the cases)."""

@@ -1,0 +1,173 @@
+"""What is not a rate: memory, cost of opening and resuming, evenness, and what is read for what is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ldct_dist.ct.volume import Volume
+from ldct_dist.data.loader import Loader
+from ldct_dist.data.plan import DataConfig, Plan
+from ldct_dist.store import layout
+from ldct_dist.store.reader import Store
+
+MIB = 1 << 20
+SMALL = (16, 64, 64)
+
+
+def memory(cache: Path, batches: int) -> dict[str, float]:
+    """RSS of a loader at its defaults over many batches of 8 crops of 64^3: above that of the imports, and its growth."""
+    before = _rss()
+    plan = Plan(Store(cache / "store"), DataConfig(crop=(64, 64, 64)), seed=0)
+    with Loader(plan) as loader:
+        for step in range(batches // 10):
+            loader.batch(step)
+        early = _rss()
+        for step in range(batches // 10, batches):
+            loader.batch(step)
+        growth = _rss() - early
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    assert peak <= plan.config.memory_mib, f"{peak} MiB is beyond the budget of {plan.config.memory_mib}"
+    return {"rss_growth_mib": growth, "rss_peak_mib": peak, "budget_mib": plan.config.memory_mib}
+
+
+def opening(cache: Path) -> dict[str, float]:
+    """Seconds to open a store and get the first batch, at 10 and at 10,000 small cases."""
+
+    def first_batch(store: Path) -> Callable[[], None]:
+        def run() -> None:
+            config = DataConfig(crop=SMALL, reuse=1.0)
+            with Loader(Plan(Store(store), config, seed=0)) as loader:
+                loader.batch(0)
+
+        return run
+
+    few, many = (_small_store(cache, n) for n in (10, 10_000))
+    few_s, many_s = _medians(first_batch(few), first_batch(many))
+    return {"open_10_s": few_s, "open_10k_s": many_s, "open_10k_vs_10": many_s / few_s}
+
+
+def resuming(cache: Path) -> dict[str, float]:
+    """Seconds to the first batch of a new loader, at step 0 and at step 1,000,000."""
+    store = Store(cache / "store")
+
+    def batch_at(step: int) -> Callable[[], None]:
+        def run() -> None:
+            with Loader(Plan(store, DataConfig(), seed=0)) as loader:
+                loader.batch(step)
+
+        return run
+
+    start_s, resume_s = _medians(batch_at(0), batch_at(1_000_000))
+    return {"resume_0_s": start_s, "resume_1m_s": resume_s, "resume_1m_vs_0": resume_s / start_s}
+
+
+def reading(cache: Path) -> dict[str, float]:
+    """At the defaults, over whole blocks: voxels decoded over distinct voxels used, and bytes read and files opened."""
+    plan = Plan(Store(cache / "store"), DataConfig(), seed=0)
+    k, lanes = plan.crops_per_block, 8
+    decoded = distinct = used = 0
+    for number in range(4):
+        for lane in range(lanes):
+            block = plan.block(lane, number)
+            seen = np.zeros(block.size, bool)
+            for step in range(number * k + k - lane, number * k + 2 * k - lane):
+                crop = plan.crop(step, lane)
+                box = _inside(crop.start, plan.config.crop, block.region)
+                if crop.key == (lane, number):
+                    seen[box] = True
+                    used += np.prod(plan.config.crop)
+            if seen.any():
+                decoded, distinct = decoded + seen.size, distinct + int(seen.sum())
+    return {"read_amplification": decoded / distinct, "reuse_default": used / decoded, "crops_per_block": k}
+
+
+def evenness(cache: Path, crop: tuple[int, int, int], views: int = 30) -> dict[str, float]:
+    """Coefficient of variation of how often the voxels of a volume are seen, over all voxels and over its body.
+
+    At `views` crops' worth of voxels a voxel. MONAI and nnU-Net draw corners evenly (nnU-Net's oversampling of
+    labelled voxels has no meaning here), so they share a figure.
+    """
+    store = Store(cache / "store")
+    name, shape = store.cases[0].name, store.cases[0].shape
+    body = store.volume(name, layout.FULL_DOSE).hu > layout.BODY_HU
+    count = views * int(np.prod(shape)) // int(np.prod(crop))
+    drawn = np.random.default_rng(0).integers(np.subtract(shape, crop) + 1, size=(count, 3))
+    result = _variation("random_corners", drawn, crop, body)
+    for label, min_body in (("ours", DataConfig().min_body), ("ours_all_blocks", 0.0)):
+        plan = Plan(store, DataConfig(crop=crop, min_body=min_body, batch=1), seed=0)
+        starts, number = [], 0
+        while len(starts) < count:
+            if plan.block(0, number).case == name:
+                k = plan.crops_per_block
+                starts += [plan.crop(number * k + turn, 0).start for turn in range(k)]
+            number += 1
+        result |= _variation(label, np.array(starts), crop, body)
+    return result
+
+
+def _variation(
+    label: str, starts: np.ndarray, crop: tuple[int, int, int], body: np.ndarray
+) -> dict[str, float]:
+    seen = np.zeros([n + 1 for n in body.shape], np.int32)
+    for corner in np.ndindex(2, 2, 2):  # a box is eight corners of an array summed up along all axes
+        where = starts + np.multiply(corner, crop)
+        np.add.at(seen, tuple(where.T), (-1) ** sum(corner))
+    for axis in range(3):
+        np.cumsum(seen, axis, out=seen)
+    seen = seen[:-1, :-1, :-1]
+    return {f"{label}_cv": seen.std() / seen.mean(), f"{label}_cv_body": seen[body].std() / seen[body].mean()}
+
+
+def _inside(
+    start: tuple[int, int, int], crop: tuple[int, int, int], region: tuple[slice, ...]
+) -> tuple[slice, ...]:
+    return tuple(
+        slice(max(s - r.start, 0), s + c - r.start) for s, c, r in zip(start, crop, region, strict=True)
+    )
+
+
+def _medians(*runs: Callable[[], None], repeats: int = 7) -> list[float]:
+    """Median seconds of each, taken in turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def _rss() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / MIB
+
+
+def _small_store(cache: Path, cases: int) -> Path:
+    """A store of many small cases: one is written, the others are its copies under names of their own."""
+    path = cache / f"small-{cases}"
+    if (path / layout.CATALOGUE).exists():
+        return path
+    shutil.rmtree(path, ignore_errors=True)
+    layout.create(path)
+    hu = np.random.default_rng(0).normal(0, 50, (32, 128, 128)).astype(np.int16)
+    doses = {1.0: Volume(hu, (1.0, 1.0, 1.0)), 0.25: Volume(hu, (1.0, 1.0, 1.0))}
+    layout.write_case(path, "case-00000", doses, patient="case-00000", split="train")
+    first = path / layout.CASES / "case-00000"
+    for i in range(1, cases):
+        name = f"case-{i:05d}"
+        copy = shutil.copytree(first, first.with_name(name), copy_function=os.link)
+        meta = json.loads((first / "zarr.json").read_text())
+        meta["attributes"][layout.FORMAT] |= {"name": name, "patient": name}
+        (copy / "zarr.json").unlink()
+        (copy / "zarr.json").write_text(json.dumps(meta))
+    layout.finalise(path)
+    return path
