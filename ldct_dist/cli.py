@@ -40,7 +40,9 @@ def main() -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[Path, typer.Argument(help="Folder with the DICOM files, nested as it may be")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder with the DICOM files, nested as it may be, or a manifest (CSV)")
+    ],
     store: Annotated[Path, typer.Argument(help="The store to write, or to go on with")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="YAML with these settings")] = None,
@@ -48,7 +50,7 @@ def ingest(
         str, typer.Option(help="i/n: every n-th case from the i-th (from 0), for array jobs")
     ] = "0/1",
 ) -> None:
-    """DICOM to a Zarr store; refused series are listed and do not stop the others.
+    """DICOM to a Zarr store; what is refused is listed and does not stop the others.
 
     Example: ldct-dist ingest /data/dicom /scratch/ct.zarr dose=0.25 splits='{train: 0.8, val: 0.1, test: 0.1}'
     """
@@ -76,8 +78,19 @@ def ingest(
     for refusal in report.rejected[:20]:
         console.print(f"  refused: {refusal.reason}", markup=False)
     if report.rejected:
-        console.print(f"  all refusals: {store}.rejected.csv")
+        console.print(f"  all refusals: {report.rejected_csv}")
         raise typer.Exit(1)
+
+
+@app.command()
+def finalise(store: Annotated[Path, typer.Argument(help="The store whose parts are all written")]) -> None:
+    """Write a store's catalogue, once every task of an array job has done its --part of the ingest.
+
+    Example: ldct-dist finalise /scratch/ct.zarr
+    """
+    from ldct_dist.store.ingest import finalise as run
+
+    console.print(f"{run(store)} cases -> {store}")
 
 
 @app.command()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
 from pydantic import Field
 
 from ldct_dist.config import Config
-from ldct_dist.ct.dicom import read_series
-from ldct_dist.ct.dose import DoseConfig, simulate_low_dose
+from ldct_dist.ct.dose import DoseConfig
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.pairing import Pair, PairingConfig, Refusal, find_pairs
 from ldct_dist.store.privacy import default_key_path, keyed_hash, load_key
+from ldct_dist.store.task import Task, task
+from ldct_dist.store.workers import run_all
 
 TYPICAL_RATIO = 1.6  # lz4 + bitshuffle on noisy CT
 
@@ -29,15 +27,15 @@ TYPICAL_RATIO = 1.6  # lz4 + bitshuffle on noisy CT
 class IngestConfig(Config):
     """What becomes of a folder of DICOM."""
 
-    dose: float = Field(0.25, gt=0, lt=1)
-    """dose fraction of the low-dose images"""
+    dose: float = Field(0.25, ge=0.01, le=0.99)
+    """dose fraction of the low-dose images, where their source does not say it"""
     pairing: PairingConfig = PairingConfig()
     simulation: DoseConfig = DoseConfig()
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     splits: dict[str, float] = Field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
     """share of the patients in each split, drawn by the keyed hash of the patient"""
     split_of: dict[str, str] = Field(default_factory=dict)
-    """pattern of a PatientID (shell wildcards) to its split, for those that are not to be drawn"""
+    """pattern of a patient (shell wildcards) to its split, for those that are not to be drawn"""
     key: Path | None = None
     """the secret that patients are hashed with; default: STORE.key beside the store"""
     workers: int | None = Field(None, gt=0)
@@ -59,6 +57,8 @@ class IngestReport:
     skipped: list[str] = field(default_factory=list)
     """cases that were there whole, from the same source"""
     rejected: list[Refusal] = field(default_factory=list)
+    rejected_csv: Path | None = None
+    """where the rejected are listed, if there are any"""
 
 
 def ingest(
@@ -70,138 +70,117 @@ def ingest(
     announce: Callable[[Survey], None] = lambda survey: None,
     progress: Callable[[str], None] = lambda case: None,
 ) -> IngestReport:
-    """Write the series below `source` into the store `out`, then its catalogue.
+    """Write what `source`, a folder of DICOM or a manifest, holds into the store `out`, then its catalogue.
 
-    part: (i, n) takes every n-th case, for the tasks of an array job. `announce` hears what will be written
-    before it is, `progress` each case that is done. Refused series are listed in OUT.rejected.csv and do not
-    stop the others. Raises UserError if nothing can be ingested at all.
+    part: (i, n) takes every n-th case, for the tasks of an array job; once all parts are done, `finalise` writes
+    the catalogue. `announce` hears what will be written before it is, `progress` each case that is done. What is
+    refused is listed in OUT.rejected.csv and does not stop the others. Works in processes that import the calling
+    script: it needs an `if __name__ == "__main__"`.
+
+    Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split, and if
+    `out` cannot be written; cases that are whole by then stay, and the next start goes on from there.
     """
     source, out, config = Path(source), Path(out), config or IngestConfig()
     _check_shares(config)
+    _check_places(source, out)
     pairs, refused = find_pairs(source, config.pairing)
-    key = load_key(config.key or default_key_path(out))
-    layout.create(out)
-    tasks = [_task(out, pair, key, config) for pair in pairs[part[0] :: part[1]]]
-    report = IngestReport(rejected=refused if part[0] == 0 else [])
-    _refuse_leaks(pairs, key, config)
-    report.skipped = [task.name for task in tasks if _is_there(task)]
-    todo = [task for task in tasks if task.name not in report.skipped]
-    announce(_survey(todo))
-    for task, error in _run(todo, config.workers):
-        if error is None:
-            report.written.append(task.name)
-        else:
-            report.rejected.append(Refusal(task.pair.full.name, error))
-        progress(task.name)
-    _write_rejected(out, report.rejected)
-    if not layout.list_cases(out):
-        first = report.rejected[0]
-        raise UserError(f"{source}: no series could be ingested; the first reason: {first.reason}")
-    if part[1] == 1:
-        layout.finalise(out)
+    with _unwritable_as_user_error(out):
+        key = load_key(config.key or default_key_path(out))
+        splits = [_split(pair, key, config) for pair in pairs]
+        _refuse_leaks(pairs, splits)
+        layout.create(out)
+        tasks = _tasks(out, pairs, splits, key, config, part)
+        report = IngestReport(rejected=refused if part[0] == 0 else [])
+        report.skipped = [t.name for t in tasks if t.is_done]
+        todo = [t for t in tasks if t.name not in set(report.skipped)]
+        announce(_survey(todo))
+        for done, refusal in run_all(todo, config.workers or len(os.sched_getaffinity(0))):
+            if refusal is None:
+                report.written.append(done.name)
+            else:
+                report.rejected.append(
+                    Refusal(done.pair.name or str(done.pair.full.paths[0].parent), refusal)
+                )
+            progress(done.name)
+        report.rejected_csv = _write_rejected(out, part, report.rejected)
+        if report.rejected and not layout.list_cases(out):
+            first = report.rejected[0].reason
+            raise UserError(f"{source}: no series could be ingested; the first reason: {first}")
+        if part[1] == 1:
+            layout.finalise(out)
     return report
 
 
-@dataclass(frozen=True)
-class _Task:
-    store: Path
-    name: str
-    pair: Pair
-    patient: str
-    split: str
-    provenance: str
-    seed: int
-    config: IngestConfig
+def finalise(out: Path | str) -> int:
+    """Write the catalogue of `out` once all parts of its ingest are done; how many cases it holds.
+
+    Raises UserError as `layout.finalise` does, and if `out` cannot be written.
+    """
+    with _unwritable_as_user_error(Path(out)):
+        return layout.finalise(Path(out))
 
 
-def _task(store: Path, pair: Pair, key: bytes, config: IngestConfig) -> _Task:
-    identity = keyed_hash(key, "case", pair.full.series_uid, pair.low.series_uid if pair.low else "")
-    made_of = [pair.full, *([pair.low] if pair.low else [])]
-    sizes = [str(path.stat().st_size) for series in made_of for path in series.paths]
-    how = config.model_dump_json(include={"dose", "simulation", "seed"})
-    return _Task(
-        store=store,
-        name=pair.name or f"case-{identity[:12]}",
-        pair=pair,
-        patient=_patient(pair, key),
-        split=_split(pair, key, config),
-        provenance=keyed_hash(key, "provenance", *(s.series_uid for s in made_of), *sizes, how),
-        seed=config.seed + int(identity[:8], 16),
-        config=config,
-    )
-
-
-def _patient(pair: Pair, key: bytes) -> str:
-    return keyed_hash(key, "patient", pair.full.patient_id)
+def _tasks(
+    out: Path,
+    pairs: Sequence[Pair],
+    splits: Sequence[str],
+    key: bytes,
+    config: IngestConfig,
+    part: tuple[int, int],
+) -> list[Task]:
+    first, step = part
+    return [
+        task(
+            out,
+            pair,
+            split,
+            key,
+            dose=config.dose,
+            seed=config.seed,
+            simulation=config.simulation,
+            check=config.pairing.check,
+        )
+        for pair, split in list(zip(pairs, splits, strict=True))[first::step]
+    ]
 
 
 def _split(pair: Pair, key: bytes, config: IngestConfig) -> str:
-    if pair.split is not None:
-        return pair.split
-    for pattern, split in config.split_of.items():
-        if fnmatchcase(pair.full.patient_id, pattern):
-            return split
-    u = int(keyed_hash(key, "split", pair.full.patient_id)[:13], 16) / 16**13
-    for split, share in config.splits.items():
+    patterns = (split for pattern, split in config.split_of.items() if fnmatchcase(pair.patient, pattern))
+    named = pair.split or next(patterns, None)
+    if named is None:
+        return _drawn(pair.patient, key, config.splits)
+    if named not in config.splits:
+        raise UserError(
+            f"split {named!r} is none of {', '.join(config.splits)}; correct it, or add it to splits "
+            "(a share of 0 will do)"
+        )
+    return named
+
+
+def _drawn(patient: str, key: bytes, splits: dict[str, float]) -> str:
+    u = int(keyed_hash(key, "split", patient)[:13], 16) / 16**13
+    for split, share in splits.items():
         u -= share
         if u < 0:
             return split
-    return next(reversed(config.splits))  # u was within rounding of 1
+    return max(splits, key=lambda split: splits[split])  # u was within rounding of 1
 
 
-def _refuse_leaks(pairs: list[Pair], key: bytes, config: IngestConfig) -> None:
-    splits: dict[str, set[str]] = {}
-    for pair in pairs:
-        splits.setdefault(pair.full.patient_id, set()).add(_split(pair, key, config))
-    leaks = [p for p, s in splits.items() if len(s) > 1]
-    if leaks:
+def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:
+    of: dict[str, set[str]] = {}
+    for pair, split in zip(pairs, splits, strict=True):
+        of.setdefault(pair.patient, set()).add(split)
+    leaking = [pair for pair in pairs if len(of[pair.patient]) > 1]
+    if leaking:
+        where = ", ".join(pair.name or str(pair.full.paths[0].parent) for pair in leaking[:6])
+        patients = len({pair.patient for pair in leaking})
         raise UserError(
-            f"{len(leaks)} patient(s) would stand in more than one split: give all series of a patient one split"
+            f"{patients} patient(s) would stand in more than one split ({where}); "
+            "give all cases of a patient one split"
         )
 
 
-def _is_there(task: _Task) -> bool:
-    case = task.store / layout.CASES / task.name
-    return case.exists() and layout.read_record(case).provenance == task.provenance
-
-
-def _run(tasks: list[_Task], workers: int | None) -> Iterator[tuple[_Task, str | None]]:
-    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(tasks)))
-    # Not fork: the parent has threads (torch, tensorstore) that a forked child would wait for for ever.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        running = {pool.submit(_write, task): task for task in tasks}
-        for future in as_completed(running):
-            yield running[future], future.result()
-
-
-def _write(task: _Task) -> str | None:
-    """Make one case; None, or why it was refused."""
-    try:
-        full = read_series(task.pair.full)
-        if task.pair.low is not None:
-            low = read_series(task.pair.low)
-        else:
-            low = simulate_low_dose(full, task.config.dose, task.seed, task.config.simulation)
-        old = task.store / layout.CASES / task.name
-        if old.exists():
-            shutil.rmtree(old)  # made from something else, by an earlier ingest
-        layout.write_case(
-            task.store,
-            task.name,
-            {1.0: full, task.config.dose: low},
-            patient=task.patient,
-            split=task.split,
-            provenance=task.provenance,
-        )
-    except UserError as e:
-        return str(e)
-    return None
-
-
-def _survey(tasks: list[_Task]) -> Survey:
+def _survey(tasks: Sequence[Task]) -> Survey:
     voxels = sum(z * y * x for z, y, x in (t.pair.full.shape for t in tasks))
     # a case is its record, and for each dose the array's metadata and one shard
     return Survey(len(tasks), 5 * len(tasks), round(2 * 2 * voxels / TYPICAL_RATIO))
@@ -213,13 +192,34 @@ def _check_shares(config: IngestConfig) -> None:
         raise UserError(f"splits: the shares {config.splits} add up to {total:g}; they must add up to 1")
 
 
-def _write_rejected(out: Path, rejected: list[Refusal]) -> None:
+def _check_places(source: Path, out: Path) -> None:
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder; give the DICOM files' folder, or a manifest")
+    if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"{out}: is the source or lies in it; put the store outside {source}")
+
+
+@contextmanager
+def _unwritable_as_user_error(out: Path) -> Iterator[None]:
+    """What goes wrong with source files is a UserError before it gets here, so an OSError is the store's."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"{out}: cannot be written ({e.strerror or e}); make room or choose another folder, then start again: "
+            "cases that are whole stay"
+        ) from e
+
+
+def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal]) -> Path | None:
     """Beside the store, not in it: the folders' names may name patients."""
-    path = out.with_name(f"{out.name}.rejected.csv")
+    which = f"-{part[0]}-of-{part[1]}" if part[1] > 1 else ""
+    path = out.with_name(f"{out.name}.rejected{which}.csv")
     if not rejected:
         path.unlink(missing_ok=True)
-        return
-    with open(path, "w", newline="") as f:
+        return None
+    with open(path, "w", newline="", encoding="utf-8") as f:
         rows = csv.writer(f)
         rows.writerow(["where", "reason"])
         rows.writerows((r.where, r.reason) for r in rejected)
+    return path

@@ -119,7 +119,7 @@ def write_case(
     provenance: str = "",
     noise_hu: float | None = None,
 ) -> CaseRecord:
-    """Write a case whole: it appears under its name in one rename, or not at all.
+    """Write a case whole: it appears under its name in one rename, or not at all. One that is there goes.
 
     doses: dose fraction to Volume, all on one grid. patient: the keyed hash, never the ID.
     """
@@ -142,25 +142,35 @@ def write_case(
         body=body_share(full.hu, chunk_shape(full.shape)),
     )
     temporary = store / CASES / f"{TEMPORARY}{name}-{os.getpid()}-{secrets.token_hex(3)}"
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         group = zarr.open_group(temporary, mode="w", zarr_format=3)
         for dose, volume in names.items():
             _write_array(group, dose, volume.hu, record.chunk)
         group.attrs.put({"ome": _ome(record), FORMAT: _to_json(record)})
         _sync_tree(temporary)
+        if (store / CASES / name).exists():
+            (store / CASES / name).rename(replaced)
         temporary.rename(store / CASES / name)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        shutil.rmtree(replaced, ignore_errors=True)
     return record
 
 
 def read_record(case: Path) -> CaseRecord:
-    """The record of the case in folder `case`."""
-    body = json.loads((case / "zarr.json").read_bytes())["attributes"][FORMAT]
-    tuples = {k: tuple(v) for k, v in body.items() if isinstance(v, list)}
-    tuples["direction"] = tuple(map(tuple, body["direction"]))
-    return CaseRecord(**{**body, **tuples, "body": bytes.fromhex(body["body"])})
+    """The record of the case in folder `case`. Raises UserError if there is none, or one that is damaged."""
+    try:
+        body = json.loads((case / "zarr.json").read_bytes())["attributes"][FORMAT]
+        tuples = {k: tuple(v) for k, v in body.items() if isinstance(v, list)}
+        tuples["direction"] = tuple(map(tuple, body["direction"]))
+        return CaseRecord(**{**body, **tuples, "body": bytes.fromhex(body["body"])})
+    except FileNotFoundError as e:
+        raise UserError(f"{case.parent.parent}: no case {case.name!r}; ldct-dist info lists them") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{case.parent.parent}: the record of case {case.name} is damaged; delete {case} and ingest it again"
+        ) from e
 
 
 def list_cases(store: Path) -> list[str]:
@@ -169,7 +179,12 @@ def list_cases(store: Path) -> list[str]:
 
 
 def finalise(store: Path) -> int:
-    """Write the catalogue of the cases that are there; how many. Leftovers of killed writers go."""
+    """Write the catalogue of the cases that are there; how many. Leftovers of killed writers go.
+
+    Not while cases are being written. Raises UserError if `store` is not a store, if a case's record is
+    damaged, or if a patient stands in more than one split.
+    """
+    check_format(store)
     for leftover in (store / CASES).glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     records = [read_record(store / CASES / name) for name in list_cases(store)]
@@ -282,8 +297,10 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _sync_tree(root: Path) -> None:
-    """fsync every file below `root`, so that a case that has its name also has its bytes."""
-    for path in root.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
+    """fsync all of `root`, files and folders, so that a case that has its name also has its bytes."""
+    for path in (root, *root.rglob("*")):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

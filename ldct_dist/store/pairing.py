@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
+
+from pydantic import Field
 
 from ldct_dist.config import Config
 from ldct_dist.ct.dicom import Series, find_series
 from ldct_dist.errors import UserError
+from ldct_dist.store.manifest import Row, read_manifest
+from ldct_dist.store.paircheck import PairCheckConfig, check_grid
+
+_THICKNESS_TOLERANCE_MM = 0.05
 
 
 class PairingConfig(Config):
-    """How the source folder is laid out, and which series to take where a patient has several."""
+    """How the source is laid out, and which series to take where a patient has several."""
 
-    layout: Literal["simulate"] = "simulate"
-    """simulate: every series is full dose, and its low dose is simulated"""
+    layout: Literal["auto", "manifest", "mayo2016", "tcia", "simulate"] = "auto"
+    """manifest: a CSV with the columns case, patient, full, low and, if wanted, dose and split. mayo2016: folders
+    such as full_1mm/L067 and quarter_1mm/L067. tcia: LDCT-and-Projection-data, PATIENT/STUDY/SERIES. simulate:
+    every series is full dose, and its low dose is simulated. auto: whichever of these it looks like"""
+    kernel: str | None = None
+    """take only series with this kernel (shell wildcards, such as B30*)"""
+    thickness_mm: float | None = Field(None, gt=0)
+    """take only series with slices this thick"""
+    dose: float | None = Field(None, gt=0, lt=1)
+    """take only pairs whose low dose is this fraction of the full dose"""
+    check: PairCheckConfig = PairCheckConfig()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One case to be: low is None where it is to be simulated; name and split where the source says them."""
+    """One case to be. patient: who it is, as the source calls them. low: None where it is to be simulated.
+    name, dose (of `low`, as a fraction) and split: None where the source does not say them."""
 
     full: Series
+    patient: str
     low: Series | None = None
     name: str | None = None
+    dose: float | None = None
     split: str | None = None
 
 
@@ -37,9 +58,198 @@ class Refusal:
 
 
 def find_pairs(source: Path, config: PairingConfig) -> tuple[list[Pair], list[Refusal]]:
-    """The cases that `source` offers, and what was refused. Raises UserError if it offers nothing at all."""
+    """The cases that `source` offers, and what was refused. Pixels are not read.
+
+    Raises UserError if it offers nothing at all, or is not what config.layout says.
+    """
+    if source.is_file():
+        if config.layout not in ("auto", "manifest"):
+            raise UserError(f"{source}: a file, but pairing.layout={config.layout} is about folders")
+        pairs, refused = _by_manifest(source, config)
+    elif config.layout == "manifest":
+        raise UserError(f"{source}: not a file; pairing.layout=manifest takes the CSV itself as the source")
+    else:
+        pairs, refused = _by_folders(source, config)
+    found = bool(pairs or refused)
+    pairs = [p for p in pairs if config.dose is None or p.low is None or p.dose == config.dose]
+    sound, mismatched = _check_grids(pairs, config.check)
+    if not (sound or mismatched or refused):
+        raise UserError(
+            f"{source}: pairing.kernel, thickness_mm and dose leave no series of those that are there"
+            if found
+            else f"{source}: no DICOM files below it"
+        )
+    return sound, refused + mismatched
+
+
+Place = tuple[Literal["full", "low"], str]
+"""What a series is by its folder, and the patient."""
+
+
+def _mayo_place(series: Series) -> Place | None:
+    """full_1mm/L067 or quarter_3mm_sharp/L067, with anything above and below; or L067/full_1mm."""
+    parts = series.paths[0].parent.absolute().parts
+    for i, part in enumerate(parts):
+        if match := re.fullmatch(r"(full|quarter)_\d+mm(_sharp)?", part, re.IGNORECASE):
+            patient = parts[i + 1] if i + 1 < len(parts) else parts[i - 1]
+            return ("full" if match[1].lower() == "full" else "low"), patient
+    return None
+
+
+def _tcia_place(series: Series) -> Place | None:
+    """C002/STUDY/1.000000-Full Dose Images-62464."""
+    *_, patient, _, folder = series.paths[0].parent.absolute().parts
+    if match := re.search(r"(full|low) dose images", folder, re.IGNORECASE):
+        return ("full" if match[1].lower() == "full" else "low"), patient
+    return None
+
+
+def _tcia_dose(patient: str) -> float:
+    """Chests (C...) at 10 %, abdomens (L...) and heads (N...) at 25 %: Moen et al., Med Phys 48 (2021)."""
+    return 0.10 if patient.upper().startswith("C") else 0.25
+
+
+@dataclass(frozen=True)
+class _Folders:
+    place: Callable[[Series], Place | None]
+    dose: Callable[[str], float]
+
+
+_FOLDERS = {
+    "mayo2016": _Folders(_mayo_place, lambda patient: 0.25),
+    "tcia": _Folders(_tcia_place, _tcia_dose),
+}
+
+
+def _by_folders(source: Path, config: PairingConfig) -> tuple[list[Pair], list[Refusal]]:
     series, errors = find_series(source)
+    layout = _recognised(series) if config.layout == "auto" else config.layout
     refused = [Refusal(str(source), str(e)) for e in errors]
     if not series and not refused:
         raise UserError(f"{source}: no DICOM files below it")
-    return [Pair(s) for s in series], refused
+    wanted = [s for s in series if _wanted(s, config)]
+    if not wanted and not refused:
+        raise UserError(
+            f"{source}: none of its {len(series)} series has that pairing.kernel and thickness_mm"
+        )
+    if layout == "simulate":
+        return [Pair(s, s.patient_id) for s in wanted], refused
+    pairs, unpaired = _by_patient(wanted, _FOLDERS[layout])
+    return pairs, refused + unpaired
+
+
+def _recognised(series: Sequence[Series]) -> str:
+    """A folder that says low dose decides: it must not be taken for a full dose to simulate from."""
+    for name, folders in _FOLDERS.items():
+        places = (folders.place(s) for s in series)
+        if any(place and place[0] == "low" for place in places):
+            return name
+    return "simulate"
+
+
+def _by_patient(series: Sequence[Series], folders: _Folders) -> tuple[list[Pair], list[Refusal]]:
+    pairs: list[Pair] = []
+    refused: list[Refusal] = []
+    groups: dict[str, dict[str, list[Series]]] = {}
+    for one in series:
+        if place := folders.place(one):
+            role, patient = place
+            groups.setdefault(patient, {"full": [], "low": []})[role].append(one)
+        else:
+            refused.append(Refusal(_folder(one), f"{one.name}: its folder says neither full nor low dose"))
+    for patient, group in groups.items():
+        try:
+            full, low = (_only(group[role], f"{patient}, {role} dose") for role in ("full", "low"))
+        except UserError as e:
+            refused.append(Refusal(patient, str(e)))
+        else:
+            pairs.append(Pair(full, patient, low, dose=folders.dose(patient)))
+    return pairs, refused
+
+
+def _by_manifest(path: Path, config: PairingConfig) -> tuple[list[Pair], list[Refusal]]:
+    rows, errors = read_manifest(path)
+    pairs: list[Pair] = []
+    refused = [Refusal(str(path), str(e)) for e in errors]
+    if not rows and not refused:
+        raise UserError(f"{path}: no rows; write one a case")
+    if config.dose is not None:
+        rows = [row for row in rows if row.dose in (None, config.dose)]
+    taken: set[str] = set()
+    for row in rows:
+        try:
+            if row.case in taken:
+                raise UserError(f"case {row.case} stands there twice; name each once, or set pairing.dose")
+            pair = _pair_of(row, config)
+        except UserError as e:
+            refused.append(Refusal(row.where, f"{row.where}: {e}"))
+        else:
+            taken.add(row.case)
+            pairs.append(pair)
+    return pairs, refused
+
+
+def _pair_of(row: Row, config: PairingConfig) -> Pair:
+    full, low = (_series_in(folder, config) if folder else None for folder in (row.full, row.low))
+    assert full is not None
+    if row.case == full.patient_id:
+        raise UserError(
+            f"case {row.case} is the PatientID, and would stand in the store for all to read; name it otherwise"
+        )
+    return Pair(full, row.patient, low, row.case, row.dose, row.split)
+
+
+def _series_in(folder: Path, config: PairingConfig) -> Series:
+    found, refused = find_series(folder)
+    wanted = [s for s in found if _wanted(s, config)]
+    if not wanted and refused:
+        raise refused[0]
+    return _only(wanted, str(folder))
+
+
+def _wanted(series: Series, config: PairingConfig) -> bool:
+    if config.kernel is not None and not fnmatchcase(series.acquisition.kernel or "", config.kernel):
+        return False
+    return (
+        config.thickness_mm is None
+        or abs(_thickness(series) - config.thickness_mm) <= _THICKNESS_TOLERANCE_MM
+    )
+
+
+def _thickness(series: Series) -> float:
+    """In mm; where the tag is silent, the distance of the slices."""
+    return series.acquisition.slice_thickness_mm or series.spacing[0]
+
+
+def _only(series: Sequence[Series], what: str) -> Series:
+    if not series:
+        raise UserError(
+            f"{what}: no usable series; check the folder, and pairing.kernel and thickness_mm if set"
+        )
+    if len(series) > 1:
+        choices = "; ".join(
+            f"{_folder(s)} (kernel {s.acquisition.kernel or 'unknown'}, {_thickness(s):g} mm)" for s in series
+        )
+        raise UserError(
+            f"{what}: {len(series)} series to choose from, {choices}; set pairing.kernel or pairing.thickness_mm"
+        )
+    return series[0]
+
+
+def _folder(series: Series) -> str:
+    return str(series.paths[0].parent)
+
+
+def _check_grids(pairs: Sequence[Pair], limits: PairCheckConfig) -> tuple[list[Pair], list[Refusal]]:
+    sound: list[Pair] = []
+    refused: list[Refusal] = []
+    for pair in pairs:
+        try:
+            if pair.low is not None:
+                check_grid(pair.full, pair.low, limits)
+        except UserError as e:
+            where = pair.name or _folder(pair.full)
+            refused.append(Refusal(where, f"{where}: {e}"))
+        else:
+            sound.append(pair)
+    return sound, refused

@@ -5,12 +5,33 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
+import pydicom
+
+from ldct_dist.ct.headers import pydicom_faults_as_user_errors, text
+from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
 
 KEY_BYTES = 32
+LONGEST_VALUE = 16  # of text that a store keeps: DICOM's own limit for short strings (SH)
+IDENTIFYING = (
+    *(
+        "PatientName",
+        "PatientID",
+        "OtherPatientNames",
+        "OtherPatientIDs",
+        "PatientBirthName",
+        "PatientAddress",
+    ),
+    *("PatientBirthDate", "PatientMotherBirthName", "PatientTelephoneNumbers", "AccessionNumber", "StudyID"),
+    *("ReferringPhysicianName", "PerformingPhysicianName", "NameOfPhysiciansReadingStudy", "OperatorsName"),
+    *("RequestingPhysician", "InstitutionName", "InstitutionAddress"),
+)
 
 
 def default_key_path(store: Path) -> Path:
@@ -56,3 +77,33 @@ def keyed_hash(key: bytes, *items: bytes | str) -> str:
         raw = item.encode() if isinstance(item, str) else item
         mac.update(len(raw).to_bytes(8, "little") + raw)
     return mac.hexdigest()[:32]
+
+
+def scrubbed(acquisition: Acquisition, identifying: Collection[str]) -> Acquisition:
+    """`acquisition` with its text short and plain, and without any value that holds an identifying word.
+
+    Scanners let people type in some of these fields, and people type in names.
+    """
+
+    def plain(value: str | None) -> str | None:
+        if value is None or any(word in value.casefold() for word in identifying):
+            return None
+        return re.sub(r"[^A-Za-z0-9 ._-]+", "-", value)[:LONGEST_VALUE].strip(" -") or None
+
+    return replace(
+        acquisition,
+        manufacturer=plain(acquisition.manufacturer),
+        model=plain(acquisition.model),
+        kernel=plain(acquisition.kernel),
+    )
+
+
+def identifying_words(path: Path, patient: str) -> frozenset[str]:
+    """The words, case-folded, of `patient` and of what names people and places in the DICOM file at `path`.
+
+    Words of one or two letters tell nobody apart, and "C" is a kernel.
+    """
+    with pydicom_faults_as_user_errors(path):
+        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(IDENTIFYING))
+    texts = " ".join([patient, *(text(ds, keyword) or "" for keyword in IDENTIFYING)])
+    return frozenset(word for word in re.split(r"[\W_]+", texts.casefold()) if len(word) > 2)

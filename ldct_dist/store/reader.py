@@ -139,13 +139,8 @@ class Store:
         return Volume(hu, record.spacing, record.origin, record.direction, acquisition)
 
     def record(self, case: str) -> layout.CaseRecord:
-        """All that the case's own metadata says."""
-        try:
-            return layout.read_record(self.path / layout.CASES / case)
-        except FileNotFoundError as e:
-            raise UserError(f"{self.path}: no case {case!r}; ldct-dist info {self.path} lists them") from e
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{self.path}: the record of case {case} is damaged; ingest it again") from e
+        """All that the case's own metadata says. Raises UserError as `layout.read_record` does."""
+        return layout.read_record(self.path / layout.CASES / case)
 
     def _open(self, name: str, dose: str) -> ShardedArray:
         case = self.cases[pc.index(self.table["name"], name).as_py()]

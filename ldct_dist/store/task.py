@@ -1,0 +1,134 @@
+"""One case of an ingest: what it is to be made of, and the making of it in a worker process."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ldct_dist.ct import noise
+from ldct_dist.ct.dicom import Series, read_series
+from ldct_dist.ct.dose import DoseConfig, simulate_low_dose
+from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import UserError
+from ldct_dist.store import layout
+from ldct_dist.store.paircheck import PairCheckConfig, check_images
+from ldct_dist.store.pairing import Pair
+from ldct_dist.store.privacy import identifying_words, keyed_hash, scrubbed
+
+_NOISE_SLICES = 8  # on these the noise of a volume is measured
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case to be. patient and provenance: keyed hashes. dose: of the low dose, as a fraction."""
+
+    store: Path
+    name: str
+    pair: Pair
+    patient: str
+    split: str
+    provenance: str
+    dose: float
+    seed: int
+    simulation: DoseConfig
+    check: PairCheckConfig
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the case is there whole, made of what it would be made of now."""
+        try:
+            return layout.read_record(self.store / layout.CASES / self.name).provenance == self.provenance
+        except UserError:
+            return False
+
+
+def task(
+    store: Path,
+    pair: Pair,
+    split: str,
+    key: bytes,
+    *,
+    dose: float,
+    seed: int,
+    simulation: DoseConfig,
+    check: PairCheckConfig,
+) -> Task:
+    """The task of making a case of `pair`. Looks at its files' sizes and times, not into them."""
+    dose = pair.dose or dose
+    series = [s for s in (pair.full, pair.low) if s is not None]
+    uids = [s.series_uid for s in series]
+    patient = keyed_hash(key, "patient", pair.patient)
+    how = [f"{dose:g}", str(seed), simulation.model_dump_json(), patient, split]
+    return Task(
+        store=store,
+        name=pair.name or f"case-{keyed_hash(key, 'case', *uids)[:12]}",
+        pair=pair,
+        patient=patient,
+        split=split,
+        provenance=keyed_hash(key, "provenance", *uids, *_states(series), *how),
+        dose=dose,
+        # Another series draws other noise, and the same one the same noise whatever the key.
+        seed=seed + int(hashlib.sha256(pair.full.series_uid.encode()).hexdigest()[:8], 16),
+        simulation=simulation,
+        check=check,
+    )
+
+
+def make_case(task: Task) -> str | None:
+    """Write the case into the store; None, or in one line why it was refused.
+
+    Raises OSError if the store cannot be written.
+    """
+    try:
+        doses = _volumes(task)
+        layout.write_case(
+            task.store,
+            task.name,
+            doses,
+            patient=task.patient,
+            split=task.split,
+            provenance=task.provenance,
+            noise_hu=_noise_hu(doses[1.0]),
+        )
+    except UserError as e:
+        return str(e)
+    except MemoryError:
+        return f"{task.pair.full.name}: not enough memory for it; give fewer workers or more memory"
+    return None
+
+
+def _volumes(task: Task) -> dict[float, Volume]:
+    """The case's volumes by dose fraction. Raises UserError if one is unsound or they are no pair."""
+    pair = task.pair
+    full = read_series(pair.full)
+    if pair.low is None:
+        try:
+            low = simulate_low_dose(full, task.dose, task.seed, task.simulation)
+        except UserError as e:
+            raise UserError(f"{pair.full.name}: {e}") from e
+    else:
+        low = read_series(pair.low)
+        try:
+            check_images(full, low, task.check)
+        except UserError as e:
+            raise UserError(f"{pair.name or pair.full.name}: {e}") from e
+    words = identifying_words(pair.full.paths[0], pair.patient)
+    acquisition = scrubbed(full.acquisition, words)
+    return {1.0: replace(full, acquisition=acquisition), task.dose: low}
+
+
+def _noise_hu(volume: Volume) -> float | None:
+    """Standard deviation of the noise in soft tissue, HU; None where there is too little of it to tell."""
+    some = np.linspace(0, len(volume.hu) - 1, min(_NOISE_SLICES, len(volume.hu))).round().astype(int)
+    moments = noise.local_moments(volume.hu[some], volume.spacing)
+    where = noise.homogeneous(moments)
+    return None if where is None else round(noise.noise_std(moments, where), 2)
+
+
+def _states(series: list[Series]) -> list[str]:
+    """Size and time of change of each file: a source that was exported anew under the same UIDs shows."""
+    states = (path.stat() for s in series for path in s.paths)
+    return [f"{state.st_size} {state.st_mtime_ns}" for state in states]
