@@ -147,7 +147,9 @@ def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cp
             f"simulated dose: noise of {std:.2f} HU is too little to scale; set photons and cutoff_per_mm"
         )
 
-    scan = scan_of(volume, config)
+    # A quarter of the views, each with four times the photons, makes the same noise as far as a window reaches.
+    whole = scan_of(volume, config)
+    scan = whole.coarse(4, 1)
     transmission = torch.exp(-_line_integrals(hu, scan, config, device))
     quantum = _white((0, 0), some, scan, device) / transmission.sqrt()
     if config.cutoff_per_mm is None:
@@ -160,6 +162,7 @@ def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cp
         q, e = (
             noise.noise_std(noise.local_moments(hu, volume.spacing), where) ** 2 for hu in np.split(both, 2)
         )
+        q, e = (variance * scan.views / whole.views for variance in (q, e))
         photons = (q + (q * q + 4 * std * std * e) ** 0.5) / (2 * std * std)
         config = config.model_copy(update={"photons": photons})
     return config
@@ -205,11 +208,11 @@ def _line_integrals(
 ) -> torch.Tensor:
     """p of every ray, (slices, views, columns), for slices (slices, y, x) in HU.
 
-    Projected at a quarter of the views and half of the columns, then interpolated: only the variance comes from p,
-    and p is smooth.
+    Projected at some 128 views and half of the columns, then interpolated: only the variance comes from p, and p is
+    smooth.
     """
     mu = (torch.from_numpy(hu).to(device).float() / 1000 + 1).clamp(min=0) * config.water_per_mm
-    coarse = forward(mu, scan.coarse(4, 2), step_mm=2 * min(scan.spacing))
+    coarse = forward(mu, scan.coarse(max(1, scan.views // 128), 2), step_mm=2 * min(scan.spacing))
     size = (scan.views, scan.columns)
     return functional.interpolate(coarse[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
