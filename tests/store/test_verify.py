@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from stores import SPACING, make_store
+
+from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import UserError
+from ldct_dist.store import layout
+from ldct_dist.store.verify import verify
+
+RANDOM = random.Random(0)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path / "ct.zarr", [(12, 20, 20), (6, 20, 20)])
+
+
+def test_a_whole_store_has_no_faults(store):
+    assert verify(store.path) == []
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_a_flipped_bit_in_a_shard_is_found_and_named(store, attempt):
+    shard = store.path / "cases/case-001/0.25/c/0/0/0"
+    raw = bytearray(shard.read_bytes())
+    raw[RANDOM.randrange(len(raw))] ^= 1 << RANDOM.randrange(8)
+    shard.write_bytes(raw)
+    (fault,) = verify(store.path)
+    assert "case case-001 at dose 0.25 is damaged" in fault
+
+
+def test_an_array_that_is_sound_but_another_is_found(store):
+    shutil.copytree(
+        store.path / "cases/case-001/0.25", store.path / "cases/case-001/1.00", dirs_exist_ok=True
+    )
+    assert verify(store.path) == ["case-001/1.00: its voxels are not those that were ingested"]
+
+
+def test_lost_cases_and_damaged_records_are_all_listed(store):
+    shutil.rmtree(store.path / "cases/case-000")
+    (store.path / "cases/case-001/zarr.json").write_text("{}")
+    assert [("no case 'case-000'" in f, "record of case case-001" in f) for f in verify(store.path)] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_a_record_that_the_catalogue_contradicts_is_found(store):
+    path = store.path / "cases/case-000/zarr.json"
+    tree = json.loads(path.read_text())
+    tree["attributes"]["ldct_dist"]["split"] = "test"
+    path.write_text(json.dumps(tree))
+    assert verify(store.path) == ["case-000: its record and the catalogue disagree"]
+
+
+def test_a_case_that_the_catalogue_lacks_is_found(store):
+    volume = Volume(np.zeros((3, 8, 8), np.int16), SPACING)
+    layout.write_case(store.path, "late", {1.0: volume}, patient="p", split="train")
+    assert verify(store.path) == ["late: there, but not in the catalogue"]
+
+
+def test_what_is_no_store_cannot_be_verified(tmp_path):
+    with pytest.raises(UserError, match="not a store"):
+        verify(tmp_path)
