@@ -11,19 +11,22 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldct_dist.models.blocks import Widths
+
 
 class REDCNN3d(nn.Module):
-    """(b, 1, z, y, x) to the same shape, of any size."""
+    """(b, 2, z, y, x) to (b, 1, z, y, x), of any size."""
 
     stride = (1, 1, 1)
 
-    def __init__(self, width: int, flat: bool, recompute: bool) -> None:
+    def __init__(self, widths: Widths, flat: bool, recompute: bool) -> None:
         super().__init__()
+        (width,) = widths
         kernel = (1 if flat else 3, 5, 5)
         padding = (kernel[0] // 2, 2, 2)
         self.recompute = recompute
         self.encoder = nn.ModuleList(
-            nn.Conv3d(1 if i == 0 else width, width, kernel, padding=padding) for i in range(5)
+            nn.Conv3d(2 if i == 0 else width, width, kernel, padding=padding) for i in range(5)
         )
         self.decoder = nn.ModuleList(
             nn.ConvTranspose3d(width, 1 if i == 4 else width, kernel, padding=padding) for i in range(5)

@@ -10,19 +10,29 @@ from torch import nn
 
 from ldct_dist.config import Config
 from ldct_dist.errors import UserError
+from ldct_dist.models.blocks import DETAIL_HU, Widths, detail_and_mean
 from ldct_dist.models.redcnn3d import REDCNN3d
 from ldct_dist.models.unet3d import nafnet3d, unet3d
 
-SCALE_HU = 100.0
-"""Networks compute in units of this; no one outside has to know."""
 
-# Channels at the first level. A family grows in width alone: depth would widen the receptive field.
-WIDTHS: dict[str, dict[str, int]] = {
-    "unet3d": {"xs": 12, "s": 26, "m": 100, "l": 256, "xl": 448, "xxl": 832},
-    "nafnet3d": {"xs": 16, "s": 52, "m": 196, "l": 512, "xl": 880, "xxl": 1616},
-    "redcnn3d": {"xs": 16, "s": 40, "classic": 96, "m": 156, "l": 408, "xl": 704, "xxl": 1296},
+def _doubling(width: int) -> Widths:
+    return (width, 2 * width, 4 * width)
+
+
+# A family grows in width alone: depth would widen the receptive field. Multiples of 8 suit tensor cores.
+WIDTHS: dict[str, dict[str, Widths]] = {
+    "unet3d": {"xs": (24, 24, 24)}
+    | {size: _doubling(w) for size, w in {"s": 24, "m": 96, "l": 256, "xl": 448, "xxl": 832}.items()},
+    "nafnet3d": {
+        size: _doubling(w)
+        for size, w in {"xs": 16, "s": 48, "m": 192, "l": 512, "xl": 880, "xxl": 1616}.items()
+    },
+    "redcnn3d": {
+        size: (w,)
+        for size, w in {"xs": 16, "s": 40, "classic": 96, "m": 160, "l": 408, "xl": 704, "xxl": 1296}.items()
+    },
 }
-NETWORKS: dict[str, Callable[[int, bool, bool], Any]] = {
+NETWORKS: dict[str, Callable[[Widths, bool, bool], Any]] = {
     "unet3d": unet3d,
     "nafnet3d": nafnet3d,
     "redcnn3d": REDCNN3d,
@@ -44,22 +54,28 @@ class Denoiser(nn.Module):
     """A residual network on HU: forward takes and gives float HU (b, 1, z, y, x).
 
     A fresh one is the identity, bit for bit. `radius` is how many voxels (z, y, x) an output voxel sees to
-    each side, at most; `stride` what the input's size must be a multiple of.
+    each side, at most; `stride` what the input's size must be a multiple of, or forward raises UserError.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         recompute = config.activation_checkpointing == "full"
-        self.network = NETWORKS[config.name](_width(config), config.thick_slices, recompute)
+        self.network = NETWORKS[config.name](_widths(config), config.thick_slices, recompute)
         nn.init.zeros_(self.network.last.weight)
         nn.init.zeros_(self.network.last.bias)
-        self.radius: tuple[int, int, int] = self.network.radius
+        z, y, x = self.network.radius
+        self.radius = (z, y + 1, x + 1)  # the mean of 3 x 3 reaches one further
         self.stride: tuple[int, int, int] = self.network.stride
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
-        # The sum is outside autocast's reach: bf16 could not tell 1000 HU from 1002.
-        return hu + SCALE_HU * self.network(hu / SCALE_HU).to(hu.dtype)
+        if any(n % s for n, s in zip(hu.shape[2:], self.stride, strict=True)):
+            raise UserError(
+                f"crop {tuple(hu.shape[2:])}: {self.config.name} takes multiples of {self.stride} voxels (z, y, x)"
+            )
+        residual = self.network(detail_and_mean(hu))
+        # The sum stays in the precision of hu: bf16 could not tell 1000 HU from 1002.
+        return hu + DETAIL_HU * residual.to(hu.dtype)
 
 
 def build(config: ModelConfig) -> Denoiser:
@@ -67,7 +83,7 @@ def build(config: ModelConfig) -> Denoiser:
     return Denoiser(config)
 
 
-def _width(config: ModelConfig) -> int:
+def _widths(config: ModelConfig) -> Widths:
     sizes = WIDTHS[config.name]
     if config.size not in sizes:
         raise UserError(f"model.size={config.size}: {config.name} comes in {', '.join(sizes)}")

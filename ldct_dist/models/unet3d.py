@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldct_dist.models.blocks import Kernel, NAFBlock, ResidualBlock, shuffle_plane, unshuffle_plane
+from ldct_dist.models.blocks import Kernel, NAFBlock, ResidualBlock, Widths, shuffle_plane, unshuffle_plane
 
 DOWN: Kernel = (1, 2, 2)
 
@@ -36,32 +36,31 @@ class Stage(nn.Module):
 
 
 class UNet3d(nn.Module):
-    """Three levels at strides 2, 4 and 8 in the plane, `width` channels doubling from level to level.
+    """Three levels at strides 2, 4 and 8 in the plane, with `widths` channels.
 
-    (b, 1, z, y, x) to the same shape; y and x are multiples of 8.
+    (b, 2, z, y, x) to (b, 1, z, y, x); y and x are multiples of 8.
     """
 
     stride = (1, 8, 8)
 
     def __init__(
-        self, width: int, block: type[ResidualBlock | NAFBlock], number: int, flat: bool, recompute: bool
-    ):
+        self, widths: Widths, block: type[ResidualBlock | NAFBlock], number: int, flat: bool, recompute: bool
+    ) -> None:
         super().__init__()
         # flat: where slices are thick, neighbours in z say little about fine structure
         kernels: list[Kernel] = [(1, 3, 3) if flat else (3, 3, 3), (3, 3, 3), (3, 3, 3)]
-        widths = [width, 2 * width, 4 * width]
 
         def stage(level: int) -> Stage:
             return Stage(block, number, widths[level], kernels[level], recompute)
 
-        self.head = nn.Conv3d(4, width, 1)
+        self.head = nn.Conv3d(2 * 4, widths[0], 1)
         self.encoders = nn.ModuleList([stage(0), stage(1)])
         self.downs = nn.ModuleList(nn.Conv3d(a, b, DOWN, stride=DOWN) for a, b in pairwise(widths))
         self.middle = stage(2)
         self.ups = nn.ModuleList(nn.ConvTranspose3d(b, a, DOWN, stride=DOWN) for a, b in pairwise(widths))
         self.merges = nn.ModuleList(nn.Conv3d(2 * w, w, 1) for w in widths[:2])
         self.decoders = nn.ModuleList([stage(0), stage(1)])
-        self.tail = nn.Conv3d(width, 4, 1)
+        self.tail = nn.Conv3d(widths[0], 4, 1)
 
         seen = number * block.convolutions  # convolutions in a stage
         along_z = seen * (2 * (kernels[0][0] // 2) + 3)
@@ -87,9 +86,9 @@ class UNet3d(nn.Module):
         return self.tail
 
 
-def unet3d(width: int, flat: bool, recompute: bool) -> UNet3d:
-    return UNet3d(width, ResidualBlock, 1, flat, recompute)
+def unet3d(widths: Widths, flat: bool, recompute: bool) -> UNet3d:
+    return UNet3d(widths, ResidualBlock, 1, flat, recompute)
 
 
-def nafnet3d(width: int, flat: bool, recompute: bool) -> UNet3d:
-    return UNet3d(width, NAFBlock, 2, flat, recompute)
+def nafnet3d(widths: Widths, flat: bool, recompute: bool) -> UNet3d:
+    return UNet3d(widths, NAFBlock, 2, flat, recompute)
