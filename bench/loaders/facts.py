@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import DataConfig, Plan
 from ldct_dist.store import layout
-from ldct_dist.store.reader import Store
+from ldct_dist.store.reader import Region, Store
 
 MIB = 1 << 20
 SMALL = (16, 64, 64)
@@ -70,24 +71,49 @@ def resuming(cache: Path) -> dict[str, float]:
     return {"resume_0_s": start_s, "resume_1m_s": resume_s, "resume_1m_vs_0": resume_s / start_s}
 
 
+class _Counting(Store):
+    """Counts the voxels that are read."""
+
+    voxels = 0
+
+    def read(self, case: str, dose: str, region: Region, out: np.ndarray | None = None) -> np.ndarray:
+        self.voxels += int(np.prod([r.stop - r.start for r in region]))
+        return super().read(case, dose, region, out)
+
+
 def reading(cache: Path) -> dict[str, float]:
-    """At the defaults, over whole blocks: voxels decoded over distinct voxels used, and bytes read and files opened."""
-    plan = Plan(Store(cache / "store"), DataConfig(), seed=0)
-    k, lanes = plan.crops_per_block, 8
-    decoded = distinct = used = 0
-    for number in range(4):
-        for lane in range(lanes):
-            block = plan.block(lane, number)
-            seen = np.zeros(block.size, bool)
-            for step in range(number * k + k - lane, number * k + 2 * k - lane):
+    """What is read for what is used, at the defaults.
+
+    read_amplification: voxels decoded over distinct voxels used, over whole blocks. bytes_read_per_voxel:
+    int16 voxels are stored compressed. opens_per_block: files opened for a block, both doses together.
+    """
+    store = _Counting(cache / "store")
+    plan = Plan(store, DataConfig(), seed=0)
+    k = plan.crops_per_block
+    decoded = distinct = 0
+    for lane in range(plan.config.batch):
+        for number in range(1, 4):
+            seen = np.zeros(plan.block(lane, number).size, bool)
+            for step in range(number * k - lane, (number + 1) * k - lane):
                 crop = plan.crop(step, lane)
-                box = _inside(crop.start, plan.config.crop, block.region)
-                if crop.key == (lane, number):
-                    seen[box] = True
-                    used += np.prod(plan.config.crop)
-            if seen.any():
-                decoded, distinct = decoded + seen.size, distinct + int(seen.sum())
-    return {"read_amplification": decoded / distinct, "reuse_default": used / decoded, "crops_per_block": k}
+                seen[_inside(crop.start, plan.config.crop, crop.block.region)] = True
+            decoded, distinct = decoded + seen.size, distinct + int(seen.sum())
+
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    bytes_before = _bytes_read()
+    with Loader(plan) as loader:
+        for step in range(4 * k):
+            loader.batch(step)
+    bytes_read = _bytes_read() - bytes_before
+    opens = sum(str(cache / "store") in name for name in opened)
+    return {
+        "read_amplification": decoded / distinct,
+        "reuse_default": plan.config.reuse,
+        "crops_per_block": k,
+        "bytes_read_per_voxel": bytes_read / store.voxels,
+        "opens_per_block": opens / (store.voxels / 2 / plan.blocks.mean_voxels),
+    }
 
 
 def evenness(cache: Path, crop: tuple[int, int, int], views: int = 30) -> dict[str, float]:
@@ -144,6 +170,11 @@ def _medians(*runs: Callable[[], None], repeats: int = 7) -> list[float]:
             run()
             taken.append(time.perf_counter() - start)
     return [statistics.median(t) for t in times]
+
+
+def _bytes_read() -> int:
+    """By this process so far, from files and from the page cache alike."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def _rss() -> float:

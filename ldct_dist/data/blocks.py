@@ -18,7 +18,6 @@ Region = tuple[slice, slice, slice]
 class Block:
     """A box of whole chunks, cut at the volume's border; coordinates in voxels (z, y, x).
 
-    cell: which share of the volume's crop corners this block serves, axis by axis, as (i, n): the i-th of n.
     body: share of body in each of the case's chunks.
     """
 
@@ -26,7 +25,6 @@ class Block:
     shape: Triple
     chunk: Triple
     region: Region
-    cell: tuple[tuple[int, int], ...]
     body: np.ndarray = field(repr=False, compare=False)
 
     @property
@@ -82,8 +80,7 @@ class Blocks:
                 slice(i * n, min((i + s) * n, size))
                 for i, s, n, size in zip(corner, span, c.chunk, c.shape, strict=True)
             )
-            cell = tuple(zip(corner, count, strict=True))
-            blocks.append(Block(c.name, c.shape, c.chunk, region, cell, body))  # type: ignore[arg-type]
+            blocks.append(Block(c.name, c.shape, c.chunk, region, body))  # type: ignore[arg-type]
             shares.append(body[tuple(slice(i, i + s) for i, s in zip(corner, span, strict=True))].mean())
         wanted = [b for b, share in zip(blocks, shares, strict=True) if share >= self._min_body]
         return wanted or [blocks[int(np.argmax(shares))]]
@@ -92,19 +89,16 @@ class Blocks:
 def place(u: np.ndarray, crop: Triple, block: Block) -> np.ndarray:
     """Corners of crops in the volume (..., 3) from u in [0, 1), of the same shape.
 
-    The corners of all crops that touch the volume by at least half are shared out evenly among the blocks
-    along an axis; those that lie beyond the volume's border are pulled back to it. Else voxels near the
-    border, which lie in few crops, would hardly be seen.
+    At the volume's border crops are drawn from up to half a crop beyond it and pulled back to it: else
+    voxels near the border, which lie in few crops and in no second block, would hardly be seen.
     """
     starts = np.empty(u.shape, np.int64)
-    for axis, (c, size, r, (i, n)) in enumerate(
-        zip(crop, block.shape, block.region, block.cell, strict=True)
-    ):
+    for axis, (c, size, r) in enumerate(zip(crop, block.shape, block.region, strict=True)):
         if size <= c:
             starts[..., axis] = size - c + np.floor(u[..., axis] * (c - size + 1))
             continue
-        beyond = c // 2
-        corners = size - c + 1 + 2 * beyond
-        corner = np.floor((i + u[..., axis]) / n * corners) - beyond
+        low = r.start - (c // 2 if r.start == 0 else 0)
+        high = r.stop - c + (c // 2 if r.stop == size else 0)
+        corner = low + np.floor(u[..., axis] * (high - low + 1))
         starts[..., axis] = np.clip(corner, r.start, r.stop - c)
     return starts
