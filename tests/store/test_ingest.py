@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import dcmread
+from sources import CONFIG, QUICK, SHAPE, anatomy, write_patients
+from synthetic_dicom import Options, write_series
+
+from ldct_dist.errors import UserError
+from ldct_dist.store import layout, workers
+from ldct_dist.store.ingest import IngestConfig, finalise, ingest
+from ldct_dist.store.pairing import PairingConfig, find_pairs
+from ldct_dist.store.reader import Store
+from ldct_dist.store.task import task
+from ldct_dist.store.verify import verify
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_patients(tmp_path / "in", 3)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "ct.zarr"
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+def test_every_series_becomes_a_verified_case_with_its_simulated_low_dose(source, out, threads):
+    surveys, told = [], []
+    report = ingest(source, out, CONFIG, announce=surveys.append, progress=told.append)
+    assert (len(report.written), report.skipped, report.rejected) == (3, [], [])
+    assert sorted(told) == sorted(report.written)
+    assert (surveys[0].cases, surveys[0].files) == (
+        3,
+        sum(p.is_file() for p in (out / "cases").glob("*/**/*")),
+    )
+    store = Store(out)
+    full = {store.volume(c.name, "1.00").hu.tobytes() for c in store.cases}
+    assert full == {anatomy(i).tobytes() for i in range(3)}
+    for case in store.cases:
+        low, high = store.volume(case.name, "0.25"), store.volume(case.name, "1.00")
+        assert (low.spacing, low.origin) == (high.spacing, high.origin)
+        assert 1 < np.std(low.hu.astype(float) - high.hu) < 500
+    assert verify(out) == []
+
+
+def test_the_measured_noise_is_that_of_the_full_dose(tmp_path, out, threads):
+    write_series(tmp_path / "in", anatomy(0, (6, 96, 96), noise=12.0), Options())
+    ingest(tmp_path / "in", out, CONFIG)
+    assert Store(out).cases[0].noise_hu == pytest.approx(12, rel=0.15)
+
+
+def test_a_second_ingest_writes_nothing(source, out, threads):
+    first = ingest(source, out, CONFIG)
+    before = content(out)
+    again = ingest(source, out, CONFIG)
+    assert (again.written, sorted(again.skipped)) == ([], sorted(first.written))
+    assert content(out) == before
+
+
+def test_a_changed_source_is_ingested_again_and_nothing_else(source, out, threads):
+    ingest(source, out, CONFIG)
+    changed = source / "p1/slice-002.dcm"
+    ds = dcmread(changed)
+    ds.PixelData = bytes(len(ds.PixelData))  # the same size: -1024 HU all over
+    ds.save_as(changed)
+    report = ingest(source, out, CONFIG)
+    assert (len(report.written), len(report.skipped)) == (1, 2)
+    assert (Store(out).volume(report.written[0], "1.00").hu[2] == -1024).all()
+    assert verify(out) == []
+
+
+def test_other_settings_are_another_case(source, out, threads):
+    ingest(source, out, CONFIG)
+    report = ingest(source, out, CONFIG.model_copy(update={"seed": 1}))
+    assert len(report.written) == 3
+    moved = ingest(source, out, CONFIG.model_copy(update={"seed": 1, "split_of": {"*": "val"}}))
+    assert moved.written
+    assert set(Store(out).splits) == {"val"}
+
+
+def test_the_noise_does_not_depend_on_the_secret(source, tmp_path, threads):
+    for name in ("a", "b"):
+        ingest(source, tmp_path / name, CONFIG)
+    voxels = [
+        {s.read(c.name, "0.25", tuple(map(slice, [0, 0, 0], SHAPE))).tobytes() for c in s.cases}
+        for s in (Store(tmp_path / "a"), Store(tmp_path / "b"))
+    ]
+    assert voxels[0] == voxels[1]
+
+
+def test_the_parts_of_an_array_job_make_the_store_that_one_ingest_makes(source, tmp_path, threads):
+    config = CONFIG.model_copy(update={"key": tmp_path / "key"})
+    ingest(source, tmp_path / "one", config)
+    for i in (1, 0):
+        ingest(source, tmp_path / "parts", config, part=(i, 2))
+    with pytest.raises(UserError, match="did not finish"):
+        Store(tmp_path / "parts")
+    assert finalise(tmp_path / "parts") == 3
+    assert content(tmp_path / "parts") == content(tmp_path / "one")
+
+
+def test_refused_series_are_listed_and_stop_no_other(source, out, threads):
+    write_series(source / "gap", anatomy(), Options(patient="G"))
+    (source / "gap/slice-003.dcm").unlink()
+    write_series(source / "cut", anatomy(), Options(patient="C"))
+    whole = (source / "cut/slice-004.dcm").read_bytes()
+    (source / "cut/slice-004.dcm").write_bytes(whole[:-900])
+    report = ingest(source, out, CONFIG)
+    assert (len(report.written), report.rejected_csv) == (3, out.with_name("ct.zarr.rejected.csv"))
+    with open(report.rejected_csv, newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert ["1 missing slice(s)" in rows[0]["reason"], "slice-004.dcm" in rows[1]["reason"]] == [True, True]
+    assert rows[1]["where"] == str(source / "cut")
+    assert len(Store(out).cases) == 3
+
+    for broken in ("gap", "cut"):
+        for path in (source / broken).iterdir():
+            path.unlink()
+    assert ingest(source, out, CONFIG).rejected_csv is None
+    assert not out.with_name("ct.zarr.rejected.csv").exists()
+
+
+def test_a_source_of_which_nothing_can_be_used_says_the_first_reason(tmp_path, out, threads):
+    write_series(tmp_path / "in", anatomy(), Options(tags={"Modality": "MR"}))
+    with pytest.raises(UserError, match=r"no series could be ingested; the first reason: .*not CT"):
+        ingest(tmp_path / "in", out, CONFIG)
+    with pytest.raises(UserError, match="no such file or folder"):
+        ingest(tmp_path / "nowhere", out, CONFIG)
+
+
+@pytest.mark.parametrize("place", ["in", "in/deep/ct.zarr", "in/../in/ct.zarr"])
+def test_the_store_does_not_go_into_its_source(source, tmp_path, place):
+    before = sorted(source.rglob("*"))
+    with pytest.raises(UserError, match="is the source or lies in it"):
+        ingest(source, tmp_path / place, CONFIG)
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written_is_said(source, tmp_path, threads):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"file/ct\.zarr: cannot be written \(.*\); make room or choose another"
+    ):
+        ingest(source, tmp_path / "file/ct.zarr", CONFIG)
+
+
+def test_a_full_disk_is_one_line_and_whole_cases_stay(source, out, threads, monkeypatch):
+    synced = []
+
+    def sync(root: Path) -> None:
+        synced.append(root)
+        if len(synced) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(layout, "_sync_tree", sync)
+    with pytest.raises(
+        UserError, match=r"ct\.zarr: cannot be written \(No space left on device\); make room"
+    ):
+        ingest(source, out, CONFIG.model_copy(update={"workers": 1}))
+    assert len(layout.list_cases(out)) == 1
+    assert not list((out / "cases").glob(f"{layout.TEMPORARY}*"))
+
+
+def test_a_patient_in_two_splits_stops_the_ingest_before_it_writes(tmp_path, out):
+    for i in range(2):
+        write_series(tmp_path / str(i), anatomy(i), Options(seed=str(i)))
+    table = tmp_path / "pairs.csv"
+    table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,anna,1,,test\n")
+    with pytest.raises(UserError, match=r"1 patient\(s\) would stand in more than one split \(a, b\)"):
+        ingest(table, out, CONFIG)
+    table.write_text("case,patient,full,low,split\na,anna,0,,trian\n")
+    with pytest.raises(UserError, match="split 'trian' is none of train, val, test"):
+        ingest(table, out, CONFIG)
+    assert not out.exists()
+
+
+def test_all_series_of_a_patient_go_into_one_split(tmp_path, out, threads):
+    for i in range(12):
+        write_series(tmp_path / "in" / str(i), anatomy(i), Options(patient=f"P{i % 4}", seed=str(i)))
+    ingest(tmp_path / "in", out, CONFIG.model_copy(update={"splits": {"train": 0.5, "test": 0.5}}))
+    assert len({(c.patient, c.split) for c in Store(out).cases}) == 4
+
+
+def test_shares_that_are_no_whole_are_refused(source, out):
+    with pytest.raises(UserError, match=r"add up to 0\.9"):
+        ingest(source, out, IngestConfig(splits={"train": 0.8, "test": 0.1}))
+
+
+class Deadly:
+    """Ends the process that unpickles it, as a kernel short of memory would."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_killed_worker_is_refused_and_takes_no_other_case_along(tmp_path, out):
+    pairs, _ = find_pairs(write_patients(tmp_path / "in", 2), PairingConfig())
+    layout.create(out)
+    settings = {"dose": 0.25, "seed": 0, "simulation": QUICK}
+    deadly, fine = (
+        task(out, p, "train", b"key", check=c, **settings)
+        for p, c in zip(pairs, [Deadly(), None], strict=True)
+    )
+    results = {t.name: refusal for t, refusal in workers.run_all([deadly, fine], 2)}
+    assert results[fine.name] is None
+    assert "its process was killed, most likely for want of memory" in results[deadly.name]
+    assert layout.list_cases(out) == [fine.name]
+
+
+PROGRAM = """
+import sys
+from sources import CONFIG
+from ldct_dist.store.ingest import ingest
+if __name__ == "__main__":
+    ingest(sys.argv[1], sys.argv[2], CONFIG)
+"""
+
+
+def test_killed_at_any_moment_and_started_again_it_makes_the_same_store(tmp_path, out):
+    """SIGKILL to the parent alone: its workers must end by themselves, and leave nothing that stays."""
+    source = write_patients(tmp_path / "in", 8)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    reference = tmp_path / "reference.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "pool", ThreadPoolExecutor)
+        ingest(source, reference, CONFIG)
+        out.with_name("ct.zarr.key").write_text(reference.with_name("reference.zarr.key").read_text())
+        for whole in (1, 4):
+            kill_when(lambda n=whole: len(whole_cases(out)) >= n, program, source, out)
+            assert len(whole_cases(out)) < 8, "it was done before it was killed"
+        (out / "cases" / f"{layout.TEMPORARY}killed").mkdir()
+        report = ingest(source, out, CONFIG)
+    assert len(report.skipped) >= 4
+    assert content(out) == content(reference)
+    assert not list((out / "cases").glob(".*"))
+
+
+def whole_cases(out: Path) -> list[str]:
+    return layout.list_cases(out) if (out / "cases").exists() else []
+
+
+def kill_when(reached, program: Path, *arguments: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    run = subprocess.Popen(
+        [sys.executable, program, *arguments], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    )
+    while not reached():
+        assert run.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    deadline = time.monotonic() + 20
+    while any(is_alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "its workers outlive it"
+        time.sleep(0.01)
+
+
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import os
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pytest
+from pydicom import dcmread
+from sources import CONFIG, anatomy
+from synthetic_dicom import Options, write_series
+
+from ldct_dist.ct.volume import Acquisition
+from ldct_dist.errors import UserError
+from ldct_dist.store import privacy
+from ldct_dist.store.ingest import ingest
+from ldct_dist.store.reader import Store
+
+MARKERS = (
+    *(
+        "Zwiebelmann",
+        "Ottokar",
+        "ZX-4711-Q",
+        "19370203",
+        "Krankenhaus",
+        "Doktorova",
+        "Wadenwickel",
+        "Geheimrat",
+    ),
+    "Sanatoriumstrasse",
+)
+
+
+def write_marked(folder: Path) -> list[Path]:
+    """A series that says MARKERS wherever an export may say something about a patient."""
+    tags = {
+        "PatientName": "Zwiebelmann^Ottokar",
+        "PatientID": "ZX-4711-Q",
+        "PatientBirthDate": "19370203",
+        "InstitutionName": "Krankenhaus",
+        "InstitutionAddress": "Sanatoriumstrasse 1",
+        "ReferringPhysicianName": "Doktorova^Anna",
+        "StudyDescription": "Wadenwickel",
+        "SeriesDescription": "Wadenwickel",
+        "ConvolutionKernel": "Ottokar B30",
+        "Manufacturer": "ACME (for Mr Zwiebelmann)",
+        "ManufacturerModelName": "Ring <16> of the Geheimrat",
+    }
+    files = write_series(folder, anatomy(), Options(tags=tags))
+    for path in files:
+        ds = dcmread(path)
+        ds.private_block(0x0029, "ldct_dist test", create=True).add_new(1, "LO", "Geheimrat")
+        ds.save_as(path)
+    return files
+
+
+def test_no_byte_of_a_store_tells_who_the_patient_is(tmp_path, threads):
+    source = tmp_path / "Zwiebelmann Ottokar"
+    uids = {
+        str(dcmread(p)[k].value)
+        for p in write_marked(source)
+        for k in ("SeriesInstanceUID", "StudyInstanceUID")
+    }
+    ingest(source, tmp_path / "ct.zarr", CONFIG)
+    files = [p for p in (tmp_path / "ct.zarr").rglob("*") if p.is_file()]
+    assert len(files) > 6
+    told = [text for text in (*MARKERS, *uids) if any(tells(path, text) for path in files)]
+    assert told == []
+
+
+def tells(path: Path, text: str) -> bool:
+    raw = path.read_bytes().lower()
+    return text.lower() in path.name.lower() or any(
+        text.lower().encode(code) in raw for code in ("utf-8", "utf-16-le")
+    )
+
+
+def test_what_tells_nobody_stays(tmp_path, threads):
+    tags = {"Manufacturer": "GE MEDICAL SYSTEMS", "ConvolutionKernel": ["I41f", "2"]}
+    write_series(tmp_path / "in", anatomy(), Options(tags=tags))
+    ingest(tmp_path / "in", tmp_path / "ct.zarr", CONFIG)
+    store = Store(tmp_path / "ct.zarr")
+    acquisition = store.volume(store.cases[0].name, "1.00").acquisition
+    assert (acquisition.manufacturer, acquisition.model) == ("GE MEDICAL SYSTE", "Ring 16")
+    assert (acquisition.kernel, acquisition.kvp) == ("I41f-2", 120.0)
+
+
+def test_patient_keys_are_one_a_patient_and_need_the_secret(tmp_path, threads):
+    for i, patient in enumerate(["A", "A", "B"]):
+        write_series(tmp_path / "in" / str(i), anatomy(i), Options(patient=patient, seed=str(i)))
+    settings = [CONFIG.model_copy(update={"key": tmp_path / name}) for name in ("one.key", "other.key")]
+    keys = []
+    for i, config in enumerate(settings):
+        ingest(tmp_path / "in", tmp_path / f"{i}.zarr", config)
+        keys.append(sorted(c.patient for c in Store(tmp_path / f"{i}.zarr").cases))
+    assert [len(set(k)) for k in keys] == [2, 2]
+    assert not set(keys[0]) & set(keys[1])
+
+
+def test_the_key_is_made_once_for_its_owner_alone_and_outside_the_store(tmp_path):
+    path = privacy.default_key_path(tmp_path / "ct.zarr")
+    assert path == tmp_path / "ct.zarr.key"
+    with ThreadPool(8) as pool:
+        keys = set(pool.map(privacy.load_key, [path] * 32))
+    assert len(keys) == 1
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["ct.zarr.key"]
+
+
+@pytest.mark.parametrize(("content", "said"), [("hello", "not readable as a key"), ("abcd", "holds 2 bytes")])
+def test_a_file_that_is_no_key_is_refused(tmp_path, content, said):
+    (tmp_path / "key").write_text(content)
+    with pytest.raises(UserError, match=said):
+        privacy.load_key(tmp_path / "key")
+
+
+def test_the_hash_keeps_its_items_apart():
+    assert privacy.keyed_hash(b"k", "ab", "c") != privacy.keyed_hash(b"k", "a", "bc")
+
+
+def test_identifying_words_are_those_of_every_naming_tag_and_of_the_manifest(tmp_path):
+    words = privacy.identifying_words(write_marked(tmp_path)[0], "Row-Label")
+    assert {"zwiebelmann", "ottokar", "4711", "19370203", "krankenhaus", "doktorova", "label"} <= words
+    assert privacy.scrubbed(Acquisition(kernel="B30 LABEL"), words).kernel is None
