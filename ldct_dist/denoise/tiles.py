@@ -1,9 +1,9 @@
 """Whole volumes in tiles that meet exactly: no seams, no blending, memory bounded by the tile.
 
-The networks see a stated radius. A tile is read with a halo of at least that, aligned to the network's
+A network states how far it sees. A tile is read with a halo of at least that, aligned to the network's
 stride; where it ends at the volume's border it ends there for the network too, so that the zeros which
 convolutions put beyond the border stand where they stand for the whole volume. Each output voxel is then
-what the whole volume would have given.
+what the whole volume at once would have given.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import numpy as np
 import torch
 
 from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser
 
 Triple = tuple[int, int, int]
 Slices = tuple[slice, slice, slice]
+Progress = Callable[[int, int], None]
 
-TILE: Triple = (32, 256, 256)  # voxels of output; with the halo about 4 times as many are computed at xxl
+TILE: Triple = (32, 256, 256)
+"""Voxels of output, (z, y, x). With the halo, xl computes on 52 x 352 x 352, 3 GB for one activation in fp32."""
 HU_RANGE = (AIR_HU, 32767)
 
 
@@ -35,16 +38,13 @@ class Tile:
     write: Slices
 
 
-def tiles(shape: Triple, tile: Triple, radius: Triple, stride: Triple) -> Iterator[Tile]:
-    """Cover a volume of `shape`, a multiple of `stride`, writing each voxel once."""
+def tiles(shape: Triple, tile: Triple, radius: Triple, stride: Triple) -> list[Tile]:
+    """Cover a volume of `shape`, a multiple of `stride`, writing each voxel once; `tile` is rounded up to it."""
     axes = [
-        [_span(start, min(start + t, n), n, r, s) for start in range(0, n, t)]
-        for n, t, r, s in zip(
-            shape, (_up(t, s) for t, s in zip(tile, stride, strict=True)), radius, stride, strict=True
-        )
+        _spans(size, _up(edge, s), _up(r, s))
+        for size, edge, r, s in zip(shape, tile, radius, stride, strict=True)
     ]
-    for z, y, x in product(*axes):
-        yield Tile(*((z[i], y[i], x[i]) for i in range(3)))
+    return [Tile(*zip(*spans, strict=True)) for spans in product(*axes)]
 
 
 def denoise_volume(
@@ -54,40 +54,65 @@ def denoise_volume(
     tile: Triple = TILE,
     device: torch.device | str | None = None,
     bf16: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> np.ndarray:
     """`model` on a whole volume: int16 HU (z, y, x) in and out, rounded to the nearest HU.
 
-    Padding (AIR_HU) stays padding. `progress` hears (tiles done, tiles in all).
+    Padding (AIR_HU and below) stays as it is. `device`: where the model is, or shall be moved; None leaves it
+    there. `progress` hears (tiles done, tiles in all).
+    Raises UserError where the network's answer is not finite.
     """
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
-    padded = np.pad(
-        hu, [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)], constant_values=AIR_HU
-    )
-    shape: Triple = padded.shape
-    out = np.empty_like(padded)
-    cut = list(tiles(shape, tile, model.radius, model.stride))
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    out = np.empty_like(hu)
+    for write, answer in denoised_tiles(model, hu, tile=tile, device=device, bf16=bf16, progress=progress):
+        if not answer.isfinite().all():
+            raise UserError(
+                f"{model.config.name}-{model.config.size} gives values that are not finite; take the weights "
+                f"of an earlier checkpoint{', or do without bf16' if bf16 else ''}"
+            )
+        out[write] = answer.round().clamp(*HU_RANGE).to(torch.int16).numpy()
+    return np.where(hu <= AIR_HU, hu, out)
+
+
+def denoised_tiles(
+    model: Denoiser,
+    hu: np.ndarray,
+    *,
+    tile: Triple = TILE,
+    device: torch.device | str | None = None,
+    bf16: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[tuple[Slices, torch.Tensor]]:
+    """Where in the volume each tile belongs, and the network's answer there: float HU, on the CPU."""
+    if device is not None:
+        model.to(device)
+    weight = next(model.parameters())
+    missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
+    padded = np.pad(hu, missing, constant_values=AIR_HU)
+    cut = tiles(padded.shape, tile, model.radius, model.stride)
     training = model.training
     model.eval()
-    with torch.inference_mode(), autocast:
-        for i, t in enumerate(cut):
-            given = torch.from_numpy(padded[t.read]).to(device, dtype)[None, None]
-            answer = model(given)[0, 0][t.keep]
-            out[t.write] = answer.round().clamp(*HU_RANGE).to("cpu", torch.int16).numpy()
-            progress(i + 1, len(cut))
-    model.train(training)
-    out = out[tuple(slice(0, n) for n in hu.shape)]
-    return np.where(hu <= AIR_HU, hu, out)
+    try:
+        for done, t in enumerate(cut, start=1):
+            given = torch.from_numpy(padded[t.read]).to(weight.device, weight.dtype)
+            autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
+            with torch.inference_mode(), autocast:
+                answer = model(given[None, None])[0, 0][t.keep].cpu()
+            inside = hu[t.write].shape  # without what only fills up the stride
+            yield t.write, answer[tuple(map(slice, inside))]
+            progress(done, len(cut))
+    finally:
+        model.train(training)
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _span(start: int, stop: int, size: int, radius: int, stride: int) -> Slices:
-    """read, keep and write along one axis."""
-    halo = _up(radius, stride)
-    first, last = max(0, start - halo), min(size, _up(stop, stride) + halo)
-    return slice(first, last), slice(start - first, stop - first), slice(start, stop)
+def _spans(size: int, edge: int, halo: int) -> list[Slices]:
+    """(read, keep, write) of each tile along one axis."""
+    spans = []
+    for start in range(0, size, edge):
+        stop = min(start + edge, size)
+        first, last = max(0, start - halo), min(size, stop + halo)
+        spans.append((slice(first, last), slice(start - first, stop - first), slice(start, stop)))
+    return spans

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import ldct_dist
 from ldct_dist.ct.derived import write_derived
-from ldct_dist.ct.dicom import find_series, read_series
-from ldct_dist.denoise.tiles import denoise_volume
+from ldct_dist.ct.dicom import Series, find_series, read_series
+from ldct_dist.denoise.tiles import TILE, Progress, Triple, denoise_volume
 from ldct_dist.errors import UserError
 from ldct_dist.models.weights import load_weights, weights_hash
 
@@ -20,26 +19,42 @@ def denoise_series(
     source: Path,
     out: Path,
     *,
+    tile: Triple = TILE,
     device: torch.device | str | None = None,
     bf16: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Path]:
     """Denoise each CT series below `source` into `out`, one folder a series if there are several.
 
-    A voxel that the network leaves unchanged keeps its stored value bit for bit. Returns the files.
-    Raises UserError for weights or series that cannot be used; what is then in `out` is whole series.
+    A voxel that the network leaves unchanged keeps its stored value bit for bit. DerivationDescription names
+    this package's version, the network and the hash of its weights. `device`: None takes a GPU if there is one.
+    `progress` hears (tiles done, tiles in all) of each series in turn.
+
+    Returns the files. Raises UserError for weights or series that cannot be used, and for an `out` that holds
+    something already; what is in `out` afterwards is whole series.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_weights(weights, device)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):  # said now, not after an hour's work
+        raise UserError(f"{out}: exists already; choose another folder or remove it")
+    model = load_weights(weights, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    description = (
+        f"Denoised by ldct_dist {ldct_dist.__version__}, {model.config.name}-{model.config.size}, "
+        f"weights sha256 {weights_hash(weights)}"
+    )
+    files = []
+    series = _series(source)
+    for number, one in enumerate(series, start=1):
+        target = out if len(series) == 1 else out / f"series-{number:03d}"
+        hu = denoise_volume(model, read_series(one).hu, tile=tile, bf16=bf16, progress=progress)
+        files += write_derived(one, hu, target, description)
+    return files
+
+
+def _series(source: Path) -> list[Series]:
     series, refused = find_series(source)
+    if refused and series:
+        raise UserError(
+            f"{refused[0]} (nothing was written: to denoise the {len(series)} other series, move it out of {source})"
+        )
     if not series:
         raise refused[0] if refused else UserError(f"{source}: no CT series below it")
-    if refused:
-        raise UserError(f"{refused[0]} (nothing was written; take it out of {source} to denoise the others)")
-    by = f"Denoised by ldct_dist {ldct_dist.__version__}: {model.config.name}-{model.config.size}, weights sha256 {weights_hash(weights)}"
-    files = []
-    for i, one in enumerate(series):
-        target = out if len(series) == 1 else out / f"series-{i + 1:03d}"
-        hu = denoise_volume(model, read_series(one).hu, device=device, bf16=bf16, progress=progress)
-        files += write_derived(one, hu, target, by)
-    return files
+    return series

@@ -22,6 +22,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: Denoiser) -> None:
+        """Move towards `model`, which has the same shapes, device and dtype."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
         self.updates += 1

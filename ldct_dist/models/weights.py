@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import ldct_dist
-from ldct_dist import config as configs
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser, ModelConfig, build
 
@@ -25,13 +24,18 @@ def weights_facts(config: ModelConfig, **facts: str) -> dict[str, str]:
 
 
 def save_weights(path: Path, model: Denoiser, **facts: str) -> None:
-    """Write the network's weights, whole or not at all."""
+    """Write the network's weights, whole or not at all. Raises UserError where they cannot be written."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata=weights_facts(model.config, **facts))
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    try:
+        save_file(tensors, temporary, metadata=weights_facts(model.config, **facts))
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: cannot be written ({e}); choose another folder or make room") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> Denoiser:
@@ -39,22 +43,30 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Denoiser:
 
     Raises UserError if the file is missing, damaged, or not made by `save_weights` or a checkpoint.
     """
+    facts, tensors = _read(path)
+    if facts.get("kind") != KIND:
+        raise UserError(
+            f"{path}: safetensors, but no denoiser of this package; give a run's weights.safetensors"
+        )
+    try:
+        model = build(ModelConfig.model_validate_json(facts["model"]))
+        model.load_state_dict(tensors)
+    except (KeyError, ValidationError, UserError, RuntimeError) as e:
+        raise UserError(
+            f"{path}: written by version {facts.get('version')}, it does not fit the networks of version "
+            f"{ldct_dist.__version__} ({str(e)[:200]}); use the version that wrote it"
+        ) from e
+    return model.to(device).eval()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as f:
-            facts = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  not a dict
+            return f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  no dict
     except FileNotFoundError as e:
-        raise UserError(f"{path}: no such weights file") from e
+        raise UserError(f"{path}: no such weights file; a run's are in checkpoints/<step>/") from e
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); copy it again") from e
-    if facts.get("kind") != KIND:
-        raise UserError(f"{path}: safetensors, but not a denoiser of this package")
-    model = build(configs.validate(ModelConfig, json.loads(facts["model"]), str(path)))
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as e:
-        raise UserError(f"{path}: its tensors do not fit {model.config}; was it cut or mixed up?") from e
-    return model.to(device).eval()
 
 
 def weights_hash(path: Path) -> str:

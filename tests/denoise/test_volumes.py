@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from networks import random_network
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless
+from synthetic_dicom import Options, phantom, write_series
+
+import ldct_dist
+from ldct_dist.ct.dicom import one_series, read_series
+from ldct_dist.denoise.tiles import denoise_volume
+from ldct_dist.denoise.volumes import denoise_series
+from ldct_dist.errors import UserError
+from ldct_dist.models.registry import ModelConfig, build
+from ldct_dist.models.weights import save_weights, weights_hash
+
+DEMO = Path(ldct_dist.__file__).parent / "demo_data"
+
+
+@pytest.fixture
+def identity(tmp_path):
+    save_weights(tmp_path / "identity.safetensors", build(ModelConfig(size="xs")))
+    return tmp_path / "identity.safetensors"
+
+
+@pytest.fixture
+def denoiser(tmp_path):
+    save_weights(tmp_path / "w.safetensors", random_network("unet3d", gain=0.5))
+    return tmp_path / "w.safetensors"
+
+
+def stored(files: list[Path]) -> list[np.ndarray]:
+    """Stored values, slice by slice from the feet up."""
+    slices = sorted((pydicom.dcmread(f) for f in files), key=lambda ds: ds.ImagePositionPatient[2])
+    return [ds.pixel_array for ds in slices]
+
+
+def assert_unchanged(source: list[Path], derived: list[Path]) -> None:
+    assert len(source) == len(derived)
+    for a, b in zip(stored(source), stored(derived), strict=True):
+        assert a.dtype == b.dtype
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", ["CRLM-CT-1004", "CRLM-CT-1006"])
+def test_a_fresh_network_leaves_every_stored_pixel_of_a_patient(case, identity, tmp_path):
+    derived = denoise_series(identity, DEMO / case, tmp_path / "out", tile=(64, 256, 256))
+    assert_unchanged(list((DEMO / case).glob("*.dcm")), derived)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_fresh_network_leaves_every_stored_pixel_in_every_encoding(syntax, signed, identity, tmp_path):
+    source = write_series(tmp_path / "in", phantom(), Options(syntax=syntax, signed=signed))
+    assert_unchanged(source, denoise_series(identity, tmp_path / "in", tmp_path / "out"))
+
+
+def test_a_series_is_denoised_and_says_by_what(denoiser, tmp_path):
+    write_series(tmp_path / "in", phantom())
+    files = denoise_series(denoiser, tmp_path / "in", tmp_path / "out")
+    before = read_series(one_series(tmp_path / "in")).hu
+    after = read_series(one_series(tmp_path / "out")).hu
+    assert np.array_equal(after, denoise_volume(random_network("unet3d", gain=0.5), before))
+    assert (after != before).mean() > 0.5
+    said = pydicom.dcmread(files[0]).DerivationDescription
+    for part in (ldct_dist.__version__, "unet3d-xs", weights_hash(denoiser)):
+        assert part in said
+
+
+def test_several_series_get_a_folder_each(identity, tmp_path):
+    for seed in ("a", "b"):
+        write_series(tmp_path / "in" / seed, phantom(), Options(seed=seed))
+    files = denoise_series(identity, tmp_path / "in", tmp_path / "out")
+    assert {f.parent.name for f in files} == {"series-001", "series-002"}
+
+
+def test_an_output_that_exists_is_refused_before_any_work(identity, tmp_path):
+    write_series(tmp_path / "in", phantom())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        denoise_series(tmp_path / "no-weights", tmp_path / "in", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_series_that_cannot_be_used_stops_all_and_is_named(identity, tmp_path):
+    write_series(tmp_path / "in" / "good", phantom())
+    write_series(tmp_path / "in" / "holed", phantom(), Options(seed="holed"))[2].unlink()
+    with pytest.raises(UserError, match=r"holed.*nothing was written: to denoise the 1 other"):
+        denoise_series(identity, tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_ct_is_one_line(identity, tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="no CT series"):
+        denoise_series(identity, tmp_path / "in", tmp_path / "out")

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import random_network
+
+from ldct_dist.models.losses import LossConfig, build_loss, mask_from_box
+
+
+def line(*values: float) -> torch.Tensor:
+    return torch.tensor(values).view(1, 1, 1, 1, -1)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LossConfig(name="l1"), 4.0),
+        (LossConfig(name="mse"), 17.0),
+        (LossConfig(name="charbonnier", eps_hu=4.0), (5 - 4 + math.sqrt(41) - 4) / 2),
+    ],
+)
+def test_losses_are_the_mean_of_their_formula_over_the_mask(config, expected):
+    denoised, full, mask = line(13.0, 995.0, 7.0), line(10.0, 1000.0, 900.0), line(1, 1, 0).bool()
+    assert build_loss(config)(denoised, full, mask).tolist() == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("name", ["charbonnier", "l1", "mse"])
+def test_each_sample_has_its_own_mean(name):
+    loss = build_loss(LossConfig(name=name))
+    denoised, full = torch.randn(3, 1, 2, 4, 4), torch.randn(3, 1, 2, 4, 4)
+    mask = torch.rand(3, 1, 2, 4, 4) < 0.5
+    together = loss(denoised, full, mask)
+    alone = [loss(denoised[i : i + 1], full[i : i + 1], mask[i : i + 1])[0] for i in range(3)]
+    assert together.tolist() == pytest.approx([a.item() for a in alone])
+
+
+def test_a_sample_that_is_all_padding_counts_nothing_and_moves_nothing():
+    denoised = torch.ones(1, 1, 2, 2, 2, requires_grad=True)
+    loss = build_loss(LossConfig())(denoised, torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2).bool())
+    loss.sum().backward()
+    assert loss.item() == 0
+    assert not denoised.grad.any()
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    starts=st.tuples(*[st.integers(-20, 9)] * 3),
+    sizes=st.tuples(*[st.integers(1, 40)] * 3),
+    margin=st.tuples(*[st.integers(0, 12)] * 3),
+)
+def test_masked_is_what_lies_beyond_the_volume_or_sees_over_the_crop_into_it(starts, sizes, margin):
+    shape = (6, 9, 10)
+    box = [(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+    mask = mask_from_box(torch.tensor([box]), torch.Size(shape), margin)[0, 0]
+    inside = [
+        # of all that voxel i sees along the axis, each place is either in the crop or beyond the volume
+        torch.tensor(
+            [
+                a <= i < b and all(0 <= j < n or not a <= j < b for j in range(i - m, i + m + 1))
+                for i in range(n)
+            ]
+        )
+        for n, (a, b), m in zip(shape, box, margin, strict=True)
+    ]
+    z, y, x = inside
+    assert torch.equal(mask, z[:, None, None] & y[:, None] & x)
+
+
+def test_with_the_radius_as_margin_crops_that_count_are_what_the_volume_gives():
+    """What the margin is for: over the mask, the network says the same on the crop as on the whole volume."""
+    model = random_network("redcnn3d", thick_slices=True)
+    volume = torch.randn(1, 1, 3, 40, 64) * 50
+    crop = volume[..., 8:64]  # x: the volume begins 8 voxels before it and ends with it
+    mask = mask_from_box(torch.tensor([[(0, 3), (0, 40), (-8, 56)]]), crop.shape[2:], model.radius)
+    with torch.inference_mode():
+        same = (model(crop) - model(volume)[..., 8:64]).abs() < 1e-3
+    assert mask.sum() == 3 * 40 * (56 - model.radius[2])
+    assert same[mask].all()
+    assert not same[~mask].all()
