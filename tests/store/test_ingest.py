@@ -231,7 +231,7 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_at_any_moment_and_started_again_it_makes_the_same_store(tmp_path, out):
+def test_killed_and_started_again_it_makes_the_same_store(tmp_path, out):
     """SIGKILL to the parent alone: its workers must end by themselves, and leave nothing that stays."""
     source = write_patients(tmp_path / "in", 8)
     program = tmp_path / "program.py"
@@ -241,12 +241,11 @@ def test_killed_at_any_moment_and_started_again_it_makes_the_same_store(tmp_path
         patch.setattr(workers, "pool", ThreadPoolExecutor)
         ingest(source, reference, CONFIG)
         out.with_name("ct.zarr.key").write_text(reference.with_name("reference.zarr.key").read_text())
-        for whole in (1, 4):
-            kill_when(lambda n=whole: len(whole_cases(out)) >= n, program, source, out)
-            assert len(whole_cases(out)) < 8, "it was done before it was killed"
+        kill_when(lambda: len(whole_cases(out)) >= 3, program, source, out)
+        assert len(whole_cases(out)) < 8, "it was done before it was killed"
         (out / "cases" / f"{layout.TEMPORARY}killed").mkdir()
         report = ingest(source, out, CONFIG)
-    assert len(report.skipped) >= 4
+    assert len(report.skipped) >= 3
     assert content(out) == content(reference)
     assert not list((out / "cases").glob(".*"))
 
