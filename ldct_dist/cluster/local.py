@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -26,33 +27,34 @@ class LocalRanks:
         out: IO | None = open(log, "ab") if log is not None else None  # noqa: SIM115  handed to the processes
         try:
             for rank in range(ranks):
-                environment = {
-                    **os.environ,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                }
-                group = self.processes[0].pid if self.processes else 0
-                command = [sys.executable, "-m", "ldct_dist", *arguments]
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        stdout=out,
-                        stderr=out,
-                        stdin=subprocess.DEVNULL,
-                        process_group=group,
-                    )
-                )
+                self.processes.append(self._start(arguments, rank, ranks, port, out))
         except BaseException:
             self.signal(signal.SIGKILL)
             raise
         finally:
             if out is not None:
                 out.close()
+
+    def _start(
+        self, arguments: Sequence[str], rank: int, ranks: int, port: str, out: IO | None
+    ) -> subprocess.Popen:
+        launcher = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "ldct_dist", *arguments],
+            env={**os.environ, **launcher},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            process_group=self.processes[0].pid if self.processes else 0,
+            preexec_fn=_end_with_parent,
+        )
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every process of the group."""
@@ -89,6 +91,15 @@ class LocalRanks:
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """In the child: be killed when the launcher is, however it dies, so that no rank is left behind."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:
