@@ -63,8 +63,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     if arguments.child:
-        print(json.dumps(_child(*arguments.child, arguments.seconds)))
-        return
+        print(json.dumps(_child(*arguments.child, arguments.seconds)), flush=True)
+        os._exit(0)  # threads and workers that still make batches need not be asked to stop
     _install_peers()
     volumes.prepare(CACHE)
     rows = [_contest(crop, arguments.seconds) for crop in CROPS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +23,15 @@ def batches(cache: Path, crop: tuple[int, int, int], threads: int, kind: str) ->
             RandSpatialCropSamplesd(keys, crop, num_samples=8, random_size=False),
         ]
     )
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        if kind == "cache":
-            data = CacheDataset(volumes.arrays(cache), transform, num_workers=threads, progress=False)
-        else:
-            data = PersistentDataset(volumes.arrays(cache), transform, cache_dir=folder)
-            for i in range(len(data)):
-                data[i]  # fills the cache
-        loader = DataLoader(data, batch_size=1, shuffle=True, num_workers=threads, persistent_workers=True)
-        while True:
-            for batch in loader:
-                low, full = (torch.as_tensor(batch[k]) for k in keys)
-                assert low.dtype == torch.float32, low.dtype
-                yield low, full, batch["case"]
+    if kind == "cache":
+        data = CacheDataset(volumes.arrays(cache), transform, num_workers=threads, progress=False)
+    else:
+        data = PersistentDataset(volumes.arrays(cache), transform, cache_dir=cache / "monai")
+        for i in range(len(data)):
+            data[i]  # fills the cache
+    loader = DataLoader(data, batch_size=1, shuffle=True, num_workers=threads, persistent_workers=True)
+    while True:
+        for batch in loader:
+            low, full = (torch.as_tensor(batch[k]) for k in keys)
+            assert low.dtype == torch.float32, low.dtype
+            yield low, full, batch["case"]

@@ -66,11 +66,13 @@ def apply(
 
 
 def move_each(pair: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
-    """Flip, then swap y and x, sample by sample: on a CPU, where nothing is launched, the fastest way."""
+    """Flip, then swap y and x, sample by sample: on a CPU this is one copy, along strides that numpy allows."""
     moved = torch.empty_like(pair)
+    source, target = pair.numpy(), moved.numpy()
     for i, (*flips, swap, _) in enumerate(drawn):
-        sample = pair[:, i].flip([axis for axis, flip in zip((-3, -2, -1), flips, strict=True) if flip])
-        moved[:, i] = sample.mT if swap else sample
+        z, y, x = (slice(None, None, -1 if flip else 1) for flip in flips)
+        sample = source[:, i, :, z, y, x]
+        target[:, i] = sample.swapaxes(-1, -2) if swap else sample
     return moved
 
 
