@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/ldct-dist demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 bench: setup
 	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b | tail -n 1; done

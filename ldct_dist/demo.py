@@ -69,7 +69,10 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
 
 def _ingest(config: RunConfig, console: Console) -> None:
     splits = {TRAIN_PATIENT: "train", TEST_PATIENT: "test"}
-    settings = IngestConfig(dose=config.data.dose, split_of=splits, seed=config.seed)
+    # Public data, so no secret: a fixed key makes the store, and with it the sample order, the same everywhere.
+    key = config.store.with_name("demo.key")
+    key.write_text("00" * 32)
+    settings = IngestConfig(dose=config.data.dose, split_of=splits, seed=config.seed, key=key)
     report = ingest(DATA, config.store, settings)
     if report.rejected:
         raise UserError(f"{report.rejected[0].where}: {report.rejected[0].reason}")

@@ -19,8 +19,12 @@ ALONE = World()
 
 def parts(value: float) -> dict[str, Part]:
     return {
-        "weights.safetensors": Part({"w": torch.full((40, 30), value), "b": torch.arange(7.0)}, {"kind": "test"}),
-        "optimizer.safetensors": Part({"w/exp_avg": torch.full((40, 30), -value), "w/step": torch.tensor(value)}),
+        "weights.safetensors": Part(
+            {"w": torch.full((40, 30), value), "b": torch.arange(7.0)}, {"kind": "test"}
+        ),
+        "optimizer.safetensors": Part(
+            {"w/exp_avg": torch.full((40, 30), -value), "w/step": torch.tensor(value)}
+        ),
     }
 
 
