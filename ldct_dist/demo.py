@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +67,11 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
     console.print(f"denoised series  {folder / 'denoised'}")
     console.print(f"picture          {picture}")
     console.print(f"figures          {folder / 'result.json'}")
+
+
+def _beside_python(command: str) -> str:
+    """How to call a command of this environment from here, whether or not it is activated."""
+    return os.path.relpath(Path(sys.executable).with_name(command))
 
 
 def _ingest(config: RunConfig, console: Console) -> None:
