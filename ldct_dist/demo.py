@@ -61,9 +61,7 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
     _write_result(folder, comparison, resumed_at, time.monotonic() - start)
 
     print_comparison(comparison, console)
-    console.print(
-        f"\nTensorBoard      {config.runs}/../.venv/bin/tensorboard --logdir {folder / 'tensorboard'}"
-    )
+    console.print(f"\nTensorBoard      {_beside_python('tensorboard')} --logdir {folder / 'tensorboard'}")
     console.print(f"denoised series  {folder / 'denoised'}")
     console.print(f"picture          {picture}")
     console.print(f"figures          {folder / 'result.json'}")
