@@ -83,9 +83,7 @@ def forward(mu: torch.Tensor, scan: Scan, step_mm: float) -> torch.Tensor:
 
     Bilinear samples `step_mm` apart; half a voxel resolves everything the grid holds.
     """
-    table = (
-        functional.pad(mu.float(), (1, 1, 1, 1)).flatten(1).T.contiguous()
-    )  # a frame of zeros, and a row for each voxel
+    table = _table(functional.pad(mu.float(), (1, 1, 1, 1)))  # a frame of zeros around each slice
     steps = math.ceil(2 * scan.radius_mm / step_mm)
     along = (torch.arange(steps, device=mu.device) - (steps - 1) / 2) * step_mm
     theta, t = (ray.flatten().float().to(mu.device)[:, None] for ray in scan.rays())
@@ -150,9 +148,7 @@ def backproject(filtered: torch.Tensor, scan: Scan) -> torch.Tensor:
     Linear interpolation between columns.
     """
     device = filtered.device
-    table = (
-        functional.pad(filtered, (1, 1)).flatten(1).T.contiguous()
-    )  # a column of zeros at both ends of each view
+    table = _table(functional.pad(filtered, (1, 1)))  # a column of zeros at both ends of each view
     first = torch.arange(scan.views, device=device, dtype=torch.int32) * (scan.columns + 2)
     voxels = _voxel_positions(scan).to(device)
     inside = torch.linalg.vector_norm(voxels, dim=1) <= scan.radius_mm
@@ -179,6 +175,15 @@ def backproject(filtered: torch.Tensor, scan: Scan) -> torch.Tensor:
     slices = filtered.new_zeros(len(voxels), len(filtered))
     slices[inside] = torch.cat(sums)
     return slices.T.reshape(-1, *scan.shape)
+
+
+def _table(slices: torch.Tensor) -> torch.Tensor:
+    """(slices, rows, columns) -> (rows * columns, slices), each row side by side in memory.
+
+    A clone, because contiguous() keeps the strides of a single slice, on which embedding_bag takes a slower path that
+    rounds differently: a slice alone would not get the noise that it gets among others.
+    """
+    return slices.flatten(1).T.clone(memory_format=torch.contiguous_format)
 
 
 def _weighted_sums(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -227,7 +227,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model: Denoiser = build(config.model).to(self.world.device)
         if config.channels_last:
-            _to_channels_last(model)
+            to_channels_last(model)
         if config.precision == "fp64":
             model = model.double()
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optim.name]
@@ -290,7 +290,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def _to_channels_last(model: Denoiser) -> None:
+def to_channels_last(model: Denoiser) -> None:
     """The layout in which 3-D convolutions run fastest, on CPU and GPU.
 
     Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
