@@ -31,15 +31,7 @@ from ldct_dist.errors import UserError
 
 _BATCH = 16  # slices that share one working-out of the geometry
 _MATCHED_SLICES = 8  # on these the noise of a volume is measured
-_CUTOFFS = (
-    0.4,
-    0.55,
-    0.75,
-    1.0,
-    1.4,
-    2.0,
-    4.0,
-)  # of the image's Nyquist frequency, tried when matching texture
+_CUTOFFS = (0.4, 0.55, 0.75, 1.0, 1.4, 2.0, 4.0)  # of the image's Nyquist frequency, tried on the texture
 _LEAST_STD_HU = 0.5  # rounding to whole HU alone makes 0.3
 
 
