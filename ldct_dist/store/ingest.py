@@ -169,15 +169,21 @@ def _drawn(patient: str, key: bytes, splits: dict[str, float]) -> str:
 def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:
     of: dict[str, set[str]] = {}
     for pair, split in zip(pairs, splits, strict=True):
-        of.setdefault(pair.patient, set()).add(split)
-    leaking = [pair for pair in pairs if len(of[pair.patient]) > 1]
+        for whose in _whose(pair):
+            of.setdefault(whose, set()).add(split)
+    leaking = [pair for pair in pairs if any(len(of[whose]) > 1 for whose in _whose(pair))]
     if leaking:
         where = ", ".join(pair.name or str(pair.full.paths[0].parent) for pair in leaking[:6])
-        patients = len({pair.patient for pair in leaking})
         raise UserError(
-            f"{patients} patient(s) would stand in more than one split ({where}); "
+            f"{len(leaking)} cases of one patient or study would stand in more than one split ({where}); "
             "give all cases of a patient one split"
         )
+
+
+def _whose(pair: Pair) -> set[str]:
+    """What tells the patient: a study is of one patient, whatever a manifest calls its series."""
+    studies = {series.study_uid for series in (pair.full, pair.low) if series}
+    return {pair.patient, *filter(None, studies)}
 
 
 def _survey(tasks: Sequence[Task]) -> Survey:

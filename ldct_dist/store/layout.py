@@ -5,19 +5,20 @@ STORE/catalogue.parquet       one row a case: all that sampling needs without op
 STORE/cases/NAME/zarr.json    the case's record, and OME-Zarr 0.5 metadata
 STORE/cases/NAME/1.00/        int16 HU (z, y, x): zarr.json and, up to SHARD_CAP, one shard file
 STORE/cases/NAME/0.25/        the same at a quarter of the dose
+
+No byte goes unwatched: the root seals the catalogue, which repeats every record; a record seals itself, the
+metadata of its arrays and their voxels.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +28,17 @@ from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
 from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.errors import UserError
+from ldct_dist.store.record import (
+    FORMAT,
+    CaseRecord,
+    array_hash,
+    case_metadata,
+    group_metadata,
+    read_record,
+    sha256,
+    voxel_hash,
+)
 
-FORMAT = "ldct_dist"
 FORMAT_VERSION = 1
 FULL_DOSE = "1.00"
 CATALOGUE = "catalogue.parquet"
@@ -37,30 +47,7 @@ TEMPORARY = ".writing-"
 CHUNK = (64, 128, 128)  # 2 MiB of int16: large enough to stream, small enough to cut crops from
 SHARD_CAP = 2 << 30
 BODY_HU = -500  # between lung-free air and tissue: which part of a chunk shows the patient
-
-
-@dataclass(frozen=True)
-class CaseRecord:
-    """What is known of a case besides its voxels; nothing in it names the patient.
-
-    body: share of voxels above BODY_HU in each chunk of the chunk grid, 0..255, C order.
-    voxels: sha256 of each dose's int16 voxels. provenance: keyed hash of what it was made from.
-    """
-
-    name: str
-    patient: str
-    split: str
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    origin: tuple[float, float, float]
-    direction: tuple[tuple[float, float, float], ...]
-    acquisition: dict[str, Any]
-    chunk: tuple[int, int, int]
-    doses: tuple[str, ...]
-    voxels: tuple[str, ...]
-    noise_hu: float | None
-    provenance: str
-    body: bytes
+CASES_METADATA = group_metadata({})  # the zarr.json of the group of all cases
 
 
 def dose_name(dose: float) -> str:
@@ -81,21 +68,25 @@ def chunk_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def create(path: Path) -> None:
     """Make an empty store, or check that `path` is one. Raises UserError if it is something else."""
-    if (path / "zarr.json").exists():
-        check_format(path)
-        return
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists and is not a store; choose an empty or new folder")
-    path.mkdir(parents=True, exist_ok=True)
+    taken = path.exists() and not (path.is_dir() and all(_is_temporary(p) for p in path.iterdir()))
+    # Looked for last: if what is there comes from one who makes the same store just now, so is this.
+    if not (path / "zarr.json").exists():
+        if taken:
+            raise UserError(f"{path}: exists and is not a store; choose an empty or new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        # First: from here on it is a store to whoever starts beside this process, or after its end.
+        _replace(path / "zarr.json", root_metadata())
+    check_format(path)
     (path / CASES).mkdir(exist_ok=True)
-    group = {"zarr_format": 3, "node_type": "group"}
-    _replace(path / CASES / "zarr.json", json.dumps({**group, "attributes": {}}).encode())
-    attributes = {FORMAT: {"version": FORMAT_VERSION}}
-    _replace(path / "zarr.json", json.dumps({**group, "attributes": attributes}).encode())
+    if not (path / CASES / "zarr.json").exists():
+        _replace(path / CASES / "zarr.json", CASES_METADATA)
 
 
-def check_format(path: Path) -> None:
-    """Raises UserError unless `path` is a store of a version this package reads."""
+def check_format(path: Path) -> str | None:
+    """The sha256 of the catalogue, None while it is still to be written.
+
+    Raises UserError unless `path` is a store of a version this package reads.
+    """
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
         version = attributes[FORMAT]["version"]
@@ -107,6 +98,13 @@ def check_format(path: Path) -> None:
         raise UserError(
             f"{path}: store format {version}, this ldct_dist reads {FORMAT_VERSION}; update the package"
         )
+    return attributes[FORMAT].get("catalogue")
+
+
+def root_metadata(catalogue: str | None = None) -> bytes:
+    """The root's zarr.json; `catalogue`: the sha256 of the catalogue, once it is there."""
+    seal = {"catalogue": catalogue} if catalogue else {}
+    return group_metadata({FORMAT: {"version": FORMAT_VERSION, **seal}})
 
 
 def write_case(
@@ -125,29 +123,31 @@ def write_case(
     """
     names = {dose_name(d): v for d, v in sorted(doses.items(), reverse=True)}
     full = next(iter(names.values()))
-    record = CaseRecord(
-        name=name,
-        patient=patient,
-        split=split,
-        shape=full.shape,
-        spacing=full.spacing,
-        origin=full.origin,
-        direction=full.direction,
-        acquisition=asdict(full.acquisition),
-        chunk=chunk_shape(full.shape),
-        doses=tuple(names),
-        voxels=tuple(voxel_hash(v.hu) for v in names.values()),
-        noise_hu=noise_hu,
-        provenance=provenance,
-        body=body_share(full.hu, chunk_shape(full.shape)),
-    )
+    chunk = chunk_shape(full.shape)
     temporary = store / CASES / f"{TEMPORARY}{name}-{os.getpid()}-{secrets.token_hex(3)}"
     replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         group = zarr.open_group(temporary, mode="w", zarr_format=3)
         for dose, volume in names.items():
-            _write_array(group, dose, volume.hu, record.chunk)
-        group.attrs.put({"ome": _ome(record), FORMAT: _to_json(record)})
+            _write_array(group, dose, volume.hu, chunk)
+        record = CaseRecord(
+            name=name,
+            patient=patient,
+            split=split,
+            shape=full.shape,
+            spacing=full.spacing,
+            origin=full.origin,
+            direction=full.direction,
+            acquisition=asdict(full.acquisition),
+            chunk=chunk,
+            doses=tuple(names),
+            voxels=tuple(voxel_hash(v.hu) for v in names.values()),
+            arrays=tuple(array_hash(temporary / dose) for dose in names),
+            noise_hu=noise_hu,
+            provenance=provenance,
+            body=body_share(full.hu, chunk),
+        )
+        (temporary / "zarr.json").write_bytes(case_metadata(record))
         _sync_tree(temporary)
         if (store / CASES / name).exists():
             (store / CASES / name).rename(replaced)
@@ -156,21 +156,6 @@ def write_case(
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     return record
-
-
-def read_record(case: Path) -> CaseRecord:
-    """The record of the case in folder `case`. Raises UserError if there is none, or one that is damaged."""
-    try:
-        body = json.loads((case / "zarr.json").read_bytes())["attributes"][FORMAT]
-        tuples = {k: tuple(v) for k, v in body.items() if isinstance(v, list)}
-        tuples["direction"] = tuple(map(tuple, body["direction"]))
-        return CaseRecord(**{**body, **tuples, "body": bytes.fromhex(body["body"])})
-    except FileNotFoundError as e:
-        raise UserError(f"{case.parent.parent}: no case {case.name!r}; ldct-dist info lists them") from e
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{case.parent.parent}: the record of case {case.name} is damaged; delete {case} and ingest it again"
-        ) from e
 
 
 def list_cases(store: Path) -> list[str]:
@@ -185,8 +170,8 @@ def finalise(store: Path) -> int:
     damaged, or if a patient stands in more than one split.
     """
     check_format(store)
-    for leftover in (store / CASES).glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(store)
+    _sweep(store / CASES)
     records = [read_record(store / CASES / name) for name in list_cases(store)]
     splits: dict[str, set[str]] = {}
     for r in records:
@@ -198,18 +183,21 @@ def finalise(store: Path) -> int:
             f"{store}: {len(leaking)} patient(s) stand in more than one split ({', '.join(cases[:6])}); "
             "give every case of a patient the same split and ingest these again"
         )
-    rows = [{**asdict(r), "acquisition": json.dumps(r.acquisition)} for r in records]
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA).replace_schema_metadata(
-        {"fingerprint": _fingerprint(records)}
-    )
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    _replace(store / CATALOGUE, sink.getvalue().to_pybytes())
+    fingerprint = {"fingerprint": _fingerprint(records)}
+    pq.write_table(catalogue(records).replace_schema_metadata(fingerprint), sink)
+    content = sink.getvalue().to_pybytes()
+    _replace(store / CASES / "zarr.json", CASES_METADATA)
+    _replace(store / CATALOGUE, content)
+    # Last: until the root holds the new seal, the store counts as unfinished.
+    _replace(store / "zarr.json", root_metadata(sha256(content)))
     return len(records)
 
 
-def voxel_hash(hu: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(hu, dtype="<i2").data).hexdigest()
+def catalogue(records: Sequence[CaseRecord]) -> pa.Table:
+    """The catalogue of these cases: a row for each, which holds all of its record."""
+    rows = [{**asdict(r), "acquisition": json.dumps(r.acquisition)} for r in records]
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
 def body_share(hu: np.ndarray, chunk: tuple[int, int, int]) -> bytes:
@@ -239,6 +227,7 @@ _SCHEMA = pa.schema(
         "chunk": _SHAPE,
         "doses": pa.list_(pa.string()),
         "voxels": pa.list_(pa.string()),
+        "arrays": pa.list_(pa.string()),
         "noise_hu": pa.float64(),
         "provenance": pa.string(),
         "body": pa.binary(),
@@ -264,43 +253,43 @@ def _write_array(group: zarr.Group, name: str, hu: np.ndarray, chunk: tuple[int,
     array[:] = hu
 
 
-def _ome(record: CaseRecord) -> dict[str, Any]:
-    """OME-Zarr 0.5: each dose is an image of one resolution."""
-    axes = [{"name": a, "type": "space", "unit": "millimeter"} for a in "zyx"]
-    transforms = [
-        {"type": "scale", "scale": list(record.spacing)},
-        {"type": "translation", "translation": list(record.origin[::-1])},
-    ]
-    datasets = ({"path": d, "coordinateTransformations": transforms} for d in record.doses)
-    return {
-        "version": "0.5",
-        "multiscales": [{"name": d["path"], "axes": axes, "datasets": [d]} for d in datasets],
-    }
-
-
-def _to_json(record: CaseRecord) -> dict[str, Any]:
-    return {**asdict(record), "body": record.body.hex()}
-
-
 def _fingerprint(records: list[CaseRecord]) -> str:
     facts = [[r.name, r.split, r.shape, r.chunk, r.doses, r.voxels] for r in records]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return sha256(json.dumps(facts).encode())
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(TEMPORARY)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left behind."""
+    for leftover in filter(_is_temporary, folder.iterdir()):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
     with open(temporary, "wb") as f:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
+    _sync(path.parent)
 
 
 def _sync_tree(root: Path) -> None:
     """fsync all of `root`, files and folders, so that a case that has its name also has its bytes."""
     for path in (root, *root.rglob("*")):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

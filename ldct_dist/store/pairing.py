@@ -16,8 +16,11 @@ from ldct_dist.ct.dicom import Series, find_series
 from ldct_dist.errors import UserError
 from ldct_dist.store.manifest import Row, read_manifest
 from ldct_dist.store.paircheck import PairCheckConfig, check_grid
+from ldct_dist.store.privacy import names_patient
 
 _THICKNESS_TOLERANCE_MM = 0.05
+_MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
+_SAYS_LOW = re.compile(r"(low|reduced|quarter)[ _-]?(dose|\d+mm)", re.IGNORECASE)
 
 
 class PairingConfig(Config):
@@ -87,10 +90,11 @@ Place = tuple[Literal["full", "low"], str]
 
 
 def _mayo_place(series: Series) -> Place | None:
-    """full_1mm/L067 or quarter_3mm_sharp/L067, with anything above and below; or L067/full_1mm."""
+    """full_1mm/L067, quarter_3mm_sharp/L067 or quarter_dose/L067, with anything above and below; or
+    L067/full_1mm."""
     parts = series.paths[0].parent.absolute().parts
     for i, part in enumerate(parts):
-        if match := re.fullmatch(r"(full|quarter)_\d+mm(_sharp)?", part, re.IGNORECASE):
+        if match := _MAYO.fullmatch(part):
             patient = parts[i + 1] if i + 1 < len(parts) else parts[i - 1]
             return ("full" if match[1].lower() == "full" else "low"), patient
     return None
@@ -98,9 +102,10 @@ def _mayo_place(series: Series) -> Place | None:
 
 def _tcia_place(series: Series) -> Place | None:
     """C002/STUDY/1.000000-Full Dose Images-62464."""
-    *_, patient, _, folder = series.paths[0].parent.absolute().parts
-    if match := re.search(r"(full|low) dose images", folder, re.IGNORECASE):
-        return ("full" if match[1].lower() == "full" else "low"), patient
+    parts = series.paths[0].parent.absolute().parts
+    match = re.search(r"(full|low) dose images", parts[-1], re.IGNORECASE)
+    if match and len(parts) > 3:
+        return ("full" if match[1].lower() == "full" else "low"), parts[-3]
     return None
 
 
@@ -123,7 +128,7 @@ _FOLDERS = {
 
 def _by_folders(source: Path, config: PairingConfig) -> tuple[list[Pair], list[Refusal]]:
     series, errors = find_series(source)
-    layout = _recognised(series) if config.layout == "auto" else config.layout
+    layout = _recognised(series, source) if config.layout == "auto" else config.layout
     refused = [Refusal(str(source), str(e)) for e in errors]
     if not series and not refused:
         raise UserError(f"{source}: no DICOM files below it")
@@ -138,12 +143,18 @@ def _by_folders(source: Path, config: PairingConfig) -> tuple[list[Pair], list[R
     return pairs, refused + unpaired
 
 
-def _recognised(series: Sequence[Series]) -> str:
+def _recognised(series: Sequence[Series], source: Path) -> str:
     """A folder that says low dose decides: it must not be taken for a full dose to simulate from."""
     for name, folders in _FOLDERS.items():
         places = (folders.place(s) for s in series)
         if any(place and place[0] == "low" for place in places):
             return name
+    for folder in (s.paths[0].parent for s in series):
+        if _SAYS_LOW.search(str(folder.relative_to(source))):
+            raise UserError(
+                f"{folder}: says low dose, in no layout that is known; pair it by a manifest, or set "
+                "pairing.layout=simulate to take every series for full dose"
+            )
     return "simulate"
 
 
@@ -192,9 +203,9 @@ def _by_manifest(path: Path, config: PairingConfig) -> tuple[list[Pair], list[Re
 def _pair_of(row: Row, config: PairingConfig) -> Pair:
     full, low = (_series_in(folder, config) if folder else None for folder in (row.full, row.low))
     assert full is not None
-    if row.case == full.patient_id:
+    if names_patient(row.case, full.paths[0], (row.patient, full.patient_id)):
         raise UserError(
-            f"case {row.case} is the PatientID, and would stand in the store for all to read; name it otherwise"
+            f"case {row.case} names the patient, and would stand in the store for all to read; call it otherwise"
         )
     return Pair(full, row.patient, low, row.case, row.dose, row.split)
 

@@ -19,15 +19,10 @@ from ldct_dist.errors import UserError
 
 KEY_BYTES = 32
 LONGEST_VALUE = 16  # of text that a store keeps: DICOM's own limit for short strings (SH)
+NAMES = ("PatientName", "OtherPatientNames", "PatientBirthName")
 IDENTIFYING = (
-    *(
-        "PatientName",
-        "PatientID",
-        "OtherPatientNames",
-        "OtherPatientIDs",
-        "PatientBirthName",
-        "PatientAddress",
-    ),
+    *NAMES,
+    *("PatientID", "OtherPatientIDs", "PatientAddress"),
     *("PatientBirthDate", "PatientMotherBirthName", "PatientTelephoneNumbers", "AccessionNumber", "StudyID"),
     *("ReferringPhysicianName", "PerformingPhysicianName", "NameOfPhysiciansReadingStudy", "OperatorsName"),
     *("RequestingPhysician", "InstitutionName", "InstitutionAddress"),
@@ -103,7 +98,29 @@ def identifying_words(path: Path, patient: str) -> frozenset[str]:
 
     Words of one or two letters tell nobody apart, and "C" is a kernel.
     """
+    return _words(patient) | _words_in(path, IDENTIFYING)
+
+
+def names_patient(case: str, path: Path, identities: Collection[str]) -> bool:
+    """Whether `case` holds a word of the patient's name in the DICOM file at `path`, or one of `identities`.
+
+    Neither letter case nor punctuation hides an identity; one of fewer than four characters is in many a
+    word, so only a case that is nothing but that one holds it.
+    """
+    bare = _bare(case)
+    held = (identity for identity in map(_bare, identities) if len(identity) > 3 and identity in bare)
+    return bare in map(_bare, identities) or any(held) or bool(_words(case) & _words_in(path, NAMES))
+
+
+def _words_in(path: Path, keywords: Collection[str]) -> frozenset[str]:
     with pydicom_faults_as_user_errors(path):
-        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(IDENTIFYING))
-    texts = " ".join([patient, *(text(ds, keyword) or "" for keyword in IDENTIFYING)])
-    return frozenset(word for word in re.split(r"[\W_]+", texts.casefold()) if len(word) > 2)
+        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(keywords))
+    return _words(" ".join(text(ds, keyword) or "" for keyword in keywords))
+
+
+def _words(phrase: str) -> frozenset[str]:
+    return frozenset(word for word in re.split(r"[\W_]+", phrase.casefold()) if len(word) > 2)
+
+
+def _bare(identity: str) -> str:
+    return re.sub(r"[\W_]+", "", identity.casefold())

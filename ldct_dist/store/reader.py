@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from ldct_dist.store.record import CaseRecord, read_record, sha256
 from ldct_dist.store.shards import DamagedError, Region, ShardedArray
 
 OPEN_ARRAYS = 128  # arrays kept open: a file and an index each
@@ -70,17 +71,20 @@ class Store:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        layout.check_format(self.path)
+        seal = layout.check_format(self.path)
         try:
-            self.table = pq.read_table(self.path / layout.CATALOGUE, memory_map=False)
-        except FileNotFoundError as e:
+            catalogue = (self.path / layout.CATALOGUE).read_bytes() if seal else None
+        except FileNotFoundError:
+            catalogue = None
+        except OSError as e:
+            raise UserError(f"{self.path}: {layout.CATALOGUE} cannot be read ({e})") from e
+        if catalogue is None:
+            raise UserError(f"{self.path}: no {layout.CATALOGUE}; its ingest did not finish: run it again")
+        if sha256(catalogue) != seal:
             raise UserError(
-                f"{self.path}: no {layout.CATALOGUE}; its ingest did not finish: run it again"
-            ) from e
-        except (OSError, pa.ArrowException) as e:
-            raise UserError(
-                f"{self.path}: {layout.CATALOGUE} is damaged ({e}); run ldct-dist ingest again"
-            ) from e
+                f"{self.path}: {layout.CATALOGUE} is damaged, or not the last one written; run ldct-dist ingest again"
+            )
+        self.table = pq.read_table(pa.BufferReader(catalogue))
         self.fingerprint: str = self.table.schema.metadata[b"fingerprint"].decode()
         self.cases = Cases(self.table)
         self._array = lru_cache(OPEN_ARRAYS)(self._open)
@@ -108,7 +112,7 @@ class Store:
         return self.table[column].combine_chunks().flatten().to_numpy().reshape(-1, 3).astype(np.int64)
 
     def body(self, case: int) -> bytes:
-        """Share of body in each chunk of a case: see `layout.CaseRecord`."""
+        """Share of body in each chunk of a case: see `CaseRecord`."""
         return self.table["body"][case].as_py()
 
     def read(self, case: str, dose: str, region: Region, out: np.ndarray | None = None) -> np.ndarray:
@@ -138,9 +142,9 @@ class Store:
         acquisition = Acquisition(**record.acquisition)
         return Volume(hu, record.spacing, record.origin, record.direction, acquisition)
 
-    def record(self, case: str) -> layout.CaseRecord:
-        """All that the case's own metadata says. Raises UserError as `layout.read_record` does."""
-        return layout.read_record(self.path / layout.CASES / case)
+    def record(self, case: str) -> CaseRecord:
+        """All that the case's own metadata says. Raises UserError as `read_record` does."""
+        return read_record(self.path / layout.CASES / case)
 
     def _open(self, name: str, dose: str) -> ShardedArray:
         case = self.cases[pc.index(self.table["name"], name).as_py()]

@@ -17,6 +17,7 @@ from ldct_dist.store import layout
 from ldct_dist.store.paircheck import PairCheckConfig, check_images
 from ldct_dist.store.pairing import Pair
 from ldct_dist.store.privacy import identifying_words, keyed_hash, scrubbed
+from ldct_dist.store.record import read_record
 
 _NOISE_SLICES = 8  # on these the noise of a volume is measured
 
@@ -40,7 +41,7 @@ class Task:
     def is_done(self) -> bool:
         """Whether the case is there whole, made of what it would be made of now."""
         try:
-            return layout.read_record(self.store / layout.CASES / self.name).provenance == self.provenance
+            return read_record(self.store / layout.CASES / self.name).provenance == self.provenance
         except UserError:
             return False
 

@@ -1,4 +1,4 @@
-"""Every voxel of a store against the hashes written with it."""
+"""Every byte of a store against what was written with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Store
+from ldct_dist.store.record import array_hash, voxel_hash
 
 
 def verify(path: Path) -> list[str]:
@@ -16,16 +17,41 @@ def verify(path: Path) -> list[str]:
     """
     store = Store(path)
     faults = [f"{name}: there, but not in the catalogue" for name in _uncatalogued(store)]
-    for case in store.cases:
-        try:
-            record = store.record(case.name)
-            if record.shape != case.shape or record.split != case.split or record.doses != case.doses:
-                faults.append(f"{case.name}: its record and the catalogue disagree")
-            for dose, written in zip(record.doses, record.voxels, strict=True):
-                if layout.voxel_hash(store.volume(case.name, dose).hu) != written:
-                    faults.append(f"{case.name}/{dose}: its voxels are not those that were ingested")
-        except UserError as e:
-            faults.append(str(e))
+    faults += _group_faults(store)
+    for row in range(len(store.cases)):
+        faults += _case_faults(store, row)
+    return faults
+
+
+def _group_faults(store: Store) -> list[str]:
+    """Of the two zarr.json files that belong to no case; finalising writes the first one anew."""
+    written = {
+        "zarr.json": layout.root_metadata(layout.check_format(store.path)),
+        f"{layout.CASES}/zarr.json": layout.CASES_METADATA,
+    }
+    return [
+        f"{name}: not what was written; run ldct-dist ingest again"
+        for name, content in written.items()
+        if not (store.path / name).exists() or (store.path / name).read_bytes() != content
+    ]
+
+
+def _case_faults(store: Store, row: int) -> list[str]:
+    name = store.cases[row].name
+    faults = []
+    try:
+        record = store.record(name)
+        if layout.catalogue([record]).to_pylist() != store.table.slice(row, 1).to_pylist():
+            faults.append(f"{name}: its record and the catalogue disagree; run ldct-dist ingest again")
+        for dose, voxels, array in zip(record.doses, record.voxels, record.arrays, strict=True):
+            if voxel_hash(store.volume(name, dose).hu) != voxels:
+                faults.append(f"{name}/{dose}: its voxels are not those that were ingested")
+            if array_hash(store.path / layout.CASES / name / dose) != array:
+                faults.append(
+                    f"{name}/{dose}/zarr.json: not what was written; delete {name} and ingest it again"
+                )
+    except UserError as e:
+        faults.append(str(e))
     return faults
 
 

@@ -181,8 +181,11 @@ def test_a_patient_in_two_splits_stops_the_ingest_before_it_writes(tmp_path, out
         write_series(tmp_path / str(i), anatomy(i), Options(seed=str(i)))
     table = tmp_path / "pairs.csv"
     table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,anna,1,,test\n")
-    with pytest.raises(UserError, match=r"1 patient\(s\) would stand in more than one split \(a, b\)"):
+    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
         ingest(table, out, CONFIG)
+    table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,bert,1,,test\n")
+    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
+        ingest(table, out, CONFIG)  # two names, but one study
     table.write_text("case,patient,full,low,split\na,anna,0,,trian\n")
     with pytest.raises(UserError, match="split 'trian' is none of train, val, test"):
         ingest(table, out, CONFIG)

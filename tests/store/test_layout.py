@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,7 @@ def edit(store: Path, text: str) -> None:
         ),
         (lambda s: (s / "catalogue.parquet").unlink(), "did not finish: run it again"),
         (lambda s: (s / "catalogue.parquet").write_bytes(b"PAR1"), "catalogue.parquet is damaged"),
+        (lambda s: (s / "zarr.json").write_bytes(layout.root_metadata()), "did not finish: run it again"),
     ],
 )
 def test_what_is_not_a_whole_store_of_this_format_is_said(tmp_path, spoil, said):
@@ -156,6 +158,40 @@ def test_a_store_is_not_made_on_top_of_something_else(tmp_path):
     with pytest.raises(UserError, match="exists and is not a store"):
         layout.create(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("written", range(3))
+def test_a_store_whose_making_was_killed_is_made_on_the_next_start(tmp_path, monkeypatch, written):
+    """At each file that is put in place: before it, and so after the one before."""
+    replace, calls = Path.replace, []
+
+    def killed(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) > written:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        if written < 2:
+            with pytest.raises(KeyboardInterrupt):
+                layout.create(tmp_path / "ct.zarr")
+        else:
+            layout.create(tmp_path / "ct.zarr")
+    layout.create(tmp_path / "ct.zarr")
+    layout.finalise(tmp_path / "ct.zarr")
+    files = {
+        str(p.relative_to(tmp_path / "ct.zarr")) for p in (tmp_path / "ct.zarr").rglob("*") if p.is_file()
+    }
+    assert files == {"zarr.json", "cases/zarr.json", "catalogue.parquet"}
+    assert len(Store(tmp_path / "ct.zarr").cases) == 0
+
+
+def test_the_parts_of_an_array_job_may_make_the_store_at_the_same_time(tmp_path):
+    for i in range(20):
+        with ThreadPool(8) as pool:
+            pool.map(layout.create, [tmp_path / str(i)] * 8)
+        assert sorted(p.name for p in (tmp_path / str(i)).iterdir()) == ["cases", "zarr.json"]
 
 
 def test_unknown_cases_doses_and_splits_are_said(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from sources import CONFIG, anatomy, write_pair, write_patients
 from synthetic_dicom import Options, write_series
 
 from ldct_dist import config as configs
+from ldct_dist.ct.dicom import find_series
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
+from ldct_dist.store import pairing
 from ldct_dist.store.ingest import ingest
 from ldct_dist.store.paircheck import PairCheckConfig, check_images, residual_shift
 from ldct_dist.store.pairing import PairingConfig, find_pairs
@@ -85,6 +88,35 @@ def test_mayo_2016_variants_are_told_apart_by_kernel_and_thickness(tmp_path):
         find_pairs(tmp_path, PairingConfig(kernel="LUNG"))
 
 
+@pytest.mark.parametrize(
+    ("full", "low"),
+    [("full_dose", "quarter_dose"), ("Full-Dose", "Quarter-Dose"), ("full_dose_3mm", "quarter_dose_3mm")],
+)
+def test_folders_named_by_dose_alone_pair_as_well(tmp_path, full, low):
+    write_pair(tmp_path / full / "L067", tmp_path / low / "L067", Options(patient="L067"))
+    ((pair,), refused) = find_pairs(tmp_path, PairingConfig())
+    assert pair.low is not None
+    assert (pair.full.paths[0].parts[-3], pair.low.paths[0].parts[-3], refused) == (full, low, [])
+
+
+@pytest.mark.parametrize("folder", ["low_dose", "L067/reduced-dose-images", "lowdose 1"])
+def test_a_folder_that_says_low_dose_is_not_simulated_from_unasked(tmp_path, folder):
+    write_series(tmp_path / folder, anatomy(), Options(patient="A"))
+    with pytest.raises(UserError, match="says low dose, in no layout that is known; pair it by a manifest"):
+        find_pairs(tmp_path, PairingConfig())
+    assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 1
+    assert len(find_pairs(tmp_path / folder, PairingConfig())[0]) == 1  # named itself, it is what is meant
+
+
+def test_files_that_lie_flat_in_a_folder_below_the_root_are_no_layout(tmp_path):
+    write_series(tmp_path, anatomy(), Options(patient="A"))
+    (series,), _ = find_series(tmp_path)
+    for folder in ("/data", "/full dose images", "/a/full dose images"):
+        flat = replace(series, paths=tuple(Path(folder, p.name) for p in series.paths))
+        assert pairing._tcia_place(flat) is None
+        assert pairing._mayo_place(flat) is None
+
+
 def test_a_quarter_dose_alone_is_not_taken_for_a_full_one(tmp_path):
     write_series(tmp_path / "quarter_1mm/L067", anatomy(), Options(patient="L067"))
     (reason,) = reasons(tmp_path)
@@ -137,7 +169,10 @@ def test_a_manifest_says_case_patient_dose_and_split(tmp_path, threads):
         ("x,,a/full,a/low,,", "no patient"),
         ("../x,anna,a/full,a/low,,", r"case '\.\./x'; use 1 to 64 letters"),
         ("x,anna,a/full,a/low", "not as many fields"),
-        ("A,anna,a/full,a/low,,", "case A is the PatientID"),
+        ("A,anna,a/full,a/low,,", "case A names the patient"),
+        ("anna,Anna,a/full,a/low,,", "case anna names the patient"),
+        ("scan-of-Anna-1,anna,a/full,a/low,,", "case scan-of-Anna-1 names the patient"),
+        ("zarr.json,anna,a/full,a/low,,", r"case 'zarr\.json'; use 1 to 64 letters"),
         ("good,anna,a/full,a/low,,", "case good stands there twice"),
     ],
 )
@@ -238,7 +273,7 @@ def test_pairs_whose_images_differ_are_refused_with_the_number():
 def test_a_mismatched_pair_is_listed_and_the_others_are_ingested(tmp_path, threads):
     shape = (6, 64, 64)
     for name, offset in (("good", 0), ("off", 40)):
-        options = Options(patient=f"patient {name}")
+        options = Options(patient=f"P{offset}")
         low = np.rint(noisy(anatomy(0, shape)) + offset).clip(-1024).astype(np.int16)
         write_series(tmp_path / name / "full", anatomy(0, shape), replace(options, seed="full"))
         write_series(tmp_path / name / "low", low, replace(options, seed="low"))

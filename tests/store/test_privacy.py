@@ -117,6 +117,18 @@ def test_the_hash_keeps_its_items_apart():
     assert privacy.keyed_hash(b"k", "ab", "c") != privacy.keyed_hash(b"k", "a", "bc")
 
 
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        *(("scan-001", False), ("Wadenwickel-1", False), ("c", False), ("case-4711", False)),
+        *(("ZX4711Q", True), ("zx-4711-q.2", True), ("OTTOKAR_1", True), ("row-label-2", True), ("ab", True)),
+    ],
+)
+def test_a_case_does_not_carry_its_patients_name_or_id(tmp_path, case, names):
+    file = write_marked(tmp_path)[0]
+    assert privacy.names_patient(case, file, ("Row Label", "ZX-4711-Q", "ab", "c-1")) is names
+
+
 def test_identifying_words_are_those_of_every_naming_tag_and_of_the_manifest(tmp_path):
     words = privacy.identifying_words(write_marked(tmp_path)[0], "Row-Label")
     assert {"zwiebelmann", "ottokar", "4711", "19370203", "krankenhaus", "doktorova", "label"} <= words

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from stores import SPACING, make_store
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from ldct_dist.store.record import case_metadata, read_record
 from ldct_dist.store.verify import verify
 
 RANDOM = random.Random(0)
@@ -23,16 +26,6 @@ def store(tmp_path):
 
 def test_a_whole_store_has_no_faults(store):
     assert verify(store.path) == []
-
-
-@pytest.mark.parametrize("attempt", range(20))
-def test_a_flipped_bit_in_a_shard_is_found_and_named(store, attempt):
-    shard = store.path / "cases/case-001/0.25/c/0/0/0"
-    raw = bytearray(shard.read_bytes())
-    raw[RANDOM.randrange(len(raw))] ^= 1 << RANDOM.randrange(8)
-    shard.write_bytes(raw)
-    (fault,) = verify(store.path)
-    assert "case case-001 at dose 0.25 is damaged" in fault
 
 
 def test_an_array_that_is_sound_but_another_is_found(store):
@@ -52,11 +45,54 @@ def test_lost_cases_and_damaged_records_are_all_listed(store):
 
 
 def test_a_record_that_the_catalogue_contradicts_is_found(store):
+    path = store.path / "cases/case-000"
+    (path / "zarr.json").write_bytes(case_metadata(replace(read_record(path), split="test")))
+    (fault,) = verify(store.path)
+    assert fault.startswith("case-000: its record and the catalogue disagree")
+
+
+@pytest.mark.parametrize("key", ["spacing", "direction", "voxels", "patient"])
+def test_a_record_that_was_edited_is_neither_read_nor_taken_into_a_catalogue(store, key):
     path = store.path / "cases/case-000/zarr.json"
     tree = json.loads(path.read_text())
-    tree["attributes"]["ldct_dist"]["split"] = "test"
+    tree["attributes"]["ldct_dist"][key] = tree["attributes"]["ldct_dist"][key][::-1]
     path.write_text(json.dumps(tree))
-    assert verify(store.path) == ["case-000: its record and the catalogue disagree"]
+    for use in (lambda: store.volume("case-000", "1.00"), lambda: layout.finalise(store.path)):
+        with pytest.raises(UserError, match="the record of case case-000 is damaged"):
+            use()
+
+
+def flip_a_bit(path):
+    """One at random; the bytes that were there."""
+    whole = path.read_bytes()
+    raw = bytearray(whole)
+    raw[RANDOM.randrange(len(raw))] ^= 1 << RANDOM.randrange(8)
+    path.write_bytes(raw)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("zarr.json", ""),
+        ("catalogue.parquet", "catalogue.parquet is damaged"),
+        ("cases/zarr.json", "cases/zarr.json"),
+        ("cases/case-001/zarr.json", "case case-001"),
+        ("cases/case-001/0.25/zarr.json", "case-001.*0.25"),
+        ("cases/case-001/0.25/c/0/0/0", "case case-001 at dose 0.25"),
+    ],
+)
+def test_a_flipped_bit_in_any_file_is_found_and_its_place_named(store, file, named):
+    for _ in range(40):
+        whole = flip_a_bit(store.path / file)
+        try:
+            faults = verify(store.path)
+        except UserError as e:
+            faults = [str(e)]
+        assert faults, "not found"
+        assert all(re.search(named, fault) for fault in faults)
+        (store.path / file).write_bytes(whole)
+    assert verify(store.path) == []
 
 
 def test_a_case_that_the_catalogue_lacks_is_found(store):

@@ -1,0 +1,100 @@
+"""A case's record: what is known of it besides its voxels, and how its zarr.json says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldct_dist.errors import UserError
+
+FORMAT = "ldct_dist"
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """What is known of a case besides its voxels; nothing in it names the patient.
+
+    body: share of voxels above BODY_HU in each chunk of the chunk grid, 0..255, C order.
+    voxels, arrays: sha256 of each dose's int16 voxels, and of its zarr.json.
+    provenance: keyed hash of what it was made from.
+    """
+
+    name: str
+    patient: str
+    split: str
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: tuple[tuple[float, float, float], ...]
+    acquisition: dict[str, Any]
+    chunk: tuple[int, int, int]
+    doses: tuple[str, ...]
+    voxels: tuple[str, ...]
+    arrays: tuple[str, ...]
+    noise_hu: float | None
+    provenance: str
+    body: bytes
+
+
+def case_metadata(record: CaseRecord) -> bytes:
+    """A case's zarr.json: a function of its record alone, so a byte that differs is damage."""
+    body = {**asdict(record), "body": record.body.hex()}
+    seal = sha256(json.dumps(body).encode())
+    return group_metadata({"ome": _ome(record), FORMAT: {**body, "seal": seal}})
+
+
+def read_record(case: Path) -> CaseRecord:
+    """The record of the case in folder `case`. Raises UserError if there is none, or one that is damaged."""
+    try:
+        raw = (case / "zarr.json").read_bytes()
+        body = json.loads(raw)["attributes"][FORMAT]
+        del body["seal"]  # case_metadata works it out anew
+        tuples = {k: tuple(v) for k, v in body.items() if isinstance(v, list)}
+        tuples["direction"] = tuple(map(tuple, body["direction"]))
+        record = CaseRecord(**{**body, **tuples, "body": bytes.fromhex(body["body"])})
+        if raw != case_metadata(record):
+            raise ValueError("its seal is broken")
+    except FileNotFoundError as e:
+        raise UserError(f"{case.parent.parent}: no case {case.name!r}; ldct-dist info lists them") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{case.parent.parent}: the record of case {case.name} is damaged; delete {case} and ingest it again"
+        ) from e
+    return record
+
+
+def group_metadata(attributes: dict[str, Any]) -> bytes:
+    """The zarr.json of a group."""
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}).encode()
+
+
+def sha256(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def voxel_hash(hu: np.ndarray) -> str:
+    return sha256(np.ascontiguousarray(hu, dtype="<i2").data)
+
+
+def array_hash(array: Path) -> str:
+    """sha256 of an array's metadata; its voxels have `voxel_hash`."""
+    return sha256((array / "zarr.json").read_bytes())
+
+
+def _ome(record: CaseRecord) -> dict[str, Any]:
+    """OME-Zarr 0.5: each dose is an image of one resolution."""
+    axes = [{"name": a, "type": "space", "unit": "millimeter"} for a in "zyx"]
+    transforms = [
+        {"type": "scale", "scale": list(record.spacing)},
+        {"type": "translation", "translation": list(record.origin[::-1])},
+    ]
+    datasets = ({"path": d, "coordinateTransformations": transforms} for d in record.doses)
+    return {
+        "version": "0.5",
+        "multiscales": [{"name": d["path"], "axes": axes, "datasets": [d]} for d in datasets],
+    }
