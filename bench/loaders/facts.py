@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -10,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import DataConfig, Plan
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Region, Store
+from ldct_dist.store.record import case_metadata
+from loaders import volumes
 
 MIB = 1 << 20
 SMALL = (16, 64, 64)
@@ -185,20 +187,18 @@ def _rss() -> float:
 def _small_store(cache: Path, cases: int) -> Path:
     """A store of many small cases: one is written, the others are its copies under names of their own."""
     path = cache / f"small-{cases}"
-    if (path / layout.CATALOGUE).exists():
+    if volumes.is_store(path):
         return path
     shutil.rmtree(path, ignore_errors=True)
     layout.create(path)
     hu = np.random.default_rng(0).normal(0, 50, (32, 128, 128)).astype(np.int16)
     doses = {1.0: Volume(hu, (1.0, 1.0, 1.0)), 0.25: Volume(hu, (1.0, 1.0, 1.0))}
-    layout.write_case(path, "case-00000", doses, patient="case-00000", split="train")
+    record = layout.write_case(path, "case-00000", doses, patient="case-00000", split="train")
     first = path / layout.CASES / "case-00000"
     for i in range(1, cases):
         name = f"case-{i:05d}"
         copy = shutil.copytree(first, first.with_name(name), copy_function=os.link)
-        meta = json.loads((first / "zarr.json").read_text())
-        meta["attributes"][layout.FORMAT] |= {"name": name, "patient": name}
         (copy / "zarr.json").unlink()
-        (copy / "zarr.json").write_text(json.dumps(meta))
+        (copy / "zarr.json").write_bytes(case_metadata(replace(record, name=name, patient=name)))
     layout.finalise(path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from ldct_dist.ct.dicom import find_series, read_series
 from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from ldct_dist.store.reader import Store
 
 CASES, SLICES, NOISE_HU = 24, 128, 20.0
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -18,8 +21,9 @@ LOUD = ("L", "B70f")  # sharp kernels: too noisy to stand for full dose
 
 def prepare(cache: Path) -> None:
     """Write cache/store and, as plain arrays, cache/arrays; nothing if they are there already."""
-    if (cache / "store" / layout.CATALOGUE).exists():
+    if is_store(cache / "store"):
         return
+    shutil.rmtree(cache / "store", ignore_errors=True)
     (cache / "arrays").mkdir(parents=True, exist_ok=True)
     layout.create(cache / "store")
     pairs = []
@@ -35,6 +39,15 @@ def prepare(cache: Path) -> None:
         name = f"case-{i:02d}"
         layout.write_case(cache / "store", name, {1.0: full, 0.25: low}, patient=name, split="train")
     layout.finalise(cache / "store")
+
+
+def is_store(path: Path) -> bool:
+    """Whether a store is there whole; one that was left unfinished, or is of an older kind, is not."""
+    try:
+        Store(path)
+    except UserError:
+        return False
+    return True
 
 
 def arrays(cache: Path) -> list[dict[str, str]]:
