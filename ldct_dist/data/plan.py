@@ -145,7 +145,7 @@ class Plan:
 
     def _check_doses(self) -> None:
         for dose in self.doses:
-            lacking = np.setdiff1d(self.cases, self.store.having(dose))
+            lacking = np.setdiff1d(self.cases, self.store.having(dose), assume_unique=True)
             if len(lacking):
                 case = self.store.cases[int(lacking[0])]
                 raise UserError(
