@@ -215,7 +215,8 @@ def evaluate(
     """
     from ldct_dist.evaluate.compare import compare, print_comparison
 
-    comparison = compare(_weights(weights), store, split=split, dose=dose, protocol_name=protocol)
+    with console.status("denoising and measuring"):
+        comparison = compare(_weights(weights), store, split=split, dose=dose, protocol_name=protocol)
     print_comparison(comparison, console)
     if out is not None:
         comparison.write(out)
