@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
@@ -45,11 +46,16 @@ def draw(config: AugmentConfig, seed: int, first: int, count: int) -> np.ndarray
 
 
 def apply(
-    config: AugmentConfig, pair: torch.Tensor, box: torch.Tensor, drawn: np.ndarray
+    config: AugmentConfig,
+    pair: torch.Tensor,
+    box: torch.Tensor,
+    drawn: np.ndarray,
+    empty_like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment a batch: pair (2, b, 1, z, y, x) float HU, low dose and full, and box (b, 3, 2) with it.
 
-    Low and full move alike. `drawn` is what `draw` gave for the b samples.
+    Low and full move alike. `drawn` is what `draw` gave for the b samples; `pair` may be overwritten. On a
+    CPU, a batch whose voxels move needs a second one's memory, from `empty_like`.
     """
     if config.dose_mix != (1.0, 1.0):
         factor = torch.from_numpy(drawn[:, 4]).to(pair.device, pair.dtype)
@@ -58,16 +64,18 @@ def apply(
         if pair.shape[-1] != pair.shape[-2]:
             drawn = drawn * [1, 1, 1, 0, 1]
         flips, swap = torch.from_numpy(drawn[:, :4] > 0).to(pair.device).split((3, 1), dim=1)
-        pair = move_each(pair, drawn) if pair.device.type == "cpu" else move_all(pair, flips, swap[:, 0])
+        if pair.device.type == "cpu":
+            pair = move_each(pair, drawn, empty_like(pair))
+        else:
+            pair = move_all(pair, flips, swap[:, 0])
         size = torch.tensor(pair.shape[3:], device=box.device)[:, None]
         box = torch.where(flips[:, :, None], size - box.flip(-1), box)
         box = torch.where(swap[:, :, None], box[:, [0, 2, 1]], box)
     return pair, box
 
 
-def move_each(pair: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
+def move_each(pair: torch.Tensor, drawn: np.ndarray, moved: torch.Tensor) -> torch.Tensor:
     """Flip, then swap y and x, sample by sample: on a CPU this is one copy, along strides that numpy allows."""
-    moved = torch.empty_like(pair)
     source, target = pair.numpy(), moved.numpy()
     for i, (*flips, swap, _) in enumerate(drawn):
         z, y, x = (slice(None, None, -1 if flip else 1) for flip in flips)

@@ -152,7 +152,8 @@ class Loader:
     def _augmented(self, step: int, crops: tuple[Crop, ...], pair: torch.Tensor, box: torch.Tensor) -> Batch:
         config = self.plan.config
         drawn = augment.draw(config.augment, self.plan.seed, step * config.batch, config.batch)
-        (low, full), box = augment.apply(config.augment, pair, box, drawn[list(self.lanes)])
+        drawn = drawn[list(self.lanes)]
+        (low, full), box = augment.apply(config.augment, pair, box, drawn, lambda _: self._staging())
         return Batch(low, full, box, crops)
 
     def _staging(self) -> torch.Tensor:
@@ -185,8 +186,8 @@ class Loader:
     def _steps_ahead(self) -> int:
         """How many steps of blocks to read ahead of the batches that are made, within the memory budget."""
         config, k, lanes = self.plan.config, self.plan.crops_per_block, len(self.lanes)
-        # batches: those ready, the one in use, and one that augmentation makes from another
-        batches = (READY + 2) * self._batch_bytes()
+        # batches: those ready, the one in use, the one before it, and those that others are being made from
+        batches = (READY + 2 + config.threads) * self._batch_bytes()
         blocks = (config.memory_mib * MIB - batches) // self._block_bytes()
         # Over n steps a lane holds its block and the up to ceil(n / k) that it moves on to.
         each = blocks // lanes - 1

@@ -34,7 +34,7 @@ def test_all_symmetries_come_up_evenly_and_factors_lie_in_their_range():
 def test_the_one_gather_for_gpus_does_what_moving_each_sample_does():
     pair = some_pair(3, 5, 5)
     flips, swap = torch.from_numpy(EVERY_MOVE[:, :4] > 0).split((3, 1), dim=1)
-    moved = move_each(pair, EVERY_MOVE)
+    moved = move_each(pair, EVERY_MOVE, torch.empty_like(pair))
     assert torch.equal(move_all(pair, flips, swap[:, 0]), moved)
     assert len({tuple(sample.flatten().tolist()) for sample in moved[0]}) == 16
 
