@@ -58,7 +58,7 @@ class RunConfig(Config):
     store: Path
     steps: Positive
     runs: Path = Path("runs")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

@@ -25,7 +25,7 @@ CHANGEABLE = ("steps", "runs", "micro_batch", "threads", "validation", "checkpoi
 """Keys that may differ when a run goes on: they change neither the samples nor the arithmetic of a step
 (steps bends the rest of the learning-rate curve, which is what a user who changes it asks for)."""
 CHANGEABLE_DATA = ("data.threads", "data.memory_mib", "store")
-CODE_PACKAGES = ("torch", "numpy", "zarr", "tensorstore", "pydicom", "ldct_dist")
+CODE_PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "pydicom", "ldct_dist")
 
 
 class RunFolder:
