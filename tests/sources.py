@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from stores import smooth_volume
-from synthetic_dicom import Options, write_series
 
 from ldct_dist.ct.dose import DoseConfig
 from ldct_dist.store.ingest import IngestConfig
+from stores import smooth_volume
+from synthetic_dicom import Options, write_series
 
 SHAPE = (6, 36, 40)
 QUICK = DoseConfig(views=16, columns=32, photons=1e5, cutoff_per_mm=0.5)

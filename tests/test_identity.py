@@ -10,8 +10,6 @@ import torch
 from pydicom import dcmread
 from pydicom.pixels import pixel_array
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless
-from sources import CONFIG
-from synthetic_dicom import Options, phantom, write_series
 
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import find_series
@@ -21,6 +19,8 @@ from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.store import workers
 from ldct_dist.store.ingest import ingest
 from ldct_dist.store.reader import Store
+from sources import CONFIG
+from synthetic_dicom import Options, phantom, write_series
 
 CORNERS = np.zeros((5, 40, 48), bool)
 CORNERS[:, :6, :6] = True

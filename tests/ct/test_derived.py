@@ -20,13 +20,13 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
 )
-from synthetic_dicom import Options, phantom, write_series
 
 import ldct_dist
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import Series, find_series, read_series
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
+from synthetic_dicom import Options, phantom, write_series
 
 DEMO = Path(ldct_dist.__file__).parent / "demo_data"
 CORNER = np.zeros((5, 40, 48), bool)

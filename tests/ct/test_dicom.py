@@ -22,11 +22,11 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from synthetic_dicom import Options, phantom, write_series
 
 from ldct_dist.ct.dicom import find_series, read_series
 from ldct_dist.ct.volume import AIR_HU, Acquisition
 from ldct_dist.errors import UserError
+from synthetic_dicom import Options, phantom, write_series
 
 SYNTAXES = {
     "explicit": ExplicitVRLittleEndian,

@@ -23,11 +23,11 @@ from pydicom.uid import (
     RLELossless,
     SecondaryCaptureImageStorage,
 )
-from synthetic_dicom import Options, phantom, write_series
 
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import find_series, one_series, read_series
 from ldct_dist.errors import UserError
+from synthetic_dicom import Options, phantom, write_series
 
 
 def refusal(folder) -> str:

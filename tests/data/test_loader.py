@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_store
 
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.data.augment import AugmentConfig
@@ -15,6 +14,7 @@ from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import DataConfig, Plan
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from stores import make_store
 
 NO_AUGMENT = AugmentConfig(flips=False, transpose=False)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_store
 
 from ldct_dist.data.plan import DataConfig, Plan, lanes_of
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from stores import make_store
 
 SHAPES = [(20, 40, 40), (33, 40, 50), (9, 64, 64), (40, 40, 40), (16, 48, 40)] * 4
 

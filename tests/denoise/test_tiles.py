@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import random_network
 
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.denoise.tiles import denoise_volume, denoised_tiles, tiles
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
+from networks import random_network
 
 MODELS = {
     (name, thick): random_network(name, thick_slices=thick)

@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from networks import random_network
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless
-from synthetic_dicom import Options, phantom, write_series
 
 import ldct_dist
 from ldct_dist.ct.dicom import one_series, read_series
@@ -16,6 +14,8 @@ from ldct_dist.denoise.volumes import denoise_series
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights, weights_hash
+from networks import random_network
+from synthetic_dicom import Options, phantom, write_series
 
 DEMO = Path(ldct_dist.__file__).parent / "demo_data"
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from networks import random_network
 
 from ldct_dist.models.ema import Ema
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import load_weights, save_weights
+from networks import random_network
 
 
 def trained(model, steps: int, seed: int):

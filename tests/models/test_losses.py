@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import random_network
 
 from ldct_dist.models.losses import LossConfig, build_loss, mask_from_box
+from networks import random_network
 
 
 def line(*values: float) -> torch.Tensor:

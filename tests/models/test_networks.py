@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import random_network
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import WIDTHS, ModelConfig, build
+from networks import random_network
 
 NAMES = sorted(WIDTHS)
 PARAMETERS = {

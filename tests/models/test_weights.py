@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from networks import random_network
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import load_weights, save_weights, weights_facts, weights_hash
+from networks import random_network
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydicom import dcmread
-from sources import CONFIG, QUICK, SHAPE, anatomy, write_patients
-from synthetic_dicom import Options, write_series
 
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, workers
@@ -23,6 +21,8 @@ from ldct_dist.store.pairing import PairingConfig, find_pairs
 from ldct_dist.store.reader import Store
 from ldct_dist.store.task import task
 from ldct_dist.store.verify import verify
+from sources import CONFIG, QUICK, SHAPE, anatomy, write_patients
+from synthetic_dicom import Options, write_series
 
 
 @pytest.fixture

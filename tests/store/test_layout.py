@@ -10,12 +10,12 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import SPACING, make_store, smooth_volume
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Store
+from stores import SPACING, make_store, smooth_volume
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)

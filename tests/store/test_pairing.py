@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.ndimage import shift as shifted
-from sources import CONFIG, anatomy, write_pair, write_patients
-from synthetic_dicom import Options, write_series
 
 from ldct_dist import config as configs
 from ldct_dist.ct.dicom import find_series
@@ -19,6 +17,8 @@ from ldct_dist.store.ingest import ingest
 from ldct_dist.store.paircheck import PairCheckConfig, check_images, residual_shift
 from ldct_dist.store.pairing import PairingConfig, find_pairs
 from ldct_dist.store.reader import Store
+from sources import CONFIG, anatomy, write_pair, write_patients
+from synthetic_dicom import Options, write_series
 
 SPACING = (2.5, 0.7, 0.7)
 

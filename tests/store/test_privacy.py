@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from pydicom import dcmread
-from sources import CONFIG, anatomy
-from synthetic_dicom import Options, write_series
 
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
 from ldct_dist.store import privacy
 from ldct_dist.store.ingest import ingest
 from ldct_dist.store.reader import Store
+from sources import CONFIG, anatomy
+from synthetic_dicom import Options, write_series
 
 MARKERS = (
     *(

@@ -7,12 +7,12 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import SPACING, make_store, smooth_volume
 
 from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Store
+from stores import SPACING, make_store, smooth_volume
 
 SHAPE = (33, 40, 50)
 RANDOM = random.Random(0)

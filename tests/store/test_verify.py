@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stores import SPACING, make_store
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.record import case_metadata, read_record
 from ldct_dist.store.verify import verify
+from stores import SPACING, make_store
 
 RANDOM = random.Random(0)
 

@@ -7,12 +7,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from stores import make_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.models.weights import load_weights
 from runs import cli, final_state, losses, starts, train, unsharded, write_config
+from stores import make_store
 
 
 @pytest.fixture(scope="module")
