@@ -67,6 +67,7 @@ class RunFolder:
             "command": sys.argv,
             "python": platform.python_version(),
             "host": platform.node(),
+            "pid": os.getpid(),
             "packages": {name: _version(name) for name in CODE_PACKAGES},
             "commit": _commit(),
             "world_size": world.size,
