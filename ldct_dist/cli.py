@@ -139,14 +139,21 @@ def simulate(
 
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(help="A store, or the folder of a run")]) -> None:
-    """Check every byte of a store, or of a run's checkpoints, against the checksums written with it."""
+    """Check every byte of a store, or of a run's checkpoints, against the checksums written with it.
+
+    Names each fault, with its case and array, and ends with exit code 1 if there are any.
+
+    Example: ldct-dist verify /scratch/ct.zarr
+    """
     from ldct_dist.checkpoint.load import verify_run
     from ldct_dist.store.verify import verify as verify_store
 
     if (path / "checkpoints").is_dir():
         faults = verify_run(path / "checkpoints")
-    elif (path / "zarr.json").exists():
-        faults = verify_store(path)
+    elif (path / "cases").is_dir() or (path / "zarr.json").exists():
+        with _progress() as bar:
+            task = bar.add_task("verify", total=None)
+            faults = verify_store(path, lambda done, total: bar.update(task, completed=done, total=total))
     else:
         raise UserError(f"{path}: neither a store (zarr.json) nor a run (checkpoints/)")
     for fault in faults:

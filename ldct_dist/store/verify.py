@@ -2,59 +2,96 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Store
-from ldct_dist.store.record import array_hash, voxel_hash
+from ldct_dist.store.record import CaseRecord, array_hash, read_record
+from ldct_dist.store.shards import DamagedError, ShardedArray
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """What is wrong with the store, one line each; empty if every byte is as it was written.
 
-    Raises UserError if `path` is no store, or one whose catalogue cannot be read.
+    Cases are checked on all cores at once, each in little memory. `progress` hears how many of how many
+    are done. Raises UserError if `path` is no store at all.
     """
-    store = Store(path)
-    faults = [f"{name}: there, but not in the catalogue" for name in _uncatalogued(store)]
-    faults += _group_faults(store)
-    for row in range(len(store.cases)):
-        faults += _case_faults(store, row)
+    rows: dict[str, pa.Table] | None = None
+    try:
+        store = Store(path)
+        rows = {name: store.table.slice(i, 1) for i, name in enumerate(store.table["name"].to_pylist())}
+        faults = _group_faults(path)
+    except UserError as e:
+        if not (path / layout.CASES).is_dir():
+            raise
+        faults = [str(e)]  # what can be read without a catalogue still is
+    there = layout.list_cases(path) if (path / layout.CASES).is_dir() else []
+    cases = sorted({*there, *(rows or ())})
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for done, found in enumerate(threads.map(partial(_case_faults, path, rows), cases), start=1):
+            faults += found
+            progress(done, len(cases))
     return faults
 
 
-def _group_faults(store: Store) -> list[str]:
+def _group_faults(path: Path) -> list[str]:
     """Of the two zarr.json files that belong to no case; finalising writes the first one anew."""
     written = {
-        "zarr.json": layout.root_metadata(layout.check_format(store.path)),
+        "zarr.json": layout.root_metadata(layout.check_format(path)),
         f"{layout.CASES}/zarr.json": layout.CASES_METADATA,
     }
     return [
         f"{name}: not what was written; run ldct-dist ingest again"
         for name, content in written.items()
-        if not (store.path / name).exists() or (store.path / name).read_bytes() != content
+        if not (path / name).exists() or (path / name).read_bytes() != content
     ]
 
 
-def _case_faults(store: Store, row: int) -> list[str]:
-    name = store.cases[row].name
-    faults = []
+def _case_faults(path: Path, rows: dict[str, pa.Table] | None, name: str) -> list[str]:
+    """Of one case; rows: the catalogue's, by name, if it could be read."""
     try:
-        record = store.record(name)
-        if layout.catalogue([record]).to_pylist() != store.table.slice(row, 1).to_pylist():
-            faults.append(f"{name}: its record and the catalogue disagree; run ldct-dist ingest again")
-        for dose, voxels, array in zip(record.doses, record.voxels, record.arrays, strict=True):
-            if voxel_hash(store.volume(name, dose).hu) != voxels:
-                faults.append(f"{name}/{dose}: its voxels are not those that were ingested")
-            if array_hash(store.path / layout.CASES / name / dose) != array:
-                faults.append(
-                    f"{name}/{dose}/zarr.json: not what was written; delete {name} and ingest it again"
-                )
+        record = read_record(path / layout.CASES / name)
     except UserError as e:
-        faults.append(str(e))
+        return [str(e)]
+    faults = []
+    if rows is not None and name not in rows:
+        faults.append(f"{name}: there, but not in the catalogue; run ldct-dist ingest again")
+    elif rows is not None and rows[name].to_pylist() != layout.catalogue([record]).to_pylist():
+        faults.append(f"{name}: its record and the catalogue disagree; run ldct-dist ingest again")
+    for dose, voxels, metadata in zip(record.doses, record.voxels, record.arrays, strict=True):
+        if fault := _array_fault(path / layout.CASES / name / dose, record, voxels, metadata):
+            faults.append(f"{name}/{dose}: {fault}; delete {layout.CASES}/{name} and ingest it again")
     return faults
 
 
-def _uncatalogued(store: Store) -> list[str]:
-    known = {case.name for case in store.cases}
-    return [name for name in layout.list_cases(store.path) if name not in known]
+def _array_fault(array: Path, record: CaseRecord, voxels: str, metadata: str) -> str | None:
+    try:
+        if array_hash(array) != metadata:
+            return "its zarr.json is not what was written"
+        if _voxel_hash(ShardedArray(array, record.shape, record.chunk)) != voxels:
+            return "its voxels are not those that were ingested"
+    except DamagedError as e:
+        return f"damaged ({e})"
+    except OSError as e:
+        return f"cannot be read ({e})"
+    return None
+
+
+def _voxel_hash(array: ShardedArray) -> str:
+    """`record.voxel_hash` of a whole array, of which no more than a layer of chunks is held at a time."""
+    digest = hashlib.sha256()
+    depth, height, width = array.shape
+    for top in range(0, depth, array.chunk[0]):
+        slab = np.empty((min(array.chunk[0], depth - top), height, width), "<i2")
+        array.read((slice(top, top + len(slab)), slice(0, height), slice(0, width)), slab)
+        digest.update(slab.data)
+    return digest.hexdigest()

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ldct_dist.cli import app
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
@@ -32,7 +34,8 @@ def test_an_array_that_is_sound_but_another_is_found(store):
     shutil.copytree(
         store.path / "cases/case-001/0.25", store.path / "cases/case-001/1.00", dirs_exist_ok=True
     )
-    assert verify(store.path) == ["case-001/1.00: its voxels are not those that were ingested"]
+    (fault,) = verify(store.path)
+    assert fault.startswith("case-001/1.00: its voxels are not those that were ingested")
 
 
 def test_lost_cases_and_damaged_records_are_all_listed(store):
@@ -62,6 +65,10 @@ def test_a_record_that_was_edited_is_neither_read_nor_taken_into_a_catalogue(sto
             use()
 
 
+def files_of(store):
+    return [str(p.relative_to(store.path)) for p in store.path.rglob("*") if p.is_file()]
+
+
 def flip_a_bit(path):
     """One at random; the bytes that were there."""
     whole = path.read_bytes()
@@ -71,34 +78,64 @@ def flip_a_bit(path):
     return whole
 
 
-@pytest.mark.parametrize(
-    ("file", "named"),
-    [
-        ("zarr.json", ""),
-        ("catalogue.parquet", "catalogue.parquet is damaged"),
-        ("cases/zarr.json", "cases/zarr.json"),
-        ("cases/case-001/zarr.json", "case case-001"),
-        ("cases/case-001/0.25/zarr.json", "case-001.*0.25"),
-        ("cases/case-001/0.25/c/0/0/0", "case case-001 at dose 0.25"),
-    ],
-)
-def test_a_flipped_bit_in_any_file_is_found_and_its_place_named(store, file, named):
-    for _ in range(40):
+KINDS_OF_FILE = {
+    "zarr.json": r"ct\.zarr|^zarr\.json",
+    "catalogue.parquet": r"catalogue\.parquet is damaged",
+    "cases/zarr.json": r"^cases/zarr\.json",
+    "cases/case-001/zarr.json": r"record of case case-001",
+    "cases/case-001/0.25/zarr.json": r"^case-001/0\.25",
+    "cases/case-001/0.25/c/0/0/0": r"^case-001/0\.25",
+}
+
+
+def test_these_are_all_kinds_of_file(store):
+    kinds = {re.sub(r"case-00\d", "case-001", file).replace("1.00", "0.25") for file in files_of(store)}
+    assert kinds == set(KINDS_OF_FILE)
+
+
+@pytest.mark.parametrize("file", KINDS_OF_FILE)
+def test_a_flipped_bit_in_any_file_is_found_and_its_place_named(store, file):
+    for _ in range(16):
         whole = flip_a_bit(store.path / file)
-        try:
-            faults = verify(store.path)
-        except UserError as e:
-            faults = [str(e)]
+        faults = verify(store.path)
         assert faults, "not found"
-        assert all(re.search(named, fault) for fault in faults)
+        assert all(re.search(KINDS_OF_FILE[file], fault) for fault in faults)
         (store.path / file).write_bytes(whole)
     assert verify(store.path) == []
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "catalogue.parquet"])
+def test_without_a_catalogue_the_cases_are_still_looked_at(store, file):
+    (store.path / file).unlink()
+    flip_a_bit(store.path / "cases/case-000/1.00/c/0/0/0")
+    assert [fault[:13] for fault in verify(store.path)[1:]] == ["case-000/1.00"]
+
+
+def test_a_store_that_lost_all_cases_is_not_whole(store):
+    shutil.rmtree(store.path / "cases")
+    assert len(verify(store.path)) == 3
+
+
+def test_the_command_ends_with_1_if_there_are_faults_and_with_0_if_not(store):
+    assert CliRunner().invoke(app, ["verify", str(store.path)]).exit_code == 0
+    flip_a_bit(store.path / "catalogue.parquet")
+    flip_a_bit(store.path / "cases/case-001/0.25/c/0/0/0")
+    found = CliRunner().invoke(app, ["verify", str(store.path)])
+    assert found.exit_code == 1
+    assert "catalogue.parquet is damaged" in found.stdout
+    assert "case-001/0.25: damaged (checksum of" in found.stdout
+
+
+def test_progress_counts_the_cases(store):
+    heard = []
+    verify(store.path, lambda done, total: heard.append((done, total)))
+    assert heard == [(1, 2), (2, 2)]
 
 
 def test_a_case_that_the_catalogue_lacks_is_found(store):
     volume = Volume(np.zeros((3, 8, 8), np.int16), SPACING)
     layout.write_case(store.path, "late", {1.0: volume}, patient="p", split="train")
-    assert verify(store.path) == ["late: there, but not in the catalogue"]
+    assert verify(store.path) == ["late: there, but not in the catalogue; run ldct-dist ingest again"]
 
 
 def test_what_is_no_store_cannot_be_verified(tmp_path):
