@@ -1,7 +1,7 @@
-"""RMSE, PSNR and SSIM of whole volumes against full dose, as the protocol says.
+"""RMSE, PSNR, SSIM and VIF of whole volumes against full dose, as the protocol says.
 
-All are 2-D figures, computed slice by slice as the papers do. SSIM comes from scikit-image, because the
-benchmarks' own numbers do; its map leaves out the border that its window does not fit into.
+Slice by slice as the papers do, or in 3-D. SSIM comes from scikit-image, because the benchmarks' own numbers do; its
+map leaves out the border that its window does not fit into.
 
 Padding is the same in both volumes, so counting it would flatter every figure: without a mask, the voxels counted
 are those whose full dose is not padding. A mask of ones gives what the reference implementations print.
@@ -10,6 +10,7 @@ are those whose full dose is not padding. A mask of ones gives what the referenc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from skimage.metrics import structural_similarity
@@ -17,17 +18,25 @@ from skimage.metrics import structural_similarity
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import Protocol, Range, protocol_named
+from ldct_dist.evaluate.vif import DEPTH, LEAST_SIDE, shared_information
+
+_SLAB = 16  # slices that 3-D SSIM takes at a time, so that memory does not grow with the volume
 
 
 def evaluate_volume(
-    image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol | str, mask: np.ndarray | None = None
+    image_hu: np.ndarray,
+    full_hu: np.ndarray,
+    protocol: Protocol | str,
+    mask: np.ndarray | None = None,
+    measures: Sequence[str] = ("rmse_hu", "psnr_db", "ssim"),
 ) -> dict[str, float]:
-    """{"rmse_hu", "psnr_db", "ssim"} of `image_hu` against `full_hu`, all (z, y, x), HU.
+    """The `measures` of `image_hu` against `full_hu`, all (z, y, x), HU; "vif" is there for the asking.
 
     mask: bool (z, y, x), the voxels that count; None: those where `full_hu` is not padding. Slices of which nothing
-    counts are left out. psnr_db is inf for equal images.
+    counts are left out. psnr_db is inf for equal images, vif nan where no image has any structure.
 
-    Raises UserError for an unknown protocol, for volumes of different shapes, and where no voxel counts.
+    Raises UserError for an unknown protocol, for volumes of different shapes, where no voxel counts, and where slices
+    are smaller, or in 3-D fewer, than a measure's window needs.
     """
     if isinstance(protocol, str):
         protocol = protocol_named(protocol)
@@ -36,15 +45,9 @@ def evaluate_volume(
             f"evaluate: shapes differ, image {image_hu.shape} and full dose {full_hu.shape}; give one grid"
         )
     mask = full_hu > AIR_HU if mask is None else mask
-    counted = np.flatnonzero(mask.any(axis=(1, 2)))
-    if not len(counted):
+    if not mask.any():
         raise UserError("evaluate: no voxel to count; the mask is empty, or the full dose is all padding")
-    image_hu, full_hu, mask = image_hu[counted], full_hu[counted], mask[counted]
-    return {
-        "rmse_hu": rmse_hu(image_hu, full_hu, protocol, mask),
-        "psnr_db": psnr_db(image_hu, full_hu, protocol, mask),
-        "ssim": ssim(image_hu, full_hu, protocol, mask),
-    }
+    return {name: _MEASURES[name](image_hu, full_hu, protocol, mask) for name in measures}
 
 
 def rmse_hu(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.ndarray) -> float:
@@ -64,23 +67,66 @@ def psnr_db(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask:
 
 
 def ssim(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.ndarray) -> float:
-    """Structural similarity, 1 for equal images: the mean of its 2-D map over the mask, both images clipped to the
-    protocol's window."""
+    """Structural similarity, 1 for equal images: the mean of its map over the mask, both images clipped to the
+    protocol's window (Wang et al., IEEE Trans Image Process 13 (2004))."""
     if protocol.ssim == "gaussian11":
         border, options = 5, {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     else:
         border, options = 3, {"win_size": 7}
-    if min(full_hu.shape[1:]) <= 2 * border:
-        raise UserError(f"SSIM: slices of {full_hu.shape[1:]} voxels are smaller than its window; crop less")
-    inner = (slice(border, -border), slice(border, -border))
+    deep = border if protocol.dims == 3 else 0
+    _check_fits("SSIM", full_hu, (2 * deep + 1, 2 * border + 1))
+    inner = (slice(deep, -deep or None), slice(border, -border), slice(border, -border))
     zero = protocol.window[0] if protocol.ssim_zero is None else protocol.ssim_zero
     sums, counts = [], []
-    for image, full, counted in zip(image_hu, full_hu, mask, strict=True):
-        a, b = (np.clip(x.astype(np.float64), *protocol.window) - zero for x in (full, image))
+    for read in _slabs(len(full_hu), deep):
+        a, b = (np.clip(x[read].astype(np.float64), *protocol.window) - zero for x in (full_hu, image_hu))
+        if protocol.dims == 2:
+            a, b = a[0], b[0]
         _, similarity = structural_similarity(a, b, data_range=protocol.data_range, full=True, **options)
-        sums.append(similarity[inner][counted[inner]].sum())
-        counts.append(counted[inner].sum())
+        counted = mask[read][inner]
+        sums.append(similarity.reshape(mask[read].shape)[inner][counted].sum())
+        counts.append(counted.sum())
     return float(_average(np.array(sums), np.array(counts), protocol).mean())
+
+
+def vif(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.ndarray) -> float:
+    """Visual information fidelity in the pixel domain, 1 for equal images: see `ldct_dist.evaluate.vif`. Both images
+    are clipped to the protocol's rmse_range.
+
+    A slice without structure has no VIF. The mean is over the other slices, and nan where there is none.
+    """
+    deep = DEPTH // 2 if protocol.dims == 3 else 0
+    _check_fits("VIF", full_hu, (2 * deep + 1, LEAST_SIDE))
+    source, image = (full_hu, image_hu) if protocol.vif_source == "full" else (image_hu, full_hu)
+    kept, whole = [], []
+    for read in _slabs(len(full_hu), deep, 1):
+        a, b = (np.clip(x[read].astype(np.float64), *protocol.rmse_range) for x in (source, image))
+        information = shared_information(a, b, mask[read])
+        kept.append(information[0])
+        whole.append(information[1])
+    if protocol.average == "volume":
+        kept, whole = [sum(kept)], [sum(whole)]
+    ratios = [k / w for k, w in zip(kept, whole, strict=True) if w > 0]
+    return float(np.mean(ratios)) if ratios else math.nan
+
+
+_MEASURES = {"rmse_hu": rmse_hu, "psnr_db": psnr_db, "ssim": ssim, "vif": vif}
+MEASURES = tuple(_MEASURES)
+
+
+def _check_fits(measure: str, hu: np.ndarray, window: tuple[int, int]) -> None:
+    if len(hu) < window[0] or min(hu.shape[1:]) < window[1]:
+        raise UserError(
+            f"{measure}: {len(hu)} slices of {hu.shape[1:]} voxels are smaller than its window, "
+            f"{window[0]} x {window[1]} x {window[1]}; crop less, or take a protocol in 2-D"
+        )
+
+
+def _slabs(slices: int, deep: int, step: int = _SLAB) -> Iterator[slice]:
+    """What to read so that windows reaching `deep` slices up and down visit every slice they fit around once."""
+    step = step if deep else 1
+    for start in range(deep, slices - deep, step):
+        yield slice(start - deep, min(start + step, slices - deep) + deep)
 
 
 def _mean_squares(

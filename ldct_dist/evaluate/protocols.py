@@ -6,7 +6,7 @@ window says nothing. A protocol fixes all that the figures depend on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ldct_dist.errors import UserError
@@ -19,52 +19,66 @@ class Protocol:
     """What is clipped, compared and averaged.
 
     window: HU, lowest and highest; both images are clipped to it for PSNR and SSIM, and its width is their data range.
-    rmse_range: HU; both images are clipped to it for the RMSE.
-    ssim: the local window, of 7 x 7 equal weights or an 11 x 11 Gaussian of sigma 1.5.
+    rmse_range: HU; both images are clipped to it for RMSE and VIF.
+    dose: the fraction of full dose at which those who use the protocol compare.
+    ssim: the local window, of 7 x 7 equal weights or an 11 x 11 Gaussian of sigma 1.5; in 3-D as deep as wide.
     ssim_zero: the HU that are zero intensity to SSIM, which compares brightness too; None: the window's lowest.
-    average: "slice", the mean of the slices' figures; or "volume", one mean square over all voxels.
+    vif_source: the image whose information is the whole: "full", the full dose, as VIF is defined; or "image".
+    average: "slice", the mean of the slices' figures; or "volume", one figure of all voxels.
+    dims: 2, local windows lie in the slice; or 3, they span slices.
     """
 
     name: str
     window: Range
     rmse_range: Range
+    dose: float = 0.25
     ssim: Literal["uniform7", "gaussian11"] = "uniform7"
     ssim_zero: float | None = None
+    vif_source: Literal["full", "image"] = "full"
     average: Literal["slice", "volume"] = "slice"
+    dims: Literal[2, 3] = 2
 
     @property
     def data_range(self) -> float:
         return self.window[1] - self.window[0]
 
+    def in_3d(self) -> Protocol:
+        """The same windows on whole volumes: local windows span slices, and all voxels are averaged at once."""
+        return replace(self, name=f"{self.name}-3d", average="volume", dims=3)
+
     def __str__(self) -> str:
-        """Such as "ldctbench-abdomen, window [-150, 250] HU"; the words that stand beside every figure."""
+        """Such as "ldctbench-abdomen, window [-150, 249] HU"; the words that stand beside every figure."""
         return f"{self.name}, window [{self.window[0]:g}, {self.window[1]:g}] HU"
 
 
-def _centre_width(centre: float, width: float) -> Range:
-    return centre - width / 2, centre + width / 2
+def _dicom_window(centre: float, width: float) -> Range:
+    """A window of `width` whole HU, as DICOM counts them (PS3.3 C.11.2.1.2): its highest is centre + width / 2 - 1."""
+    return centre - width / 2, centre + width / 2 - 1
 
 
 _LDCTBENCH_RMSE = (-1024.0, 1900.0)
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        # As ldct-benchmark's compute_metric has them.
-        Protocol("ldctbench-chest", _centre_width(-600, 1500), _LDCTBENCH_RMSE),
-        Protocol("ldctbench-abdomen", _centre_width(50, 400), _LDCTBENCH_RMSE),
-        Protocol("ldctbench-neuro", _centre_width(40, 80), _LDCTBENCH_RMSE),
-        # As the widely used RED-CNN implementation scores patient L506 of Mayo 2016: its RMSE is windowed too,
-        # and its SSIM takes the HU as they are.
-        Protocol("redcnn-l506", (-160.0, 240.0), (-160.0, 240.0), ssim="gaussian11", ssim_zero=0.0),
-        # All that 12 bits hold.
-        Protocol("full-range", (-1024.0, 3071.0), (-1024.0, 3071.0), average="volume"),
-    )
-}
+_IN_2D = (
+    # As ldct-benchmark's compute_metric has them, which hands VIF its two images the other way round. The doses are
+    # those of its data, LDCT-and-Projection-data.
+    Protocol("ldctbench-chest", _dicom_window(-600, 1500), _LDCTBENCH_RMSE, dose=0.10, vif_source="image"),
+    Protocol("ldctbench-abdomen", _dicom_window(50, 400), _LDCTBENCH_RMSE, vif_source="image"),
+    Protocol("ldctbench-neuro", _dicom_window(40, 80), _LDCTBENCH_RMSE, vif_source="image"),
+    # As the widely used RED-CNN implementation scores patient L506 of Mayo 2016: its RMSE is windowed too,
+    # and its SSIM takes the HU as they are.
+    Protocol("redcnn-l506", (-160.0, 240.0), (-160.0, 240.0), ssim="gaussian11", ssim_zero=0.0),
+    # All that 12 bits hold.
+    Protocol("full-range", (-1024.0, 3071.0), (-1024.0, 3071.0), average="volume"),
+)
+PROTOCOLS = {protocol.name: protocol for named in _IN_2D for protocol in (named, named.in_3d())}
+"""By name; each also as NAME-3d."""
 
 
 def protocol_named(name: str) -> Protocol:
     """Raises UserError that lists the names there are."""
     if name not in PROTOCOLS:
-        raise UserError(f"protocol {name!r}: there is no such protocol; choose from {', '.join(PROTOCOLS)}")
+        names = ", ".join(protocol.name for protocol in _IN_2D)
+        raise UserError(
+            f"protocol {name!r}: there is no such protocol; choose from {names}, or one of them with -3d"
+        )
     return PROTOCOLS[name]

@@ -6,17 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import visual_information_fidelity
 
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.metrics import evaluate_volume
+from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
 from ldct_dist.evaluate.protocols import PROTOCOLS, protocol_named
+
+IN_2D = sorted(name for name in PROTOCOLS if not name.endswith("-3d"))
 
 
 @pytest.fixture(scope="module")
 def pair():
-    full = body((4, 64, 64), (5.0, 6.0, 6.0), seed=0).hu
+    full = body((12, 64, 64), (5.0, 6.0, 6.0), seed=0).hu
     noise = np.random.default_rng(1).normal(0, 20, full.shape)
     return np.rint(full + noise).astype(np.int16), full
 
@@ -28,7 +31,7 @@ def test_values_worked_out_by_hand():
     image[1] -= 30
     figures = evaluate_volume(image, full, "ldctbench-abdomen")
     assert figures["rmse_hu"] == pytest.approx((10 + 30) / 2)
-    assert figures["psnr_db"] == pytest.approx((20 * math.log10(400 / 10) + 20 * math.log10(400 / 30)) / 2)
+    assert figures["psnr_db"] == pytest.approx((20 * math.log10(399 / 10) + 20 * math.log10(399 / 30)) / 2)
 
     pooled = evaluate_volume(image, full, "full-range")
     assert pooled["rmse_hu"] == pytest.approx(math.sqrt((10**2 + 30**2) / 2))
@@ -96,11 +99,60 @@ def test_gaussian_ssim_is_the_red_cnn_one(pair):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_equal_images_are_perfect(pair, name):
     _, full = pair
-    assert evaluate_volume(full, full, name) == {
+    assert evaluate_volume(full, full, name, measures=MEASURES) == {
         "rmse_hu": 0.0,
         "psnr_db": math.inf,
         "ssim": pytest.approx(1),
+        "vif": pytest.approx(1),
     }
+
+
+def test_vif_is_that_of_torchmetrics_with_either_image_as_the_source(pair):
+    image, full = pair
+    everything = np.ones(full.shape, bool)
+
+    def theirs(image, full, low, high):
+        a, b = (torch.from_numpy(x.astype(np.float64)).clip(low, high)[:, None] for x in (image, full))
+        return visual_information_fidelity(a, b, reduction="none").mean().item()
+
+    ours = {
+        name: evaluate_volume(image, full, name, everything, ["vif"])["vif"]
+        for name in ("redcnn-l506", "ldctbench-chest")
+    }
+    assert ours["redcnn-l506"] == pytest.approx(theirs(image, full, -160, 240), abs=1e-6)
+    # ldct-benchmark asks how much of the image is in the full dose.
+    assert ours["ldctbench-chest"] == pytest.approx(theirs(full, image, -1024, 1900), abs=1e-6)
+
+
+def test_vif_falls_with_noise_and_a_flat_volume_has_none(pair):
+    image, full = pair
+    noisier = full + 3 * (image.astype(int) - full)
+    little, much = (
+        evaluate_volume(x, full, "redcnn-l506", measures=["vif"])["vif"] for x in (image, noisier)
+    )
+    assert 0 < much < little < 1
+    flat = np.zeros((1, 48, 48), np.int16)
+    assert math.isnan(evaluate_volume(flat, flat, "redcnn-l506", measures=["vif"])["vif"])
+
+
+def test_ssim_in_3d_is_scikit_images_of_the_whole_volume():
+    full = body((24, 40, 40), (3.0, 8.0, 8.0), seed=0).hu
+    image = full + np.random.default_rng(1).normal(0, 20, full.shape)
+    protocol = protocol_named("ldctbench-abdomen-3d")
+    a, b = (np.clip(x.astype(float), *protocol.window) for x in (full, image))
+    figures = evaluate_volume(image, full, protocol, mask=np.ones(full.shape, bool))
+    assert figures["ssim"] == pytest.approx(structural_similarity(a - a.min(), b - a.min(), data_range=399))
+    assert figures["psnr_db"] == pytest.approx(peak_signal_noise_ratio(a, b, data_range=399))
+
+
+def test_vif_in_3d_of_slices_all_alike_is_that_of_one(pair):
+    image, full = (np.broadcast_to(x[0], x.shape) for x in pair)
+    one, many = (
+        evaluate_volume(image, full, name, measures=["vif"])["vif"]
+        for name in ("redcnn-l506", "redcnn-l506-3d")
+    )
+    assert many == pytest.approx(one)
+    assert evaluate_volume(*pair, "redcnn-l506-3d", measures=["vif"])["vif"] != pytest.approx(one, rel=0.01)
 
 
 def test_a_slice_without_error_does_not_make_the_mean_infinite(pair):
@@ -112,7 +164,7 @@ def test_a_slice_without_error_does_not_make_the_mean_infinite(pair):
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
-@given(rows=st.integers(1, 40), slices=st.integers(0, 2), name=st.sampled_from(sorted(PROTOCOLS)))
+@given(rows=st.integers(1, 40), slices=st.integers(0, 2), name=st.sampled_from(IN_2D))
 def test_padding_does_not_flatter(rows, slices, name):
     rng = np.random.default_rng(0)
     full = rng.integers(-100, 200, (2, 16, 16)).astype(np.int16)
@@ -147,7 +199,13 @@ def test_mistakes_are_named(pair):
         evaluate_volume(image, np.full_like(full, AIR_HU), "full-range")
     with pytest.raises(UserError, match="smaller than its window"):
         evaluate_volume(image[:, :6], full[:, :6], "full-range")
+    with pytest.raises(UserError, match=r"VIF: .* smaller than its window, 1 x 41 x 41"):
+        evaluate_volume(image[:, :40], full[:, :40], "full-range", measures=["vif"])
+    with pytest.raises(UserError, match=r"SSIM: 6 slices .* take a protocol in 2-D"):
+        evaluate_volume(image[:6], full[:6], "full-range-3d")
 
 
-def test_a_protocol_says_its_window():
-    assert str(protocol_named("ldctbench-abdomen")) == "ldctbench-abdomen, window [-150, 250] HU"
+def test_a_protocol_says_its_window_and_dose():
+    assert str(protocol_named("ldctbench-abdomen")) == "ldctbench-abdomen, window [-150, 249] HU"
+    assert protocol_named("ldctbench-chest").dose == 0.10
+    assert protocol_named("redcnn-l506").window == (-160, 240)
