@@ -183,6 +183,47 @@ def train(
 
 
 @app.command()
+def status(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Runs, or folders of runs; without any: runs/")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: a list of objects")] = False,
+) -> None:
+    """How runs are: their state in Slurm, step, loss, speed, last checkpoint and its age, time to go.
+
+    Works without Slurm, too. Example: ldct-dist status runs/mayo runs/sweep
+    """
+    import json
+    import time
+
+    from ldct_dist.cluster.status import render
+    from ldct_dist.cluster.status import status as read
+
+    rows, fault = read(runs or [Path("runs")])
+    now = time.time()
+    if as_json:
+        print(json.dumps([row.as_json(now) for row in rows], indent=1))
+    else:
+        print(render(rows, now, console.width if console.is_terminal else None))
+    if fault is not None:
+        print(f"{fault}; this is what the run folders say", file=sys.stderr)
+
+
+@app.command()
+def cancel(
+    run: Annotated[Path, typer.Argument(help="The folder of a run")],
+    grace: Annotated[float, typer.Option(help="Seconds that saving and stopping may take")] = 600.0,
+) -> None:
+    """Stop a run, saving a checkpoint first; no requeue follows. Starting it again goes on from there.
+
+    Example: ldct-dist cancel runs/mayo
+    """
+    from ldct_dist.cluster.cancel import cancel as run_cancel
+
+    run_cancel(run, grace, say=lambda line: console.print(line, markup=False))
+
+
+@app.command()
 def denoise(
     weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
     source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],

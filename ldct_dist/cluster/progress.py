@@ -1,0 +1,200 @@
+"""How far a run has come, read from its folder alone: no Slurm, no torch, no lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event
+
+from ldct_dist.checkpoint import retention
+from ldct_dist.checkpoint.manifest import NAME as MANIFEST
+from ldct_dist.errors import UserError
+
+_SCALAR_BYTES = 1024  # no record of a scalar is larger; images are
+_RECENT = 120  # records looked at: some twenty reports of five scalars
+
+
+@dataclass(frozen=True)
+class Report:
+    """One of the trainer's reports, as TensorBoard got it."""
+
+    step: int
+    time: float
+    """seconds since the epoch"""
+    figures: dict[str, float]
+    """by tag: train/loss, speed/crops_per_s, speed/data_wait_percent, ..."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run's folder says. Times are seconds since the epoch; None: not known (yet)."""
+
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    """HU (HU^2 for mse): mean over the latest report's steps; before the first report, of the latest step"""
+    crops_per_s: float | None = None
+    wait_percent: float | None = None
+    """share of the time in which the step waited for data"""
+    seconds_a_step: float | None = None
+    """wall time, with validations and saves"""
+    checkpoint: int | None = None
+    """step of the newest checkpoint"""
+    checkpoint_time: float | None = None
+    written: float | None = None
+    """when the newest step was written down"""
+    last_start: dict[str, Any] | None = None
+    """the newest entry of environment.json"""
+
+    @property
+    def done(self) -> bool:
+        return self.checkpoint is not None and self.checkpoint == self.steps
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds of running that are left."""
+        if self.seconds_a_step is None or self.steps is None:
+            return None
+        return max(0, self.steps - self.step) * self.seconds_a_step
+
+    def alive(self, now: float) -> bool:
+        """Whether a process trains it: by its pid where it was started on this host, else by its latest sign."""
+        start = self.last_start
+        if start is not None and start["host"] == platform.node():
+            return is_running(start)
+        # Elsewhere, silence of a minute (or of 20 steps, where those are long) is taken for an end.
+        silence = max(60.0, 20 * (self.seconds_a_step or 0.0))
+        return self.written is not None and now - self.written < silence and not self.done
+
+
+def read_progress(run: Path) -> Progress:
+    """The state of the run in the folder `run`; what has not been written yet is not known.
+
+    Raises UserError for a file that holds something else than the trainer writes.
+    """
+    reports = _reports(run / "tensorboard")
+    latest = reports[-1].figures if reports else {}
+    line, written = _last_line(run / "losses.jsonl")
+    checkpoints, _ = retention.newest_first(run / "checkpoints")
+    newest = checkpoints[0] if checkpoints else None
+    starts = read_starts(run)
+    return Progress(
+        step=line.get("step", newest[1].step if newest else 0),
+        steps=_config(run).get("steps"),
+        loss=latest.get("train/loss", line.get("loss")),
+        crops_per_s=latest.get("speed/crops_per_s"),
+        wait_percent=latest.get("speed/data_wait_percent"),
+        seconds_a_step=_pace(reports),
+        checkpoint=newest[1].step if newest else None,
+        checkpoint_time=(newest[0] / MANIFEST).stat().st_mtime if newest else None,
+        written=written,
+        last_start=starts[-1] if starts else None,
+    )
+
+
+def is_running(start: dict[str, Any]) -> bool:
+    """Whether the process of a start recorded on this host still lives, and is not another with its number."""
+    try:
+        arguments = (
+            Path(f"/proc/{start['pid']}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        )
+    except OSError:
+        return False
+    given = start["command"][1:]  # the interpreter may have been called by another path
+    return arguments[-len(given) :] == given
+
+
+def _config(run: Path) -> dict[str, Any]:
+    return _parsed(run / "config.yaml", yaml.safe_load, dict) or {}
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """How the run was started each time, oldest first: the entries of environment.json."""
+    return _parsed(run / "environment.json", json.loads, list) or []
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], kind: type) -> Any:
+    """The contents of a file as a `kind`; None if there is no such file."""
+    try:
+        content = parse(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{path}: not readable: {e}") from e
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: not what a run writes there")
+    return content
+
+
+def _last_line(path: Path) -> tuple[dict[str, Any], float | None]:
+    """(the newest whole line of losses.jsonl, when it was written)."""
+    try:
+        with open(path, "rb") as f:
+            facts = os.fstat(f.fileno())
+            f.seek(max(0, facts.st_size - 4096))
+            tail = f.read()
+    except FileNotFoundError:
+        return {}, None
+    whole = tail[: tail.rfind(b"\n") + 1].splitlines()
+    try:
+        return (json.loads(whole[-1]), facts.st_mtime) if whole else ({}, None)
+    except ValueError as e:
+        raise UserError(f"{path}: its last line is not what a run writes there") from e
+
+
+def _pace(reports: list[Report]) -> float | None:
+    """Seconds a step between the reports, which a restart in the middle would make too many."""
+    if len(reports) < 2:
+        return None
+    first, last = reports[0], reports[-1]
+    return (last.time - first.time) / (last.step - first.step) if last.step > first.step else None
+
+
+def _reports(folder: Path) -> list[Report]:
+    """The latest reports of the newest start that made one, oldest first."""
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime, reverse=True):
+        reports: dict[int, Report] = {}
+        for event in _recent_scalars(path):
+            figures = {value.tag: value.simple_value for value in event.summary.value}
+            if any(tag.startswith(("train/", "speed/")) for tag in figures):
+                before = reports.get(event.step)
+                reports[event.step] = Report(
+                    event.step, event.wall_time, (before.figures if before else {}) | figures
+                )
+        if reports:
+            return [reports[step] for step in sorted(reports)]
+    return []
+
+
+def _recent_scalars(path: Path) -> Iterator[Event]:
+    for payload in deque(_small_records(path), maxlen=_RECENT):
+        try:
+            yield Event.FromString(payload)
+        except DecodeError:
+            return  # a record cut short: nothing follows it
+
+
+def _small_records(path: Path) -> Iterator[bytes]:
+    """The records of an event file that may be scalars; images are skipped, not read.
+
+    A record: length (8 bytes), its checksum (4), payload, its checksum (4).
+    https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+    """
+    with open(path, "rb") as f:
+        while len(header := f.read(12)) == 12:
+            (length,) = struct.unpack("<Q", header[:8])
+            if length <= _SCALAR_BYTES:
+                yield f.read(length)
+                f.seek(4, os.SEEK_CUR)
+            else:
+                f.seek(length + 4, os.SEEK_CUR)

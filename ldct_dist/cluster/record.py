@@ -1,0 +1,45 @@
+"""What a run folder keeps of its jobs: the latest job's id, and the logs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from ldct_dist.cluster.progress import read_starts
+
+JOB = Path("slurm/job.json")
+_ERROR = re.compile(r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
+_SLURM = ("srun: ", "slurmstepd: ", "submitit ")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was started, or submitted, in this folder."""
+    return (folder / "config.yaml").is_file() or (folder / JOB).is_file()
+
+
+def job_of(run: Path) -> str | None:
+    """The job that the run was last given to, or last started in; None if that was not through Slurm."""
+    starts = read_starts(run)
+    record = run / JOB
+    if record.is_file() and not (
+        starts and _newer(run / "environment.json", record) and starts[-1]["slurm_job"] is None
+    ):
+        return str(json.loads(record.read_text())["job"])
+    return starts[-1]["slurm_job"] if starts else None
+
+
+def error_of(run: Path) -> str | None:
+    """The last error in the run's newest log, on one line; None without one."""
+    logs = sorted((run / "slurm").glob("*.log"), key=lambda p: p.stat().st_mtime)
+    if not logs:
+        return None
+    with open(logs[-1], "rb") as f:
+        f.seek(max(0, f.seek(0, 2) - 16384))
+        lines = f.read().decode(errors="replace").splitlines()
+    errors = [line.strip() for line in lines if _ERROR.match(line)]
+    return errors[-1] if errors else None
+
+
+def _newer(a: Path, b: Path) -> bool:
+    return a.stat().st_mtime > b.stat().st_mtime

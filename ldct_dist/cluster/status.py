@@ -1,0 +1,188 @@
+"""A table of runs: what Slurm says of their jobs, and how far each has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldct_dist.cluster import jobs
+from ldct_dist.cluster.jobs import Job
+from ldct_dist.cluster.progress import Progress, read_progress
+from ldct_dist.cluster.record import error_of, is_run, job_of
+from ldct_dist.errors import UserError
+
+HEADINGS = ("run", "state", "step", "loss", "crops/s", "wait", "saved", "ETA")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. state: new, pending, running, done, stopped, cancelled, failed or unreadable."""
+
+    name: str
+    folder: Path
+    state: str
+    progress: Progress
+    job: Job | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self, now: float) -> dict[str, Any]:
+        """For scripts: times in seconds, None where something is not known."""
+        p = self.progress
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "state": self.state,
+            "notes": self.notes,
+            "job": asdict(self.job) if self.job else None,
+            "step": p.step,
+            "steps": p.steps,
+            "loss": p.loss,
+            "crops_per_s": p.crops_per_s,
+            "data_wait_percent": p.wait_percent,
+            "checkpoint_step": p.checkpoint,
+            "checkpoint_age_s": now - p.checkpoint_time if p.checkpoint_time is not None else None,
+            "eta_s": p.eta_s if self.state == "running" else None,
+        }
+
+
+def status(paths: Sequence[Path], now: float | None = None) -> tuple[list[Row], str | None]:
+    """(a row for each run in or below `paths`, a line on why Slurm could not be asked, or None).
+
+    Slurm is asked once for all runs. Raises UserError for a path that holds no run.
+    """
+    now = time.time() if now is None else now
+    looks = [_look(folder) for folder in find_runs(paths)]
+    known, fault = jobs.ask({look.job for look in looks if look.job is not None})
+    return [_row(look, known.get(look.job or ""), now) for look in looks], fault
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run folders that `paths` are, or hold at most two levels down, each once."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; name a run, or a folder of runs")
+        here = (
+            [path] if is_run(path) else sorted(p for p in [*path.glob("*"), *path.glob("*/*")] if is_run(p))
+        )
+        if not here:
+            raise UserError(f"{path}: no run in this folder; name a run, or a folder of runs")
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a run's folder alone says: progress and job id, or why it cannot be read."""
+
+    folder: Path
+    progress: Progress = Progress()
+    job: str | None = None
+    fault: str | None = None
+
+
+def _look(folder: Path) -> _Look:
+    try:
+        return _Look(folder, read_progress(folder), job_of(folder))
+    except UserError as e:
+        return _Look(folder, fault=str(e))
+
+
+def _row(look: _Look, job: Job | None, now: float) -> Row:
+    folder, progress = look.folder, look.progress
+    if look.fault is not None:
+        return Row(folder.name, folder, "unreadable", progress, notes=[look.fault])
+    state = state_of(progress, job, now)
+    return Row(folder.name, folder, state, progress, job, list(_notes(folder, state, progress, job)))
+
+
+def state_of(progress: Progress, job: Job | None, now: float) -> str:
+    """One word. Slurm's knowledge of a job outweighs what the folder suggests, but for a run that is done."""
+    if job is not None and job.active:
+        return "running" if job.state in ("RUNNING", "COMPLETING", "SUSPENDED") else "pending"
+    if progress.done:
+        return "done"
+    if job is None and progress.alive(now):
+        return "running"
+    if job is not None and job.state == "CANCELLED":
+        return "cancelled"
+    if job is not None and job.state != "COMPLETED":
+        return "failed"
+    return "stopped" if progress.last_start is not None else "new"
+
+
+def _notes(folder: Path, state: str, progress: Progress, job: Job | None) -> Iterable[str]:
+    """What a person asks next: which job, why it waits, why it failed, what a restart would cost."""
+    if job is not None:
+        facts = [f"job {job.id}"]
+        if job.requeues:
+            facts.append(f"requeued {_times(job.requeues)}")
+        if state == "pending":
+            facts.append(f"waits for: {job.reason or 'its turn'}")
+            facts += [f"expected to start {job.start.replace('T', ' ')}"] if job.start is not None else []
+        if state == "failed":
+            facts.append(job.state.lower().replace("_", " ") + (f", {job.reason}" if job.reason else ""))
+        yield ", ".join(facts)
+    error = error_of(folder)
+    if state in ("failed", "stopped") and error is not None:
+        yield error
+    if state in ("failed", "stopped", "cancelled") and progress.step > (progress.checkpoint or 0):
+        yield f"{progress.step - (progress.checkpoint or 0)} steps after its checkpoint; started again, they are done again"
+
+
+def render(rows: Sequence[Row], now: float, width: int | None) -> str:
+    """The table as text of at most `width` columns (None: as wide as it gets).
+
+    A name that leaves no room for the figures stands on a line of its own, above them.
+    """
+    lines = [(row.name, *_cells(row, now)) for row in rows]
+    columns = list(zip(HEADINGS, *lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    if width is not None:
+        widths[0] = max(len(HEADINGS[0]), min(widths[0], width - sum(w + 2 for w in widths[1:])))
+    out = [_line(HEADINGS, widths)]
+    for row, cells in zip(rows, lines, strict=True):
+        if len(row.name) > widths[0]:
+            out.append(row.name)
+            cells = ("", *cells[1:])
+        out.append(_line(cells, widths))
+        out += [f"  {note}" for note in row.notes]
+    return "\n".join(out)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = [cell.ljust(w) for cell, w in zip(cells[:2], widths[:2], strict=True)]
+    right = [cell.rjust(w) for cell, w in zip(cells[2:], widths[2:], strict=True)]
+    return "  ".join(left + right).rstrip()
+
+
+def _cells(row: Row, now: float) -> tuple[str, ...]:
+    p, running = row.progress, row.state == "running"
+    return (
+        row.state,
+        f"{p.step}/{p.steps}" if p.steps is not None else "-",
+        f"{p.loss:.3g}" if p.loss is not None else "-",
+        f"{p.crops_per_s:.3g}" if running and p.crops_per_s is not None else "-",
+        f"{p.wait_percent:.1f}%" if running and p.wait_percent is not None else "-",
+        f"{p.checkpoint}, {span(now - p.checkpoint_time)}" if p.checkpoint_time is not None else "-",
+        span(p.eta_s) if running and p.eta_s is not None else "-",
+    )
+
+
+def span(seconds: float) -> str:
+    """A stretch of time in at most six characters: 45s, 12m, 3h05m, 2d04h, 120d."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if minutes < 1:
+        return f"{max(0, int(seconds))}s"
+    if hours < 1:
+        return f"{minutes}m"
+    if hours < 48:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{hours // 24}d{hours % 24:02d}h" if hours < 24 * 100 else f"{hours // 24}d"
+
+
+def _times(n: int) -> str:
+    return {1: "once", 2: "twice"}.get(n, f"{n} times")
