@@ -1,0 +1,46 @@
+"""Where the noise is, and where an image shows what the full dose does not."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
+
+from ldct_dist.ct import noise
+from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import UserError
+
+STRUCTURE_MM = 2.0  # sigma of the finest structure that one would read as anatomy
+CONSPICUOUS = 4.0  # standard deviations of noise: chance alone passes it in 0.006 % of voxels
+
+
+def noise_map(hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    """Standard deviation in HU within about 6 mm in plane, (z, y, x), about a plane fitted there."""
+    return np.sqrt(noise.local_moments(hu, spacing).variance)
+
+
+def hallucination_map(image_hu: np.ndarray, low: Volume, full: Volume) -> np.ndarray:
+    """Structure that the image has and the full dose has not, in standard deviations of the full dose's noise.
+
+    The difference image - full dose, smoothed by 2 mm in plane, over what the full dose's own noise leaves of itself
+    under the same smoothing: (z, y, x), near a standard normal for a perfect denoiser; above 0 where brightness was
+    added, below 0 where it was lost. Where the noise is high and low is told by low - full, which holds no anatomy; how
+    high it is, by the full dose's soft tissue.
+
+    Raises UserError where the full dose has too little soft tissue to measure its noise.
+    """
+    moments = noise.local_moments(full.hu, full.spacing)
+    soft = noise.homogeneous(moments)
+    if soft is None:
+        raise UserError("hallucination map: too little soft tissue to measure the full dose's noise")
+    sigma = [STRUCTURE_MM / mm for mm in full.spacing[1:]]
+
+    def smooth(hu: np.ndarray) -> np.ndarray:
+        return gaussian_filter1d(gaussian_filter1d(hu, sigma[0], axis=1), sigma[1], axis=2)
+
+    added = low.hu.astype(np.float32) - full.hu
+    left = float(smooth(added)[soft].std() / added[soft].std())
+    where = gaussian_filter(noise_map(added, full.spacing), [0, *(3 * s for s in sigma)])
+    level = noise.noise_std(moments, soft) * left / float(np.median(where[soft]))
+    # Outside the body the low dose adds next to nothing, and a quotient of nothings means nothing.
+    std = np.maximum(where, 0.2 * float(np.median(where[soft]))) * level
+    return smooth(image_hu.astype(np.float32) - full.hu) / std

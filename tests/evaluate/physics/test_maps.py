@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.physics.maps import CONSPICUOUS, hallucination_map, noise_map
+
+SPACING = (5.0, 1.0, 1.0)
+
+
+def volume(hu):
+    return Volume(np.rint(hu).astype(np.int16), SPACING)
+
+
+@pytest.fixture(scope="module")
+def scan():
+    """truth, full dose and quarter dose; the right half is twice as noisy."""
+    rng = np.random.default_rng(0)
+    truth = np.full((3, 128, 128), 60.0)
+    std = np.where(np.arange(128) < 64, 8.0, 16.0)
+    full = truth + rng.normal(0, 1, truth.shape) * std
+    low = full + rng.normal(0, 1, truth.shape) * std * np.sqrt(3)
+    return truth, volume(full), volume(low)
+
+
+def test_noise_map_shows_where_noise_is(scan):
+    _, full, _ = scan
+    found = noise_map(full.hu, SPACING)
+    assert np.median(found[:, :, :60]) == pytest.approx(8, rel=0.05)
+    assert np.median(found[:, :, 68:]) == pytest.approx(16, rel=0.05)
+
+
+def test_a_perfect_denoiser_adds_nothing_beyond_chance(scan):
+    truth, full, low = scan
+    found = hallucination_map(truth, low, full)
+    for half in (found[:, 10:-10, 10:54], found[:, 10:-10, 74:-10]):
+        assert half.std() == pytest.approx(1, rel=0.25)
+    assert (np.abs(found) > CONSPICUOUS).mean() < 2e-3
+    assert (hallucination_map(full.hu, low, full) == 0).all()
+
+
+def test_an_invented_lesion_and_an_erased_one_stand_out(scan):
+    truth, full, low = scan
+    image = truth.copy()
+    image[1, 38:44, 28:34] += 30
+    image[1, 88:94, 28:34] -= 30
+    found = hallucination_map(image, low, full)
+    assert found[1, 41, 31] > CONSPICUOUS + 2
+    assert found[1, 91, 31] < -CONSPICUOUS - 2
+    assert np.unravel_index(found.argmax(), found.shape)[0] == 1
+
+
+def test_without_soft_tissue_there_is_no_measure():
+    air = Volume(np.full((2, 64, 64), -1000, np.int16), SPACING)
+    with pytest.raises(UserError, match="too little soft tissue"):
+        hallucination_map(air.hu, air, air)

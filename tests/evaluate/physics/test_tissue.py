@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from ldct_dist.ct.phantom import body
+from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.evaluate.physics.tissue import tissue_bias, tissues
+
+
+@pytest.fixture(scope="module")
+def truth():
+    clean = body((6, 160, 160), (5.0, 2.4, 2.4), seed=0)
+    return clean
+
+
+def noisy(clean, std, seed):
+    noise = np.random.default_rng(seed).normal(0, std, clean.shape)
+    return np.where(clean.hu == AIR_HU, AIR_HU, np.rint(clean.hu + noise).clip(AIR_HU + 1)).astype(np.int16)
+
+
+def test_a_shift_in_one_tissue_is_found_there_alone(truth):
+    full = Volume(noisy(truth, 10, 1), truth.spacing)
+    image = noisy(truth, 30, 2)
+    image[(truth.hu > -140) & (truth.hu < -50)] += 15
+    bias = tissue_bias(image, full)
+    assert bias["fat"].hu == pytest.approx(15, abs=1.5)
+    assert abs(bias["soft"].hu) < 1
+    assert abs(bias["bone"].hu) < 3
+    assert bias["soft"].voxels > 5000
+
+
+def test_the_perfect_denoiser_has_no_bias(truth):
+    """Though its voxels lie nearer to their class's mean than those of the full dose, by which classes are told."""
+    full = Volume(noisy(truth, 25, 1), truth.spacing)
+    bias = tissue_bias(truth.hu, full)
+    assert all(abs(bias[name].hu) < 1 for name in ("fat", "soft"))
+
+
+def test_lung_is_no_air_and_padding_is_nothing():
+    hu = np.full((2, 80, 80), -1000, np.int16)
+    hu[:, 20:60, 20:60] = -800
+    hu[:, :, :10] = AIR_HU
+    found = tissues(Volume(hu, (5.0, 1.0, 1.0)))
+    assert found["lung"][0, 40, 40]
+    assert found["air"][0, 10, 70]
+    assert not found["air"][:, :, :10].any()
+    assert set(tissue_bias(hu, Volume(hu, (5.0, 1.0, 1.0)))) == {"air", "lung"}
