@@ -167,6 +167,14 @@ def verify(path: Annotated[Path, typer.Argument(help="A store, or the folder of 
 def train(
     config: Annotated[Path, typer.Argument(help="The run's YAML; see configs/")],
     overrides: Overrides = None,
+    allow_new_data: Annotated[
+        bool,
+        typer.Option(
+            "--allow-new-data",
+            help="Go on with a run although its store changed: weights, optimizer and step stay, samples are "
+            "other ones from here on, and patients held out now may have been trained on",
+        ),
+    ] = False,
 ) -> None:
     """Train, or go on with a run that was stopped: the same command does both.
 
@@ -179,7 +187,7 @@ def train(
     from ldct_dist.train.config import RunConfig
     from ldct_dist.train.trainer import train as run
 
-    raise typer.Exit(int(run(configs.read(RunConfig, config, overrides or []))))
+    raise typer.Exit(int(run(configs.read(RunConfig, config, overrides or []), allow_new_data)))
 
 
 @app.command()

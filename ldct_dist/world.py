@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,16 +28,16 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def join(cls, timeout_s: float = 1800.0) -> World:
+    def join(cls, threads: int | None = None, timeout_s: float = 1800.0) -> World:
         """Read the launcher's variables, set the device and the threads, and meet the other ranks.
 
+        threads: for the arithmetic on CPU; None: the node's cores, shared out over its ranks.
         Raises UserError when the launcher promised a rank but not where to meet.
         """
         rank, size, local_rank, local_size = _launcher()
         device = _device(local_rank)
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // local_size) if device.type == "cpu" else 1
-        )
+        share = max(1, len(os.sched_getaffinity(0)) // local_size) if device.type == "cpu" else 1
+        torch.set_num_threads(threads or share)
         if size > 1:
             missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
             if missing:
@@ -93,6 +93,12 @@ class World:
         if error is not None:
             raise UserError(error)
         return result
+
+    def refuse(self, message: str) -> NoReturn:
+        """End all ranks over a user's mistake that all of them know of: the first says it, in one line."""
+        if self.is_main:
+            raise UserError(message)
+        raise SystemExit(2)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` added over the ranks, in place."""

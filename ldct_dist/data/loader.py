@@ -94,6 +94,13 @@ class Loader:
                 tensor.record_stream(current)
         return made.batch
 
+    def air(self) -> Batch:
+        """A batch of nothing but air, of this rank's size."""
+        size = self.plan.config.crop
+        hu = torch.full((len(self.lanes), 1, *size), float(AIR_HU), device=self.device)
+        box = torch.tensor([[(0, n) for n in size]] * len(self.lanes), device=self.device)
+        return Batch(hu, hu, box, ())
+
     def close(self) -> None:
         """Stop reading ahead, join the threads and let go of the memory."""
         self._threads.shutdown(wait=True, cancel_futures=True)

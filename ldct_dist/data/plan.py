@@ -7,6 +7,7 @@ over the steps. Rank r of R takes lanes r, r + R, ...: the global batch is the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
@@ -53,6 +54,9 @@ class DataConfig(Config):
     """threads that read and cut, on each rank"""
     memory_mib: Positive = 1024
     """bound on what a rank's loader holds in memory"""
+    stage: str | None = None
+    """a disk of each node, such as /local/nvme or $SLURM_TMPDIR (looked up on the node), which takes a copy of
+    what the node reads, made beside training"""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,19 @@ class Plan:
         visit, position = divmod(cycle * self.config.batch + seat, len(self.cases))
         group, place = divmod(position, self._group)
         return int(self._permutation(visit, group)[place]), visit
+
+    def cases_ahead(self, steps: range, lanes: Sequence[int]) -> Iterator[int]:
+        """Each case that the lanes read in `steps`, once, in the order in which they come to it."""
+        seen: set[int] = set()
+        k = self.crops_per_block
+        for step in range(steps.start, steps.stop + k, k):
+            for lane in lanes:
+                case, _ = self.case(lane, (step + lane) // k)
+                if case not in seen:
+                    seen.add(case)
+                    yield case
+            if len(seen) == len(self.cases):
+                return
 
     def _permute(self, visit: int, group: int) -> np.ndarray:
         members = self._base[group * self._group :][: self._group]

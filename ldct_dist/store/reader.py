@@ -87,7 +87,7 @@ class Store:
         self.table = pq.read_table(pa.BufferReader(catalogue))
         self.fingerprint: str = self.table.schema.metadata[b"fingerprint"].decode()
         self.cases = Cases(self.table)
-        self._array = lru_cache(OPEN_ARRAYS)(self._open)
+        self.array = lru_cache(OPEN_ARRAYS)(self._open)
 
     @cached_property
     def splits(self) -> np.ndarray:
@@ -124,7 +124,7 @@ class Store:
             out = np.empty([s.stop - s.start for s in region], np.int16)
         where = f"{self.path}: case {case} at dose {dose}"
         try:
-            self._array(case, dose).read(region, out)
+            self.array(self.path, case, dose).read(region, out)
         except DamagedError as e:
             raise UserError(
                 f"{where} is damaged ({e}); delete {layout.CASES}/{case} there and ingest it again"
@@ -146,6 +146,11 @@ class Store:
         """All that the case's own metadata says. Raises UserError as `read_record` does."""
         return read_record(self.path / layout.CASES / case)
 
-    def _open(self, name: str, dose: str) -> ShardedArray:
-        case = self.cases[pc.index(self.table["name"], name).as_py()]
-        return ShardedArray(self.path / layout.CASES / name / dose, case.shape, case.chunk)
+    def row(self, case: str) -> int:
+        """Index of the case of that name, which must be there."""
+        return pc.index(self.table["name"], case).as_py()
+
+    def _open(self, root: Path, name: str, dose: str) -> ShardedArray:
+        """An array of the store, or of a copy of the store at another `root`."""
+        case = self.cases[self.row(name)]
+        return ShardedArray(root / layout.CASES / name / dose, case.shape, case.chunk)

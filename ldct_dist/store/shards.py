@@ -65,21 +65,36 @@ class ShardedArray:
                 target.append(slice(start - r.start, stop - r.start))
             out[tuple(target)] = scratch[tuple(source)]
 
+    def shards(self) -> list[str]:
+        """The array's shard files, relative to its path."""
+        return [_shard_file(number) for number in range(-(-self._grid[0] // self._layers))]
+
+    def check(self) -> None:
+        """Raises DamagedError or OSError unless every chunk's checksum holds; decodes none."""
+        for index in product(*map(range, self._grid)):
+            self._stored_chunk(index)
+
     def _read_chunk(self, index: tuple[int, ...], out: np.ndarray) -> None:
+        stored = self._stored_chunk(index)
+        if stored is None:
+            out.fill(AIR_HU)
+        else:
+            blosc.decompress(stored, out)
+
+    def _stored_chunk(self, index: tuple[int, ...]) -> memoryview | None:
+        """A chunk as it was compressed; None if it holds nothing but air."""
         z, y, x = index
         shard, layer = divmod(z, self._layers)
         file, entries = self._shard(shard)
         offset, size = entries[(layer * self._grid[1] + y) * self._grid[2] + x]
         if offset == EMPTY:
-            out.fill(AIR_HU)
-            return
-        sealed = os.pread(file.fileno(), int(size), int(offset))
-        blosc.decompress(_unsealed(sealed, f"chunk {z}/{y}/{x}"), out)
+            return None
+        return _unsealed(os.pread(file.fileno(), int(size), int(offset)), f"chunk {z}/{y}/{x}")
 
     def _shard(self, number: int) -> tuple[FileIO, np.ndarray]:
         """A shard's file and its index: for each chunk of it, in C order, (offset, size) in bytes."""
         if number not in self._shards:
-            file = FileIO(self.path / "c" / str(number) / "0" / "0")
+            file = FileIO(self.path / _shard_file(number))
             size = 16 * self._layers * self._grid[1] * self._grid[2] + CRC_BYTES
             end = os.fstat(file.fileno()).st_size
             sealed = os.pread(file.fileno(), size, max(0, end - size))
@@ -102,6 +117,10 @@ class ShardedArray:
         if facts != (list(self.shape), "int16", AIR_HU, list(self.chunk), CODECS) or shard != whole:
             raise DamagedError("zarr.json is not what was written for this case")
         return shard[0]
+
+
+def _shard_file(number: int) -> str:
+    return f"c/{number}/0/0"
 
 
 def _unsealed(sealed: bytes, what: str) -> memoryview:

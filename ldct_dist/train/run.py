@@ -24,7 +24,7 @@ from ldct_dist.world import World
 CHANGEABLE = ("steps", "runs", "micro_batch", "threads", "validation", "checkpoint", "log", "time_limit_s")
 """Keys that may differ when a run goes on: they change neither the samples nor the arithmetic of a step
 (steps bends the rest of the learning-rate curve, which is what a user who changes it asks for)."""
-CHANGEABLE_DATA = ("data.threads", "data.memory_mib", "store")
+CHANGEABLE_DATA = ("data.threads", "data.memory_mib", "data.stage", "store")
 CODE_PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "pydicom", "ldct_dist")
 
 
@@ -46,7 +46,7 @@ class RunFolder:
         Raises UserError if a key changed that would make it another run.
         """
         changed = list(self._changes(config)) if self.config.exists() else []
-        refused = [line for key, line in changed if not key.startswith((*CHANGEABLE, *CHANGEABLE_DATA))]
+        refused = [line for key, line in changed if not f"{key}.".startswith(tuple(f"{c}." for c in CHANGEABLE))]
         if refused:
             raise UserError(
                 f"{self.path} holds another run: {'; '.join(refused)}. Take the value back, or start a new run "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -15,6 +17,7 @@ from ldct_dist.checkpoint.load import newest_valid, read
 from ldct_dist.checkpoint.save import Saver
 from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.data.plan import Plan, lanes_of
+from ldct_dist.data.stage import StagedStore
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.ema import Ema
@@ -22,7 +25,6 @@ from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.models.weights import load_weights
 from ldct_dist.store.layout import dose_name
-from ldct_dist.store.reader import Store
 from ldct_dist.train.config import OptimConfig, RunConfig
 from ldct_dist.train.monitor import Monitor, StepFigures
 from ldct_dist.train.run import RunFolder
@@ -43,12 +45,15 @@ class Ending(IntEnum):
     """stopped on request with a checkpoint: start the same command again to go on"""
 
 
-def train(config: RunConfig) -> Ending:
-    """Train, or go on with, the run `config` describes, on all ranks that the launcher started."""
+def train(config: RunConfig, allow_new_data: bool = False) -> Ending:
+    """Train, or go on with, the run `config` describes, on all ranks that the launcher started.
+
+    allow_new_data: go on even if the store is not the one that the checkpoint was trained on.
+    """
     with Stop(_deadline(config)) as stop:
         world = World.join()
         try:
-            return Trainer(config, world, stop).fit()
+            return Trainer(config, world, stop, allow_new_data).fit()
         finally:
             world.leave()
 
@@ -56,9 +61,10 @@ def train(config: RunConfig) -> Ending:
 class Trainer:
     """One start of a run: claims a generation, takes up the newest valid checkpoint, and steps."""
 
-    def __init__(self, config: RunConfig, world: World, stop: Stop) -> None:
+    def __init__(self, config: RunConfig, world: World, stop: Stop, allow_new_data: bool = False) -> None:
         self.config, self.world, self.stop = config, world, stop
-        self.store = Store(config.store)
+        self.allow_new_data = allow_new_data
+        self.store = StagedStore(config.store, config.data.stage)
         self.plan = Plan(self.store, config.data, config.seed)
         self.state = self._fresh_state()
         self._refuse_misfits()
@@ -83,21 +89,24 @@ class Trainer:
         monitor = self.open_monitor()
         try:
             self._warm_up()
-            while self.state.step < self.config.steps:
-                ending = self.advance(loader, monitor)
-                if ending is not None:
-                    return ending
+            steps = range(self.state.step, self.config.steps)
+            with self.store.staging(self.plan, self.world, steps, self._held_out()):
+                while self.state.step < self.config.steps:
+                    ending = self.advance(loader, monitor)
+                    if ending is not None:
+                        return ending
             return self._finish(monitor)
         finally:
             loader.close()
             if monitor is not None:
                 monitor.close()
 
-    def train_step(self, batch: Batch) -> tuple[float, float, bool, int]:
+    def train_step(self, batch: Batch, fault: str | None = None) -> tuple[float, float, bool, int]:
         """One optimizer step on this rank's share of the global batch.
 
         Returns the loss and gradient norm of the global batch, whether the step was applied (it is not,
-        on any rank, where one of the two is not finite), and how many ranks ask to stop.
+        on any rank, where one of the two is not finite), and how many ranks ask to stop. If any rank's batch
+        comes with a `fault`, all ranks end.
         """
         config, state = self.config, self.state
         # Random numbers of a step follow from the step alone: nothing to save, nothing to restore.
@@ -119,7 +128,9 @@ class Trainer:
         norm = self.strategy.clip(config.optim.clip_norm)
 
         wish = float(self.stop.wanted(self._seconds_to_save()) or self.saver.fenced)
-        pulse = self.world.sum(torch.stack((loss, loss.new_tensor(wish))))
+        pulse = self.world.sum(torch.stack((loss, loss.new_tensor(wish), loss.new_tensor(fault is not None))))
+        if pulse[2].item():
+            self._end_on(fault)
         mean_loss, wishes = pulse[0].item() / self.world.size, int(pulse[1].item())
         applied = math.isfinite(mean_loss) and math.isfinite(norm.item())
         if applied:
@@ -134,9 +145,9 @@ class Trainer:
     def advance(self, loader: Loader, monitor: Monitor | None) -> Ending | None:
         """One step and what falls due after it; an Ending if the run is to stop here."""
         start = time.perf_counter()
-        batch = loader.batch(self.state.step)
+        batch, fault = self._fetch(loader)
         lr = learning_rate(self.config.optim, self.state.step, self.config.steps)
-        loss, norm, applied, wishes = self.train_step(batch)
+        loss, norm, applied, wishes = self.train_step(batch, fault)
         self._step_seconds = time.perf_counter() - start
         step = self.state.step
         if monitor is not None:
@@ -147,6 +158,32 @@ class Trainer:
         if improved or step % self.config.checkpoint.every == 0:
             self._save(monitor)
         return None
+
+    def _fetch(self, loader: Loader) -> tuple[Batch, str | None]:
+        """This rank's next batch; or one of air, and what is wrong with the data.
+
+        A rank that ended here would leave the others waiting for its gradients. It goes along to the end of
+        the step, where all learn of it.
+        """
+        try:
+            return loader.batch(self.state.step), None
+        except UserError as e:
+            return loader.air(), str(e)
+
+    def _end_on(self, fault: str | None) -> NoReturn:
+        """Keep what was learnt, and end every rank with the first fault; None on ranks that have none."""
+        faults = [f for f in self.world.gather(fault) if f is not None]
+        if self.state.step > 0:
+            self._save(None)
+            self.saver.finish()
+        self.world.refuse(faults[0])
+
+    def _held_out(self) -> Sequence[int]:
+        """The cases that this run will validate on."""
+        config = self.config.validation
+        if config.every > self.config.steps:
+            return ()
+        return self.store.split(config.split)[: config.max_cases].tolist()
 
     def _leave(self, monitor: Monitor | None) -> Ending:
         """All ranks have agreed to stop at this step: save, commit, and say how to go on."""
@@ -183,15 +220,23 @@ class Trainer:
             if self.config.init_from is not None:
                 self._start_from(self.config.init_from)
             return
-        if found.manifest.state["store"] != self.store.fingerprint:
+        new_data = found.manifest.state["store"] != self.store.fingerprint
+        if new_data and not self.allow_new_data:
             raise UserError(
                 f"{self.config.store} is not the store that {self.folder.path} was trained on (another "
-                "fingerprint): give the run its store back, or start a new run with init_from"
+                "fingerprint): give the run its store back, start a new run with init_from, or let this one go on "
+                "with other data by --allow-new-data"
             )
         for file, name, tensor in read(found.path, found.manifest, self.world, group):
             self.state.load(file, name, tensor)
         self.state.load_counters(found.manifest.state)
         self._say(f"resumed at step {self.state.step} from {found.path}")
+        if new_data:
+            self.state.best = None  # was measured on other cases
+            self._say(
+                f"--allow-new-data: from step {self.state.step} on this run trains on {self.config.store}, up to there "
+                "on another store; patients that are held out now may be among those it was trained on"
+            )
 
     def _start_from(self, path: Path) -> None:
         source = load_weights(path, self.world.device)
