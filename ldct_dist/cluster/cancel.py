@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldct_dist.cluster.progress import is_running, read_progress
+from ldct_dist.cluster.record import note_cancelled
 from ldct_dist.cluster.status import Row, status
 from ldct_dist.errors import UserError
 
@@ -41,6 +42,7 @@ def cancel(run: Path, grace_s: float, say: Say = print) -> None:
 
 def _cancel_job(row: Row, grace_s: float, say: Say) -> None:
     assert row.job is not None
+    note_cancelled(row.folder, row.job.id)
     if row.state == "running":
         # From here on the job cannot queue itself again, whatever its script does when the ranks leave.
         _slurm("scontrol", "update", f"JobId={row.job.id}", "Requeue=0")

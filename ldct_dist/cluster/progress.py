@@ -191,10 +191,10 @@ def _small_records(path: Path) -> Iterator[bytes]:
     https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
     """
     with open(path, "rb") as f:
-        while len(header := f.read(12)) == 12:
-            (length,) = struct.unpack("<Q", header[:8])
-            if length <= _SCALAR_BYTES:
+        end, size = 0, os.fstat(f.fileno()).st_size
+        while end + 12 <= size:
+            f.seek(end)
+            (length,) = struct.unpack("<Q4x", f.read(12))
+            end += 12 + length + 4
+            if length <= _SCALAR_BYTES and end <= size:
                 yield f.read(length)
-                f.seek(4, os.SEEK_CUR)
-            else:
-                f.seek(length + 4, os.SEEK_CUR)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ldct_dist.cluster.progress import read_starts
 
 JOB = Path("slurm/job.json")
+CANCELLED = Path("slurm/cancelled")  # holds the id of the latest job that a person ended
 _ERROR = re.compile(r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 _SLURM = ("srun: ", "slurmstepd: ", "submitit ")
 
@@ -27,6 +28,17 @@ def job_of(run: Path) -> str | None:
     ):
         return str(json.loads(record.read_text())["job"])
     return starts[-1]["slurm_job"] if starts else None
+
+
+def note_cancelled(run: Path, job: str) -> None:
+    """Remember that a person ended this job: its exit code then says nothing about the run."""
+    (run / CANCELLED).parent.mkdir(exist_ok=True)
+    (run / CANCELLED).write_text(f"{job}\n")
+
+
+def was_cancelled(run: Path, job: str) -> bool:
+    path = run / CANCELLED
+    return path.is_file() and path.read_text().strip() == job
 
 
 def error_of(run: Path) -> str | None:

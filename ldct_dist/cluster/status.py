@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.jobs import Job
 from ldct_dist.cluster.progress import Progress, read_progress
-from ldct_dist.cluster.record import error_of, is_run, job_of
+from ldct_dist.cluster.record import error_of, is_run, job_of, was_cancelled
 from ldct_dist.errors import UserError
 
 HEADINGS = ("run", "state", "step", "loss", "crops/s", "wait", "saved", "ETA")
@@ -95,6 +95,8 @@ def _row(look: _Look, job: Job | None, now: float) -> Row:
     folder, progress = look.folder, look.progress
     if look.fault is not None:
         return Row(folder.name, folder, "unreadable", progress, notes=[look.fault])
+    if job is not None and not job.active and was_cancelled(folder, job.id):
+        job = replace(job, state="CANCELLED", reason=None)
     state = state_of(progress, job, now)
     return Row(folder.name, folder, state, progress, job, list(_notes(folder, state, progress, job)))
 
@@ -142,7 +144,8 @@ def render(rows: Sequence[Row], now: float, width: int | None) -> str:
     columns = list(zip(HEADINGS, *lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
     if width is not None:
-        widths[0] = max(len(HEADINGS[0]), min(widths[0], width - sum(w + 2 for w in widths[1:])))
+        room = width - sum(w + 2 for w in widths[1:])
+        widths[0] = max(len(name) for name in columns[0] if len(name) <= max(room, len(HEADINGS[0])))
     out = [_line(HEADINGS, widths)]
     for row, cells in zip(rows, lines, strict=True):
         if len(row.name) > widths[0]:
