@@ -20,7 +20,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import Protocol, Range, protocol_named
 from ldct_dist.evaluate.vif import DEPTH, LEAST_SIDE, shared_information
 
-_SLAB = 16  # slices that 3-D SSIM takes at a time, so that memory does not grow with the volume
+_SLAB = 8  # slices that 3-D windows take at a time, so that memory does not grow with the volume
 
 
 def evaluate_volume(
@@ -99,9 +99,9 @@ def vif(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.
     _check_fits("VIF", full_hu, (2 * deep + 1, LEAST_SIDE))
     source, image = (full_hu, image_hu) if protocol.vif_source == "full" else (image_hu, full_hu)
     kept, whole = [], []
-    for read in _slabs(len(full_hu), deep, 1):
+    for read in _slabs(len(full_hu), deep):
         a, b = (np.clip(x[read].astype(np.float64), *protocol.rmse_range) for x in (source, image))
-        information = shared_information(a, b, mask[read])
+        information = shared_information(a, b, mask[read], 2 * deep + 1)
         kept.append(information[0])
         whole.append(information[1])
     if protocol.average == "volume":
@@ -122,9 +122,9 @@ def _check_fits(measure: str, hu: np.ndarray, window: tuple[int, int]) -> None:
         )
 
 
-def _slabs(slices: int, deep: int, step: int = _SLAB) -> Iterator[slice]:
+def _slabs(slices: int, deep: int) -> Iterator[slice]:
     """What to read so that windows reaching `deep` slices up and down visit every slice they fit around once."""
-    step = step if deep else 1
+    step = _SLAB if deep else 1
     for start in range(deep, slices - deep, step):
         yield slice(start - deep, min(start + step, slices - deep) + deep)
 

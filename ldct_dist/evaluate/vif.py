@@ -17,24 +17,26 @@ DEPTH = 3  # slices under a window in 3-D: they are several times as thick as vo
 LEAST_SIDE = 41  # voxels: at the fourth scale one window is left
 
 
-def shared_information(source: np.ndarray, image: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+def shared_information(
+    source: np.ndarray, image: np.ndarray, mask: np.ndarray, depth: int = 1
+) -> tuple[float, float]:
     """(what `image` keeps of the information in `source`, all of that information), in decimal digits.
 
-    source, image: float64 HU, (1, y, x), or (DEPTH, y, x) for the windows around the slab's middle slice.
-    mask: bool of the same shape; a window counts by its centre in the middle slice.
+    source, image: float64 HU, (z, y, x). depth: slices under a window, 1 or DEPTH.
+    mask: bool of the same shape; a window counts by its centre.
     """
     kept = whole = 0.0
-    mask = mask[len(mask) // 2]
+    mask = mask[depth // 2 : len(mask) - depth // 2]
     for scale in range(_SCALES):
         line = _gaussian(2 ** (_SCALES - scale) + 1)
         half = len(line) // 2
         if scale:
             source, image = (_smooth(x, line)[:, ::2, ::2] for x in (source, image))
-            mask = mask[half:-half, half:-half][::2, ::2]
-        counted = mask[half:-half, half:-half]
+            mask = mask[:, half:-half, half:-half][:, ::2, ::2]
+        counted = mask[:, half:-half, half:-half]
 
         def local(x: np.ndarray, line: np.ndarray = line, counted: np.ndarray = counted) -> np.ndarray:
-            return _across(_smooth(x, line))[counted]
+            return _across(_smooth(x, line), depth)[counted]
 
         a, b = local(source), local(image)
         var_a, var_b = ((local(x * x) - mean * mean).clip(0) for x, mean in ((source, a), (image, b)))
@@ -62,6 +64,9 @@ def _smooth(hu: np.ndarray, line: np.ndarray) -> np.ndarray:
     return correlate1d(correlate1d(hu, line, axis=1), line, axis=2)[:, half:-half, half:-half]
 
 
-def _across(hu: np.ndarray) -> np.ndarray:
-    """(y, x): the only slice, or the weighted mean over the DEPTH slices of a slab."""
-    return hu[0] if len(hu) == 1 else np.tensordot(_gaussian(DEPTH), hu, axes=1)
+def _across(hu: np.ndarray, depth: int) -> np.ndarray:
+    """`hu` (z, y, x) under a window of `depth` slices, without those that it does not fit around."""
+    if depth == 1:
+        return hu
+    inner = len(hu) - depth + 1
+    return np.tensordot(_gaussian(depth), np.stack([hu[i : i + inner] for i in range(depth)]), axes=1)
