@@ -231,6 +231,63 @@ def cancel(
     run_cancel(run, grace, say=lambda line: console.print(line, markup=False))
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def doctor(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [--SRUN-OPTION=VALUE]...",
+            help="The run's YAML, to check the time to save and the room it needs; for --nodes, options of srun",
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="As a job on so many nodes; without it, this machine alone")
+    ] = None,
+    tasks: Annotated[int, typer.Option(help="Ranks a node: as many as it has GPUs")] = 2,
+    runs: Annotated[Path | None, typer.Option(help="The folder of runs; else the config's, or runs/")] = None,
+    grace: Annotated[float, typer.Option(help="Seconds between the warning and the end of a job")] = 300.0,
+    write_mib: Annotated[int, typer.Option(help="MiB a rank writes to measure the speed")] = 64,
+) -> None:
+    """Is this site fit for a run? One line a check, green or what to do. Run it before the first big job.
+
+    Example: ldct-dist doctor configs/mayo2016_unet3d.yaml --nodes 2 --tasks 4 --partition=gpu --gpus-per-node=4
+    """
+    from ldct_dist.cluster.doctor import launch
+
+    given = arguments or []
+    configs, options = [a for a in given if a[0] != "-"], [a for a in given if a[0] == "-"]
+    if len(configs) > 1 or (options and nodes is None):
+        raise UserError(
+            f"doctor {' '.join(given)}: one CONFIG, and options of srun (--KEY=VALUE) with --nodes"
+        )
+    passed_on = [f"--grace={grace:g}", f"--write-mib={write_mib}", *configs]
+    passed_on += [f"--runs={runs}"] if runs is not None else []
+    raise typer.Exit(launch(passed_on, nodes, tasks, options))
+
+
+@app.command("doctor-rank", hidden=True)
+def doctor_rank(
+    config: Annotated[Path | None, typer.Argument()] = None,
+    runs: Annotated[Path | None, typer.Option()] = None,
+    grace: Annotated[float, typer.Option()] = 300.0,
+    write_mib: Annotated[int, typer.Option()] = 64,
+) -> None:
+    """What doctor starts on every rank, by srun or here."""
+    from ldct_dist import config as configs
+    from ldct_dist.cluster.checks import Finding
+    from ldct_dist.cluster.doctor import rank
+    from ldct_dist.train.config import RunConfig
+
+    def report(finding: Finding) -> None:
+        mark, colour = ("ok", "green") if finding.ok else ("BAD", "red")
+        console.print(f"{mark:<5}", style=colour, end="")
+        console.print(f"{finding.name:<14}  {finding.text}", markup=False, highlight=False)
+
+    run = configs.read(RunConfig, config) if config is not None else None
+    folder = runs or (run.runs if run is not None else Path("runs"))
+    raise typer.Exit(0 if rank(folder, run, grace, write_mib, report) else 1)
+
+
 @app.command()
 def denoise(
     weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],

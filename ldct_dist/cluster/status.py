@@ -79,8 +79,8 @@ class _Look:
     """What a run's folder alone says: progress and job id, or why it cannot be read."""
 
     folder: Path
-    progress: Progress = Progress()
-    job: str | None = None
+    progress: Progress
+    job: str | None
     fault: str | None = None
 
 
@@ -88,7 +88,7 @@ def _look(folder: Path) -> _Look:
     try:
         return _Look(folder, read_progress(folder), job_of(folder))
     except UserError as e:
-        return _Look(folder, fault=str(e))
+        return _Look(folder, Progress(), None, str(e))
 
 
 def _row(look: _Look, job: Job | None, now: float) -> Row:

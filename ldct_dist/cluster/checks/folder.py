@@ -1,0 +1,161 @@
+"""Checks of the folder that holds the runs: one for all nodes, quick enough, and with room."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import time
+from pathlib import Path
+
+from ldct_dist.checkpoint.manifest import file_sha256
+from ldct_dist.cluster.checks import Check, Probe, Verdict
+
+_MIB = 2**20
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def look_shared(probe: Probe) -> tuple[list[int], float, bool, str | None]:
+    """(ranks whose files did not appear, seconds until all others had, won the race for a directory, fault)."""
+    folder, rank, fault = probe.folder, probe.world.rank, None
+    try:
+        (folder / f"rank-{rank}").write_text(str(rank))
+    except OSError as e:
+        fault = str(e)
+    probe.world.gather(None)
+    won = _claim(folder / "claim")
+    start = time.monotonic()
+    missing = list(range(probe.world.size))
+    while missing and time.monotonic() - start < 10:
+        missing = [r for r in missing if not _holds(folder / f"rank-{r}", str(r))]
+        time.sleep(0.01 if missing else 0)
+    return missing, time.monotonic() - start, won, fault
+
+
+def judge_shared(probe: Probe, seen: list[tuple[list[int], float, bool, str | None]]) -> Verdict:
+    runs = probe.folder.parent
+    if seen[0][3] is not None:
+        return False, f"{seen[0][3]}: choose a folder that can be written (--runs)"
+    blind = [rank for rank, (missing, *_) in enumerate(seen) if 0 in missing]
+    if blind:
+        return False, (
+            f"{probe.where(blind)} does not see what {probe.hosts[0]} writes in {runs}: it is not one folder on "
+            "all nodes; choose one that is (--runs)"
+        )
+    unseen = sorted({rank for missing, *_ in seen for rank in missing})
+    if unseen:
+        return (
+            False,
+            f"what {probe.where(unseen)} writes in {runs} is not seen by all: {seen[unseen[0]][3] or 'choose another folder (--runs)'}",
+        )
+    winners = sum(won for _, _, won, _ in seen)
+    if winners != 1:
+        return (
+            False,
+            f"{runs}: {winners} ranks made one directory; take a file system that forbids it (--runs)",
+        )
+    return True, f"{runs}: every rank sees every other's file within {max(s for _, s, _, _ in seen):.2f} s"
+
+
+def look_write(probe: Probe) -> float:
+    """Seconds in which this rank writes its share as checkpoints are written: on disk for good, and hashed."""
+    path, block = probe.folder / f"data-{probe.world.rank}", os.urandom(_MIB)
+    probe.world.gather(None)
+    start = time.perf_counter()
+    with open(path, "wb") as f:
+        for _ in range(probe.write_mib):
+            f.write(block)
+        f.flush()
+        os.fsync(f.fileno())
+    file_sha256(path)
+    return time.perf_counter() - start
+
+
+def judge_write(probe: Probe, seen: list[float]) -> Verdict:
+    rate = len(seen) * probe.write_mib * _MIB / max(seen)
+    return True, f"{rate / 1e6:.0f} MB/s from {len(seen)} ranks at once, on disk and hashed"
+
+
+def judge_save(probe: Probe, seen: list[float]) -> Verdict:
+    if probe.checkpoint_bytes is None:
+        return True, "not known: name the run's CONFIG"
+    # A quarter of a checkpoint (the weights) is one file, and a file is written by one rank.
+    share = max(probe.checkpoint_bytes / len(seen), probe.checkpoint_bytes / 4)
+    seconds = share / (probe.write_mib * _MIB / max(seen))
+    text = f"about {seconds:.1f} s for {size(probe.checkpoint_bytes)}"
+    short = [f"there are only {s:g} s {occasion}" for occasion, s in probe.grace.items() if s < seconds]
+    if short:
+        return (
+            False,
+            f"{text}, but {', '.join(short)}: ask the site for more, or choose a faster folder (--runs)",
+        )
+    return True, text + "".join(f"; {s:g} s {occasion}" for occasion, s in probe.grace.items())
+
+
+def look_room(probe: Probe) -> tuple[int, int]:
+    """(bytes, files) free, after reserving for a moment what the run will keep, so that a quota speaks up."""
+    if probe.world.is_main and probe.checkpoint_bytes is not None:
+        reserve(probe.folder / "room", probe.keep * probe.checkpoint_bytes)
+    free = os.statvfs(probe.folder)
+    return free.f_bavail * free.f_frsize, free.f_favail
+
+
+def judge_room(probe: Probe, seen: list[tuple[int, int]]) -> Verdict:
+    space, files = seen[0]
+    text = f"{size(space)} free"
+    if probe.checkpoint_bytes is not None:
+        text += f"; a run keeps {probe.keep} checkpoints, {size(probe.keep * probe.checkpoint_bytes)}"
+        if space < probe.keep * probe.checkpoint_bytes:
+            return False, f"{text}: make room, or keep fewer (checkpoint.keep_last)"
+    if 0 < files < 1000:  # file systems without a limit say 0
+        return False, f"only {files} more files fit: delete some, or ask for a larger quota"
+    return True, text
+
+
+def reserve(path: Path, size_bytes: int) -> None:
+    """Take `size_bytes` on disk and give them back. OSError if quota or space forbid it.
+
+    Nothing is written: a file system that cannot reserve (EOPNOTSUPP) is not asked for more.
+    """
+    with open(path, "wb") as f:
+        failed = _LIBC.fallocate(f.fileno(), 0, ctypes.c_long(0), ctypes.c_long(size_bytes)) != 0
+    number = ctypes.get_errno()
+    path.unlink()
+    if failed and number != errno.EOPNOTSUPP:
+        raise OSError(
+            number,
+            f"{os.strerror(number)}: {size(size_bytes)} of checkpoints do not fit",
+            str(path.parent.parent),
+        )
+
+
+def size(n: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.3g} TiB"
+
+
+def _claim(path: Path) -> bool:
+    """As a start of a run claims its generation."""
+    try:
+        path.mkdir()
+    except OSError:
+        return False
+    return True
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
+
+
+SHARED = Check(look_shared, {"shared folder": judge_shared})
+INSIDE = [
+    Check(look_write, {"write speed": judge_write, "time to save": judge_save}),
+    Check(look_room, {"room": judge_room}),
+]
+"""only where the folder is shared: they would fail for that reason alone"""

@@ -1,0 +1,133 @@
+"""Checks of the machines: the same software, a GPU a rank, clocks, and signals that arrive."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ldct_dist.cluster.checks import Check, Probe, Verdict
+
+MAX_SKEW_S = 1.0
+
+
+def look_software(_: Probe) -> dict[str, str]:
+    facts = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "ldct_dist": version("ldct_dist"),
+    }
+    if torch.cuda.is_available():
+        facts["GPU"] = torch.cuda.get_device_name()
+        facts["driver"] = Path("/proc/driver/nvidia/version").read_text().split("\n")[0].split()[7]
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return facts
+
+
+def judge_software(probe: Probe, seen: list[dict[str, str]]) -> Verdict:
+    unlike = []
+    for key in dict.fromkeys(k for facts in seen for k in facts):
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, facts in enumerate(seen):
+            ranks_by_value.setdefault(facts.get(key, "none"), []).append(rank)
+        if len(ranks_by_value) > 1:
+            values = ", ".join(f"{v} on {probe.where(ranks)}" for v, ranks in ranks_by_value.items())
+            unlike.append(f"{key} {values}")
+    if unlike:
+        return False, f"{'; '.join(unlike)}: load the same modules and environment on all nodes"
+    return True, "alike: " + ", ".join(f"{k} {v}" for k, v in seen[0].items())
+
+
+def look_gpu(_: Probe) -> tuple[str | None, bool]:
+    """(this rank's GPU by its UUID, whether Slurm gave this job GPUs)."""
+    given = bool(os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS"))
+    if not torch.cuda.is_available():
+        return None, given
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid), given
+
+
+def judge_gpu(probe: Probe, seen: list[tuple[str | None, bool]]) -> Verdict:
+    blind = [rank for rank, (gpu, given) in enumerate(seen) if gpu is None and given]
+    if blind:
+        return False, (
+            f"Slurm gave GPUs, but torch sees none on {probe.where(blind)}: install a CUDA build of torch, and "
+            "see that nvidia-smi works there"
+        )
+    users = Counter((probe.hosts[rank], gpu) for rank, (gpu, _) in enumerate(seen) if gpu is not None)
+    shared = [host for (host, _), ranks in users.items() if ranks > 1]
+    if shared:
+        return False, f"ranks share a GPU on {', '.join(shared)}: start one task a GPU, each bound to its own"
+    return True, f"{len(users)}, one a rank" if users else "none: training runs on the CPU"
+
+
+def look_clock(probe: Probe) -> list[float]:
+    """This rank's clock at five moments that are nearly the same on all ranks."""
+    moments = []
+    for _ in range(5):
+        probe.world.gather(None)
+        moments.append(time.time())
+    return moments
+
+
+def judge_clock(probe: Probe, seen: list[list[float]]) -> Verdict:
+    ahead = [statistics.median(a - b for a, b in zip(mine, seen[0], strict=True)) for mine in seen]
+    worst = max(range(len(ahead)), key=lambda rank: abs(ahead[rank]))
+    off = abs(ahead[worst])
+    if off > MAX_SKEW_S:
+        side = "ahead of" if ahead[worst] > 0 else "behind"
+        return False, (
+            f"{probe.hosts[worst]} is {off:.1f} s {side} {probe.hosts[0]}: have its clock synchronised (NTP, "
+            "chrony); time limits and file dates go by it"
+        )
+    return True, f"all within {max(off, 0.001):.3f} s"
+
+
+def look_signal(probe: Probe) -> bool:
+    """Whether SIGUSR1 arrives when it is sent the way Slurm sends it at the time limit."""
+    arrived: list[int] = []
+    # It stays: a signal that comes late must still find a handler.
+    signal.signal(signal.SIGUSR1, lambda number, _: arrived.append(number))
+    probe.world.gather(None)
+    if probe.world.is_main:
+        _signal_all()
+    deadline = time.monotonic() + 10
+    while not arrived and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(arrived)
+
+
+def judge_signal(probe: Probe, seen: list[bool]) -> Verdict:
+    deaf = [rank for rank, arrived in enumerate(seen) if not arrived]
+    if deaf:
+        return False, (
+            f"SIGUSR1 did not reach rank {', '.join(map(str, deaf))} on {probe.where(deaf)}, so no checkpoint "
+            "is saved at the time limit: a wrapper blocks it; start Python with exec, not as a shell's child"
+        )
+    return True, f"SIGUSR1 reached {'all ' if len(seen) > 1 else ''}{len(seen)} rank{'s' * (len(seen) > 1)}"
+
+
+def _signal_all() -> None:
+    """SIGUSR1 to every rank: through Slurm to the whole step, elsewhere to the group of processes."""
+    if "SLURM_STEP_ID" not in os.environ:
+        os.killpg(0, signal.SIGUSR1)
+        return
+    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    done = subprocess.run(["scancel", "--signal=USR1", step], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"scancel --signal=USR1 {step}: {done.stderr.strip()}")
+
+
+CHECKS = [
+    Check(look_software, {"versions": judge_software}),
+    Check(look_gpu, {"GPUs": judge_gpu}),
+    Check(look_clock, {"clocks": judge_clock}),
+    Check(look_signal, {"signals": judge_signal}),
+]

@@ -1,0 +1,143 @@
+"""Before the first big job: does this site do what a run will ask of it? One line a check."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
+from ldct_dist.cluster.local import LocalRanks
+from ldct_dist.errors import UserError
+from ldct_dist.models.registry import build
+from ldct_dist.train.config import RunConfig
+from ldct_dist.world import World
+
+JOIN_TIMEOUT_S = 60.0
+STATE_BYTES = 16  # a parameter of a checkpoint: the weights, their average, Adam's two moments, in fp32
+Report = Callable[[Finding], None]
+
+
+def launch(arguments: Sequence[str], nodes: int | None, tasks: int, options: Sequence[str]) -> int:
+    """Start `doctor-rank` with `arguments` on every rank and wait: here, or by srun on `nodes` nodes.
+
+    options: further ones for srun, such as --partition=gpu. Returns the exit code: 0 all is well, 1 not.
+    """
+    command = ["doctor-rank", *arguments]
+    if nodes is None:
+        with LocalRanks(command, tasks) as ranks:
+            return ranks.wait()
+    if shutil.which("srun") is None:
+        raise UserError(
+            f"--nodes={nodes}: there is no srun on this machine; leave it out to check this machine alone"
+        )
+    srun = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--job-name=ldct-doctor", "--time=10"]
+    # A run takes its threads from the CPUs that Slurm gives it: a variable set here would say otherwise.
+    return subprocess.run(
+        [*srun, *options, sys.executable, "-m", "ldct_dist", *command], check=False
+    ).returncode
+
+
+def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, report: Report) -> bool:
+    """This rank's share of the examination; rank 0 reports each finding as it comes. Whether all were well."""
+    _meeting_point()
+    try:
+        world = World.join(timeout_s=JOIN_TIMEOUT_S)
+    except (dist.DistError, RuntimeError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        text = (
+            f"{os.uname().nodename} did not meet the other ranks at {where} within {JOIN_TIMEOUT_S:g} s: is the "
+            f"interface the right one (GLOO_SOCKET_IFNAME), and its ports open? ({str(e).splitlines()[0]})"
+        )
+        report(Finding("meeting", False, text))
+        return False
+    try:
+        return _examine(world, runs, config, grace_s, write_mib, report)
+    finally:
+        world.leave()
+
+
+def _examine(
+    world: World, runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, report: Report
+) -> bool:
+    hosts = world.gather(os.uname().nodename)
+    inside = world.agree(lambda: _fresh_folder(runs))
+    probe = Probe(
+        world,
+        hosts,
+        inside,
+        write_mib,
+        checkpoint_bytes(config) if config is not None else None,
+        config.checkpoint.keep_last + 2 if config is not None else 5,  # the best, and the one being written
+        world.agree(lambda: {"before the time limit": grace_s} | _preemption_grace()),
+    )
+
+    def well(checks: Sequence[Check]) -> bool:
+        findings = [f for check in checks for f in examine(probe, check)]
+        for finding in findings:
+            report(finding)
+        return world.broadcast(all(f.ok for f in findings))
+
+    try:
+        sound = [well([check]) for check in [*nodes.CHECKS, *network.CHECKS]]
+        shared = well([folder.SHARED])
+        return all(sound) and shared and all([well([check]) for check in folder.INSIDE])
+    finally:
+        if world.is_main:
+            shutil.rmtree(inside, ignore_errors=True)  # a rank that still writes there has had its line
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Size of one checkpoint of this run: weights, their average and the optimizer's state."""
+    with torch.device("meta"):
+        return STATE_BYTES * sum(p.numel() for p in build(config.model).parameters())
+
+
+def parse_partition(text: str) -> dict[str, float]:
+    """{"at preemption": seconds} from `scontrol show partition`; empty where jobs are not preempted."""
+    mode, grace = (re.search(rf"\b{key}=(\S+)", text) for key in ("PreemptMode", "GraceTime"))
+    if mode is None or grace is None or mode[1] == "OFF":
+        return {}
+    return {"at preemption": float(grace[1])}
+
+
+def _preemption_grace() -> dict[str, float]:
+    partition = os.environ.get("SLURM_JOB_PARTITION")
+    if partition is None:
+        return {}
+    return parse_partition(_scontrol("show", "partition", partition))
+
+
+def _meeting_point() -> None:
+    """Under srun: the first node, and a port that follows from the job, unless the environment names them."""
+    if "SLURM_STEP_NODELIST" not in os.environ or "MASTER_ADDR" in os.environ:
+        return
+    os.environ["MASTER_ADDR"] = _scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
+    os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
+
+
+def _scontrol(*arguments: str) -> str:
+    command = ["scontrol", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        raise UserError(
+            f"{' '.join(command)} on {os.uname().nodename}: {e}; install Slurm's commands there"
+        ) from e
+
+
+def _fresh_folder(runs: Path) -> Path:
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        inside = Path(tempfile.mkdtemp(prefix=".doctor-", dir=runs.resolve()))
+    except OSError as e:
+        raise UserError(f"{runs}: {e.strerror}; choose a folder that can be written (--runs)") from e
+    return inside
