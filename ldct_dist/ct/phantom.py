@@ -5,6 +5,9 @@ Noise-free; `ldct_dist.ct.dose.simulate_full_dose` makes a scan of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from ldct_dist.ct.volume import AIR_HU, Volume
@@ -17,10 +20,27 @@ def water_cylinder(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], radius_mm: float
 ) -> Volume:
     """A cylinder of water (0 HU) in air (-1000 HU) along z, around the centre of the slice."""
-    hu = np.full(shape, _AIR, np.float32)
+    return discs(shape, spacing, [Disc(0, 0, radius_mm, 0)])
+
+
+@dataclass(frozen=True)
+class Disc:
+    """A cylinder along z. x_mm, y_mm: from the slice's centre, y downwards. hu: what it is filled with."""
+
+    x_mm: float
+    y_mm: float
+    radius_mm: float
+    hu: float
+
+
+def discs(shape: tuple[int, int, int], spacing: tuple[float, float, float], filled: Sequence[Disc]) -> Volume:
+    """Discs in air (-1000 HU), each laid over those before it; all slices alike."""
+    hu = np.full(shape[1:], _AIR, np.float32)
     x, y = _in_plane(shape, spacing)
-    hu += 1000 * _mean_of_subsamples(x * x + y * y < radius_mm**2)
-    return Volume(np.rint(hu).astype(np.int16), spacing)
+    for disc in filled:
+        part = _mean_of_subsamples((x - disc.x_mm) ** 2 + (y - disc.y_mm) ** 2 < disc.radius_mm**2)
+        hu += (disc.hu - hu) * part
+    return Volume(np.repeat(np.rint(hu).astype(np.int16)[None], shape[0], axis=0), spacing)
 
 
 def body(shape: tuple[int, int, int], spacing: tuple[float, float, float], seed: int) -> Volume:

@@ -1,6 +1,6 @@
 import numpy as np
 
-from ldct_dist.ct.phantom import body, water_cylinder
+from ldct_dist.ct.phantom import Disc, body, discs, water_cylinder
 from ldct_dist.ct.volume import AIR_HU
 
 
@@ -23,3 +23,11 @@ def test_another_seed_is_another_patient():
     first, again, other = (body((8, 64, 64), (5.0, 6.0, 6.0), seed).hu for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).mean() > 0.01
+
+
+def test_discs_lie_where_they_are_put_the_later_on_top():
+    filled = [Disc(0, 0, 50, 50), Disc(20, -10, 8, 200)]
+    hu = discs((2, 128, 128), (5.0, 1.0, 1.0), filled).hu
+    assert hu[1, 54, 84] == 200  # 10 mm up, 20 mm to the right of the middle
+    assert hu[0, 74, 44] == 50
+    assert hu[0, 0, 0] == -1000
