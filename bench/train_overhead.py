@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from ldct_dist.ct.volume import Volume
-from ldct_dist.data.loader import Batch, Loader
+from ldct_dist.data.loader import Batch
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import build
 from ldct_dist.store import layout
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.stop import Stop
-from ldct_dist.train.trainer import Trainer, to_channels_last
+from ldct_dist.train.strategy.ddp import to_channels_last
+from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
 
 CROP = (8, 64, 64)  # two of them make a bare step of 100 to 300 ms
@@ -42,7 +43,7 @@ def main() -> None:
             name="overhead",
             runs=Path(folder),
             store=make_store(Path(folder) / "ct.zarr"),
-            steps=steps + 2,
+            steps=steps + 3,  # the last one would end the run
             data={"crop": CROP, "batch": 2},
             model={"size": "xs"},
             validation={"every": 10**6},
@@ -75,15 +76,14 @@ def measure(config: RunConfig, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of our steps and of bare ones, taken in turn so that the machine's moods hit both alike."""
     with Stop() as stop:
         trainer = Trainer(config, World(), stop)
-        monitor = trainer.open_monitor()
-        with Loader(trainer.plan) as loader:
-            bare_step = bare_loop(config, loader.batch(0))
+        with trainer.watch, trainer.loader, trainer.monitor:
+            trainer.take_up()
+            bare_step = bare_loop(config, trainer.loader.batch(0))
             ours, bare = [], []
             for _ in range(steps + 2):
-                ours.append(seconds(lambda: trainer.advance(loader, monitor)))
+                ours.append(seconds(trainer.advance))
                 bare.append(seconds(bare_step))
-        trainer.saver.finish()
-        monitor.close()
+            trainer.checkpoints.saver.finish()
     return ours[2:], bare[2:]  # the first two warm up
 
 

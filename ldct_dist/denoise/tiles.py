@@ -29,6 +29,10 @@ TILE: Triple = (32, 256, 256)
 HU_RANGE = (AIR_HU, 32767)
 
 
+class NotFiniteError(UserError):
+    """The network's answer is not finite."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """read: what the network is given; keep: what is taken from its answer, to be written to `write`."""
@@ -60,12 +64,12 @@ def denoise_volume(
 
     Padding (AIR_HU and below) stays as it is. `device`: where the model is, or shall be moved; None leaves it
     there. `progress` hears (tiles done, tiles in all).
-    Raises UserError where the network's answer is not finite.
+    Raises NotFiniteError where the network's answer is not finite.
     """
     out = np.empty_like(hu)
     for write, answer in denoised_tiles(model, hu, tile=tile, device=device, bf16=bf16, progress=progress):
         if not answer.isfinite().all():
-            raise UserError(
+            raise NotFiniteError(
                 f"{model.config.name}-{model.config.size} gives values that are not finite; take the weights "
                 f"of an earlier checkpoint{', or do without bf16' if bf16 else ''}"
             )

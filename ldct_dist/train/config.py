@@ -12,6 +12,7 @@ from ldct_dist.config import Config
 from ldct_dist.data.plan import DataConfig
 from ldct_dist.models.losses import LossConfig
 from ldct_dist.models.registry import ModelConfig
+from ldct_dist.train.guard import GuardConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -75,5 +76,14 @@ class RunConfig(Config):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+    threads: Positive | None = None
+    """CPU threads of a rank's arithmetic; None: the node's cores, shared out over its ranks. Another number adds in
+    another order: a resume with the same one is bitwise the unbroken run"""
     time_limit_s: float | None = Field(None, gt=0)
     """stop, resumable, this long after the start; None: Slurm's time limit, if there is one"""
+    grace_s: float = Field(30.0, gt=0)
+    """what the scheduler leaves a run between the signal to stop and the kill (Slurm: KillWait, or N of --signal=USR1@N);
+    the run says so if a step and a save take longer"""
+    hang_s: float = Field(300.0, gt=0)
+    """a rank that does nothing for this long is named by the others, which leave with exit code 76"""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import TextIO
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from ldct_dist.ct.volume import Volume
+from ldct_dist.evaluate.protocols import Protocol
+from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
+from ldct_dist.train.validation import Validated
 
 
 @dataclass(frozen=True)
@@ -23,56 +28,89 @@ class StepFigures:
     lr: float
     grad_norm: float
     applied: bool
-    """False where the loss or a gradient was not finite and the step changed nothing"""
+    """False where the step was skipped: it changed nothing"""
     wait_s: float
     seconds: float
 
 
-class Monitor:
-    """losses.jsonl (every step, exact), TensorBoard and the progress line.
+class Mute:
+    """What the other ranks have: is told the same as a Monitor, and keeps it to itself."""
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step`: what was written of later steps is taken back."""
+
+    def step(self, figures: StepFigures) -> None: ...
+
+    def validation(self, step: int, done: Validated, protocol: Protocol) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Mute:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Monitor(Mute):
+    """losses.jsonl (every step, exact), TensorBoard and the progress line; `rewind` opens it.
 
     On resume, what was written after the checkpoint is taken back, so that the curve has each step once.
     """
 
-    def __init__(self, folder: RunFolder, first_step: int, total: int, batch: int, every: int) -> None:
-        self.folder, self.total, self.batch, self.every = folder, total, batch, every
-        _drop_from(folder, first_step)
-        self._losses = open(folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step, flush_secs=10)
+    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+        self.folder, self.total, self.batch = folder, config.steps, config.data.batch
+        self.every, self.images = config.log.every, config.log.images
+        self._losses: TextIO | None = None
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        _drop_from(self.folder, step)
+        self._losses = open(self.folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
+        self._board = SummaryWriter(str(self.folder.tensorboard), purge_step=step, flush_secs=10)
         self._since: list[StepFigures] = []
-        self._start, self._first = time.monotonic(), first_step
+        self._start, self._first = time.monotonic(), step
 
     def step(self, figures: StepFigures) -> None:
+        assert self._losses is not None
         line = {k: v for k, v in asdict(figures).items() if k not in ("wait_s", "seconds")}
-        self._losses.write(json.dumps(line) + "\n")
+        self._losses.write(
+            json.dumps(line | {"loss": _finite(figures.loss), "grad_norm": _finite(figures.grad_norm)}) + "\n"
+        )
         self._since.append(figures)
         if figures.step % self.every == 0 or figures.step == self.total:
             self._report()
 
-    def validation(self, step: int, figures: dict[str, float], protocol: str) -> None:
-        for name, value in figures.items():
-            self._board.add_scalar(f"validation/{name} ({protocol})", value, step)
-        self.say("validation   " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + f"   [{protocol}]")
+    def validation(self, step: int, done: Validated, protocol: Protocol) -> None:
+        for name, value in done.figures.items():
+            self._board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
+        told = "  ".join(f"{k} {v:.4g}" for k, v in done.figures.items())
+        for case in done.failed:
+            told += f"  {case}: the network's answer is not finite"
+        self._say(f"validation   {told}   [{protocol.name}]")
+        if self.images and done.first is not None:
+            self._image(step, done.first, protocol.window)
 
-    def image(self, step: int, images: dict[str, Volume], window: tuple[float, float]) -> None:
+    def close(self) -> None:
+        if self._losses is not None:
+            self._losses.close()
+            self._board.close()
+
+    def _image(self, step: int, images: dict[str, Volume], window: tuple[float, float]) -> None:
         """Three planes of each image, and of the difference of the last two, in a window of HU."""
         from ldct_dist.evaluate.figures import planes_strip  # its imports cost a second, for this rank alone
 
         picture = planes_strip(images, window)
         self._board.add_image("validation/" + ", ".join([*images, "difference"]), picture, step)
 
-    def say(self, line: str) -> None:
+    def _say(self, line: str) -> None:
         print(line, flush=True)
-
-    def close(self) -> None:
-        self._losses.close()
-        self._board.close()
 
     def _report(self) -> None:
         since, self._since = self._since, []
         seconds = sum(f.seconds for f in since)
         last = since[-1]
-        loss = float(np.mean([f.loss for f in since]))
+        loss = float(np.mean([f.loss for f in since if f.applied] or [math.nan]))
         wait = 100 * sum(f.wait_s for f in since) / seconds
         rate = len(since) * self.batch / seconds
         scalars = {
@@ -87,10 +125,15 @@ class Monitor:
         self._board.flush()
         done = last.step - self._first
         eta = (time.monotonic() - self._start) / done * (self.total - last.step)
-        self.say(
+        self._say(
             f"step {last.step:>{len(str(self.total))}}/{self.total}   loss {loss:8.3f}   lr {last.lr:.2e}   "
             f"{rate:6.1f} crops/s   data wait {wait:4.1f} %   ETA {timedelta(seconds=round(eta))}"
         )
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def _drop_from(folder: RunFolder, first_step: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 import ldct_dist
+from ldct_dist.checkpoint import retention
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.train.config import RunConfig
@@ -40,13 +41,22 @@ class RunFolder:
         self.losses = path / "losses.jsonl"
         self.environment = path / "environment.json"
 
+    def checkpoint(self, step: int) -> Path:
+        return retention.directory(self.checkpoints, step)
+
+    def generation(self, number: int) -> Path:
+        """The folder that claims a generation: what its ranks tell each other lies there."""
+        return self.generations / f"{number:06d}"
+
     def open(self, config: RunConfig) -> list[str]:
         """Create the folder, or check that `config` is still the run's; the keys that changed.
 
         Raises UserError if a key changed that would make it another run.
         """
         changed = list(self._changes(config)) if self.config.exists() else []
-        refused = [line for key, line in changed if not f"{key}.".startswith(tuple(f"{c}." for c in CHANGEABLE))]
+        refused = [
+            line for key, line in changed if not f"{key}.".startswith(tuple(f"{c}." for c in CHANGEABLE))
+        ]
         if refused:
             raise UserError(
                 f"{self.path} holds another run: {'; '.join(refused)}. Take the value back, or start a new run "

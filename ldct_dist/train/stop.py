@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from types import FrameType
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+UNMEASURED_SAVE_S = 30.0
+MARGIN_S = 5.0
 
 
 class Stop:
     """True once this process was asked to stop, or once its time limit is near.
 
-    A context manager: the handlers that stood before are put back at the end. A second SIGINT raises
-    KeyboardInterrupt at once, for a person who does not want to wait for the checkpoint.
+    A context manager: the handlers that stood before are put back at the end. A second SIGINT ends the
+    process at once, wherever it is, for a person who does not want to wait for the checkpoint.
+    grace_s: what the scheduler leaves between a signal and the kill.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
-        self.deadline = deadline if deadline is not None else _slurm_deadline()
+    def __init__(self, limit_s: float | None = None, grace_s: float = math.inf) -> None:
+        self.grace_s = grace_s
+        self.deadline = time.time() + limit_s if limit_s is not None else _slurm_deadline()
         self.reason: str | None = None
+        self.step_s = 0.0
+        """longest stretch of work lately between two looks at the flag: a step, or a volume of validation"""
+        self.save_s: float | None = None
+        """how long saving takes; None until it was measured"""
+        self._warned = False
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> Stop:
@@ -31,16 +41,31 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def wanted(self, seconds_needed: float) -> bool:
-        """Whether to stop now, given how long saving and one more step may take."""
-        if self.reason is None and self.deadline is not None and time.time() + seconds_needed > self.deadline:
+    @property
+    def wanted(self) -> bool:
+        """Whether to stop now; near a time limit, while a step and twice a save still fit."""
+        save = UNMEASURED_SAVE_S if self.save_s is None else self.save_s
+        needed = self.step_s + 2 * save + MARGIN_S
+        if self.reason is None and self.deadline is not None and time.time() + needed > self.deadline:
             self.reason = "the time limit is near"
         return self.reason is not None
 
+    def too_slow(self) -> str | None:
+        """A warning, once, if a save after a signal may come too late."""
+        needed = self.step_s + (self.save_s or 0.0)
+        if needed <= self.grace_s or self._warned:
+            return None
+        self._warned = True
+        return (
+            f"warning: a step and a save take {needed:.1f} s, longer than grace_s={self.grace_s:g}: a kill that soon "
+            "after the signal goes back to the checkpoint before; ask the scheduler for more (Slurm: "
+            "--signal=USR1@SECONDS) and set grace_s to it"
+        )
+
     def _note(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
-            raise KeyboardInterrupt
         self.reason = f"{signal.Signals(number).name} arrived"
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # needs no Python: works inside a stuck collective
 
 
 def _slurm_deadline() -> float | None:

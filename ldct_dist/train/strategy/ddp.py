@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ldct_dist.checkpoint.load import WEIGHTS
+from ldct_dist.checkpoint.save import Part
+from ldct_dist.models.ema import Ema
 from ldct_dist.models.registry import Denoiser
+from ldct_dist.models.weights import weights_facts
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.optim import build_optimizer
 from ldct_dist.world import World
+
+RAW_WEIGHTS = "weights-raw.safetensors"
 
 
 class DDPStrategy:
-    """Wraps the network for `world.size` ranks; with one rank it adds nothing.
+    """Holds the network, its moving average and its optimizer; with one rank it adds nothing to them.
 
     The network's gradients after `backward` are the mean over ranks, bitwise the same on all of them.
     """
 
-    def __init__(self, model: Denoiser, world: World, bf16: bool, compile: bool) -> None:
-        self.model, self.world = model, world
+    def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        model = model.to(world.device)
+        if config.channels_last:
+            to_channels_last(model)
+        if config.precision == "fp64":
+            model = model.double()
+        self.model = model
+        self.ema = Ema(model, config.optim.ema)
+        self.optimizer = build_optimizer(model.parameters(), config.optim)
+        bf16 = config.precision == "bf16"
         self._autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
-        wrapped: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
+        wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
             wrapped = DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
         self._wrapped = wrapped
 
-    def warm_up(self, crop: torch.Tensor) -> None:
+    def begin(self, weights: Denoiser) -> None:
+        """Train from `weights`: the average starts there, the optimizer has seen nothing yet."""
+        self.model.load_state_dict(weights.state_dict())
+        self.ema = Ema(self.model, self.config.optim.ema)
+        self.optimizer.state.clear()
+
+    def warm_up(self) -> None:
         """One backward whose gradients are thrown away.
 
         DDP sorts its buckets anew after the first backward, which changes the order of summation over
@@ -36,12 +59,17 @@ class DDPStrategy:
         unbroken run did.
         """
         if self.world.size > 1:
-            with self._autocast:
-                restored = self._wrapped(crop)
+            size = self.config.micro_batch or self.config.data.batch // self.world.size
+            restored = self(torch.zeros((size, 1, *self.config.data.crop), device=self.world.device))
             restored.float().sum().mul(0.0).backward()
             self.model.zero_grad()
 
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
+        """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
+        if self.config.precision == "fp64":
+            hu = hu.double()
+        if self.config.channels_last:
+            hu = hu.contiguous(memory_format=torch.channels_last_3d)
         with self._autocast:
             return self._wrapped(hu)
 
@@ -54,7 +82,72 @@ class DDPStrategy:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def clip(self, norm: float | None) -> torch.Tensor:
-        """Scale the gradients down to an L2 norm of at most `norm`; the norm they had, a scalar."""
-        limit = float("inf") if norm is None else norm
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+    def clip(self) -> torch.Tensor:
+        """Scale the gradients down to an L2 norm of at most optim.clip_norm; the norm they had, a scalar."""
+        limit = self.config.optim.clip_norm
+        return nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+
+    def step(self, lr: float) -> None:
+        """Apply the gradients, and let the average follow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.ema.update(self.model)
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    @property
+    def averaged(self) -> Denoiser:
+        """The network with the averaged weights, whole on every rank: what validation and people use."""
+        return self.ema.module
+
+    def parts(self, step: int) -> dict[str, Part]:
+        """Files of a checkpoint: weights as people use them, and the optimizer's state in a file a rank."""
+        facts = weights_facts(self.model.config, step=str(step))
+        parts = {
+            WEIGHTS: Part(dict(self.ema.module.named_parameters()), facts),
+            RAW_WEIGHTS: Part(dict(self.model.named_parameters()), facts),
+        }
+        tensors = {
+            f"{name}/{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        names, shards = sorted(tensors), self.world.size
+        for i in range(shards):
+            share = {name: tensors[name] for name in names[i::shards]}
+            parts[f"optimizer-{i + 1:05d}-of-{shards:05d}.safetensors"] = Part(share)
+        return parts
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, str, torch.Tensor]], updates: int) -> None:
+        """Put (file, name, tensor) of a checkpoint back where `parts` took them from, at any world size."""
+        self.optimizer.state.clear()
+        for file, name, tensor in tensors:
+            if file in (WEIGHTS, RAW_WEIGHTS):
+                module = self.ema.module if file == WEIGHTS else self.model
+                module.get_parameter(name).copy_(tensor)
+                continue
+            name, key = name.rsplit("/", 1)
+            parameter = self.model.get_parameter(name)
+            # Adam keeps its step count on the CPU, and beside the parameter what is shaped and laid out like it.
+            place = torch.empty_like(tensor if tensor.ndim == 0 else parameter)
+            self.optimizer.state[parameter][key] = place.copy_(tensor)
+        self.ema.updates = updates
+
+    @property
+    def updates(self) -> int:
+        """Steps applied so far, which the average's decay depends on."""
+        return self.ema.updates
+
+
+def to_channels_last(model: Denoiser) -> None:
+    """The layout in which 3-D convolutions run fastest, on CPU and GPU.
+
+    Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
+    strides to be those of the parameter.
+    """
+    for p in model.parameters():
+        if p.ndim == 5 and p[0, 0].numel() > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,143 @@
+"""A run and its checkpoints: where its weights come from, and what is saved of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ldct_dist.checkpoint import generation as generations
+from ldct_dist.checkpoint.load import newest_valid, read
+from ldct_dist.checkpoint.save import Outcome, Saver
+from ldct_dist.errors import UserError
+from ldct_dist.models.registry import Denoiser, build
+from ldct_dist.models.weights import load_weights
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.run import RunFolder
+from ldct_dist.train.state import TrainState
+from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.world import World
+
+Say = Callable[[str], None]
+
+
+class Checkpoints:
+    """Claims a generation of the run in `folder`, takes up its newest valid checkpoint, and saves new ones.
+
+    store: fingerprint of the store that the run is given now; allow_new_data: take up a checkpoint that was
+    trained on another one. say: hears what there is to tell, in lines.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        strategy: DDPStrategy,
+        world: World,
+        store: str,
+        allow_new_data: bool,
+        say: Say,
+    ) -> None:
+        self.config, self.folder, self.strategy, self.world = config, folder, strategy, world
+        self.store, self.allow_new_data, self._say = store, allow_new_data, say
+        self._group = world.group()
+        self.generation = world.agree(lambda: generations.claim(folder.generations))
+        self.saver = Saver(folder.checkpoints, folder.generations, self.generation, config.checkpoint, world)
+        self._saved: int | None = None
+        self._heard: Outcome | None = None
+
+    def take_up(self) -> TrainState:
+        """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
+
+        Raises UserError if the checkpoint was trained on another store.
+        """
+        found = newest_valid(self.folder.checkpoints, self.world, self._group)
+        for line in found.passed_over:
+            self._say(f"passed over checkpoint {line}")
+        if found.path is None or found.manifest is None:
+            self.strategy.begin(self._first_weights())
+            self._saved = None
+            return TrainState(self.store)
+        counters = found.manifest.state
+        if counters["store"] != self.store and not self.allow_new_data:
+            raise UserError(
+                f"{self.config.store} is not the store that {self.folder.path} was trained on (another "
+                "fingerprint): give the run its store back, start a new run with init_from, or let this one go on "
+                "with other data by --allow-new-data"
+            )
+        self.strategy.load(read(found.path, found.manifest, self.world, self._group), counters["updates"])
+        state = TrainState.of(counters)
+        self._saved = state.step
+        self._say(f"resumed at step {state.step} from {found.path}")
+        if warning := _other_arithmetic(counters["arithmetic"], _arithmetic(self.world)):
+            self._say(warning)
+        if state.store != self.store:
+            state.store, state.best = self.store, None  # best was measured on other cases
+            self._say(
+                f"--allow-new-data: from step {state.step} on this run trains on {self.config.store}, up to there "
+                "on another store; patients that are held out now may be among those it was trained on"
+            )
+        return state
+
+    def save(self, state: TrainState) -> None:
+        """Start saving; at once, unless the save before is still under way."""
+        facts = {"updates": self.strategy.updates, "arithmetic": _arithmetic(self.world)}
+        self.saver.save(state.step, self.strategy.parts(state.step), state.counters() | facts)
+        self._saved = state.step
+
+    def save_if_new(self, state: TrainState) -> None:
+        """Save, unless that was done at this very step."""
+        if self._saved != state.step:
+            self.save(state)
+
+    def commit(self, state: TrainState) -> Outcome | None:
+        """Have this step saved and wait for it; None if this start found it saved already."""
+        outcome = self.saver.finish()
+        if self._saved != state.step or (outcome is not None and outcome.path is None):
+            self.save(state)
+        return self.saver.finish()
+
+    def news(self) -> Outcome | None:
+        """The outcome of a save that has ended since this was asked last."""
+        heard, self._heard = self._heard, self.saver.last
+        return self._heard if self._heard is not heard else None
+
+    def _first_weights(self) -> Denoiser:
+        path = self.config.init_from
+        if path is None:
+            return fresh_model(self.config)
+        source = load_weights(path)
+        if source.config != self.config.model:
+            raise UserError(
+                f"{path} holds {source.config}, the run's model is {self.config.model}: make them the same"
+            )
+        self._say(f"fine-tuning: a new run that starts from the weights in {path} (not a resume)")
+        return source
+
+
+def fresh_model(config: RunConfig) -> Denoiser:
+    """The network with the weights that the run's seed gives."""
+    torch.manual_seed(config.seed)
+    return build(config.model)
+
+
+def _arithmetic(world: World) -> dict[str, Any]:
+    """What the order of additions depends on, besides the config: with the same, sums are the same bit for bit."""
+    return {
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "device": world.device.type,
+        "torch": str(torch.__version__),
+    }
+
+
+def _other_arithmetic(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    changed = [key for key in now if before[key] != now[key]]
+    if not changed:
+        return None
+    way_back = f"; threads={before['threads']} gives the order back" if changed == ["threads"] else ""
+    return (
+        f"sums are added in another order than before ({', '.join(f'{k} {before[k]}, now {now[k]}' for k in changed)}): "
+        f"the samples are the same, losses agree to rounding but not bit for bit{way_back}"
+    )

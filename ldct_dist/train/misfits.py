@@ -1,0 +1,28 @@
+"""What the parts of a config ask of each other, and of this machine."""
+
+from __future__ import annotations
+
+import shutil
+
+from ldct_dist.data.plan import lanes_of
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.models.registry import Denoiser
+from ldct_dist.store.reader import Store
+from ldct_dist.train.config import RunConfig
+from ldct_dist.world import World
+
+
+def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, world: World) -> None:
+    """Raises UserError where they do not go together."""
+    lanes_of(world.rank, world.size, config.data.batch)
+    if any(c % s for c, s in zip(config.data.crop, model.stride, strict=True)):
+        raise UserError(
+            f"data.crop={list(config.data.crop)}: {config.model.name} takes crops whose sides are multiples of "
+            f"{list(model.stride)} (z, y, x)"
+        )
+    if config.validation.every <= config.steps:
+        store.split(config.validation.split)
+        protocol_named(config.validation.protocol)
+    if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
+        raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")

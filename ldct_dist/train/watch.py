@@ -1,0 +1,173 @@
+"""Noticing that a rank has stopped, whichever it is, and leaving, so that the scheduler can start again.
+
+Each rank has a thread that writes a beat into a file of its own and reads those of the others: it works
+while the main thread sits in a collective, and it does not matter which rank or host is gone, which a store
+kept by rank 0 could not survive. The folder is the run's, which all ranks share anyway for checkpoints.
+Cost: one small write every tenth of `hang_s`, whatever the number of ranks; others are looked at only while
+the own main thread stands still, as it soon does when any rank has stopped. The step itself only counts.
+
+Two things can be wrong. A rank may be silent: its process is stopped or gone, or its host is. Or it may be
+stuck: all ranks pass the same phases in the same order, so the rank that is furthest behind and does not
+move is the one that the others wait for.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import NoReturn
+
+from ldct_dist.train.ending import Ending
+from ldct_dist.world import World
+
+LOOKS = 10
+"""Times that a rank is looked at within `hang_s`"""
+BYTES = 256
+"""A beat is always this long, so that rewriting it in place needs no room on a full disk."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells of itself. alive: how often its thread came round; phases: how many it has entered."""
+
+    alive: int
+    phases: int
+    ticks: int
+    step: int
+    phase: str
+    patience: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The latest beat of a rank, and at how many looks before it was silent, and stuck."""
+
+    beat: Beat
+    silent: int = 0
+    stuck: int = 0
+
+    def then(self, beat: Beat) -> Seen:
+        old = self.beat
+        silent = self.silent + 1 if beat.alive == old.alive else 0
+        stuck = self.stuck + 1 if (beat.phases, beat.ticks) == (old.phases, old.ticks) else 0
+        return Seen(beat, silent, stuck)
+
+
+class Watch:
+    """Ends the process with Ending.HUNG once a rank has done nothing for `hang_s` seconds.
+
+    Use it as a context manager around all work in which ranks wait for each other. The main thread says
+    where it is by `enter`; within a long phase, any thread shows by `tick` that it moves. Time is counted in
+    looks, and a look counts only if this rank could write its own beat: a file system that stalls for all,
+    or a machine that was suspended, makes nobody suspicious. Every rank names the one that stopped, with its
+    step and phase, within 1.5 times `hang_s`; the stacks of its own threads go to `folder`.
+    """
+
+    def __init__(self, folder: Path, hang_s: float, world: World) -> None:
+        self.folder, self.hang_s, self.world = folder, hang_s, world
+        self._count = count(1)
+        self._ticks = self._phases = self._alive = self._step = 0
+        self._phase, self._patience = "start", 1.0
+        self._names: list[str] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._stacks = folder / f"rank-{world.rank:05d}.stacks"
+
+    def enter(self, phase: str, step: int, patience: float = 1.0) -> None:
+        """The main thread begins `phase`, as all ranks do, which may last patience * hang_s without a tick."""
+        self._phase, self._step, self._patience = phase, step, patience
+        self._phases += 1
+
+    def tick(self, *_: object) -> None:
+        """Something moves within the phase."""
+        self._ticks = next(self._count)
+
+    def __enter__(self) -> Watch:
+        self._names = self.world.gather(self.world.name)
+        self._file = open(self._stacks, "w")
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        for path in (self._stacks, self._path(self.world.rank)):
+            path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        mine: tuple[int, int] | None = None
+        seen: dict[int, Seen] = {}
+        while not self._over.wait(self.hang_s / LOOKS):
+            # In C, for the case that somebody keeps the interpreter's lock and this thread stops too.
+            faulthandler.dump_traceback_later(1.5 * self.hang_s, file=self._file)
+            try:
+                self._write()
+                if mine != (self._phases, self._ticks):
+                    mine, seen = (self._phases, self._ticks), {}
+                    continue
+                seen = self._look(seen)
+            except OSError:
+                continue  # says nothing about the ranks
+            if fault := self._fault(seen):
+                self._leave(fault)
+
+    def _look(self, before: dict[int, Seen]) -> dict[int, Seen]:
+        """The ranks that have not left, this one included."""
+        seen: dict[int, Seen] = {}
+        for rank in range(self.world.size):
+            try:
+                beat = Beat(**json.loads(self._path(rank).read_bytes()))
+            except FileNotFoundError:
+                continue
+            except ValueError:  # just being written
+                seen |= {rank: before[rank]} if rank in before else {}
+                continue
+            seen[rank] = before[rank].then(beat) if rank in before else Seen(beat)
+        return seen
+
+    def _fault(self, seen: dict[int, Seen]) -> str | None:
+        """Which rank has stopped, and where; None if none has."""
+        silent = [rank for rank, s in seen.items() if s.silent >= LOOKS]
+        if silent:
+            return f"{self._where(silent, seen)} has not answered for {self.hang_s:g} s"
+        behind = min(s.beat.phases for s in seen.values())
+        last = [rank for rank, s in seen.items() if s.beat.phases == behind]
+        patience = seen[last[0]].beat.patience
+        if all(seen[rank].stuck >= LOOKS * patience for rank in last):
+            return f"{self._where(last, seen)} has not moved for {patience * self.hang_s:g} s"
+        return None
+
+    def _where(self, ranks: list[int], seen: dict[int, Seen]) -> str:
+        beats = {rank: seen[rank].beat for rank in ranks}
+        return " and ".join(f"{self._names[r]} (step {b.step}, {b.phase})" for r, b in beats.items())
+
+    def _leave(self, fault: str) -> NoReturn:
+        faulthandler.dump_traceback(self._file)
+        line = (
+            f"{fault}; {self.world.name} leaves with exit code {Ending.HUNG:d}: start the same command again to go "
+            f"on from the last checkpoint. Stacks of all threads: {self._stacks}\n"
+        )
+        os.write(2, line.encode())  # not by print, whose lock the main thread may hold
+        time.sleep(2 * self.hang_s / LOOKS)  # the others shall see for themselves, not a peer that left
+        os._exit(Ending.HUNG)
+
+    def _write(self) -> None:
+        self._alive += 1
+        beat = Beat(self._alive, self._phases, self._ticks, self._step, self._phase, self._patience)
+        fd = os.open(self._path(self.world.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.write(fd, json.dumps(asdict(beat)).ljust(BYTES).encode())
+        finally:
+            os.close(fd)  # on a network file system, others see what was written once it is closed
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}.beat"
