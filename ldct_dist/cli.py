@@ -178,8 +178,12 @@ def train(
 ) -> None:
     """Train, or go on with a run that was stopped: the same command does both.
 
-    One process alone, or many under torchrun or srun. Exit codes: 0 done, 75 stopped with a checkpoint (start
-    again to go on), 70 taken over by a newer start, 2 a mistake in what was given.
+    One process alone, or many under torchrun or srun. USR1, USR2, TERM and INT stop it with a checkpoint; a second
+    INT stops it at once.
+
+    Exit codes: 0 done; 75 stopped with a checkpoint, start again to go on; 76 a rank stopped answering, start again
+    to go on; 70 taken over by a newer start; 65 losses out of hand, the line names the samples; 2 a mistake in what
+    was given.
 
     Example: ldct-dist train configs/mayo2016_unet3d.yaml store=/scratch/ct.zarr optim.lr=3e-4
     """
