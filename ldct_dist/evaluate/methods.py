@@ -1,0 +1,68 @@
+"""What is compared: anything that makes a denoised volume of a low-dose one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldct_dist.ct.volume import Volume
+from ldct_dist.denoise.tiles import denoise_volume
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.baselines import baseline_named, tune
+from ldct_dist.models.weights import load_weights
+
+Method = Callable[[Volume], np.ndarray]
+"""A low-dose Volume in, HU (z, y, x) on the same grid out, of any number type."""
+
+LOW = "low dose"
+FULL = "full dose"
+
+
+def network(weights: Path) -> Method:
+    """The network in a weights file, on a GPU where there is one. Raises UserError as `load_weights` does."""
+    model = load_weights(weights, "cuda" if torch.cuda.is_available() else "cpu")
+    return lambda low: denoise_volume(model, low.hu)
+
+
+def tuned_baselines(names: Sequence[str], low: Volume, full: Volume) -> dict[str, Method]:
+    """The named filters, each tuned on this pair, which should not be among what is evaluated; their names say to what.
+
+    Raises UserError for an unknown name.
+    """
+    chosen = {name: baseline_named(name) for name in names}
+
+    def method(name: str) -> tuple[str, Method]:
+        value = tune(name, low, full)
+        label = f"{name} ({value:.2g} {chosen[name].unit})"
+        return label, lambda volume: chosen[name].filter(volume, value).hu
+
+    return dict(method(name) for name in chosen)
+
+
+def peer(spec: str) -> tuple[str, Method]:
+    """A function of someone else's, given as name=module:function. Raises UserError where there is none."""
+    name, equals, path = spec.partition("=")
+    module, colon, function = path.partition(":")
+    if not (name and equals and colon):
+        raise UserError(
+            f"--peer {spec}: write it as name=module:function, such as redcnn=my_networks:denoise"
+        )
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise UserError(f"--peer {spec}: {e}; is the module on PYTHONPATH?") from e
+    return name, found
+
+
+def apply(name: str, method: Method, low: Volume) -> np.ndarray:
+    """int16 HU of `low` under the method. Raises UserError where it gives something else than the same grid in HU."""
+    hu = np.asarray(method(low))
+    if hu.shape != low.shape:
+        raise UserError(f"{name}: gives {hu.shape} for a volume of {low.shape}; return HU on the same grid")
+    if not np.isfinite(hu).all():
+        raise UserError(f"{name}: gives values that are not finite")
+    return np.rint(hu).clip(-32768, 32767).astype(np.int16)

@@ -1,0 +1,61 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ldct_dist.ct.phantom import body
+from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.baselines import BASELINES
+from ldct_dist.evaluate.methods import apply, peer, tuned_baselines
+
+
+@pytest.fixture(scope="module")
+def pair():
+    full = body((4, 80, 80), (4.0, 4.0, 4.0), seed=0)
+    noise = np.random.default_rng(0).normal(0, 25, full.shape)
+    low = np.where(full.hu == AIR_HU, AIR_HU, np.rint(full.hu + noise).clip(AIR_HU + 1))
+    return replace(full, hu=low.astype(np.int16)), full
+
+
+@pytest.fixture(scope="module")
+def tuned(pair):
+    return tuned_baselines(list(BASELINES), *pair)
+
+
+def test_every_tuned_filter_beats_doing_nothing_and_keeps_padding(pair, tuned):
+    low, full = pair
+
+    def rmse(hu):
+        return np.sqrt(np.square(hu.astype(float) - full.hu)[full.hu > AIR_HU].mean())
+
+    assert len(tuned) == len(BASELINES)
+    for name, method in tuned.items():
+        hu = apply(name, method, low)
+        assert rmse(hu) < 0.97 * rmse(low.hu), name
+        assert (hu[low.hu == AIR_HU] == AIR_HU).all(), name
+
+
+def test_a_label_says_the_strength(tuned):
+    assert all(label.endswith((" mm)", " HU)")) for label in tuned)
+
+
+def test_a_peer_is_any_function_of_a_volume(pair, tmp_path, monkeypatch):
+    (tmp_path / "my_networks.py").write_text("def half(volume):\n    return volume.hu / 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name, method = peer("halved=my_networks:half")
+    assert name == "halved"
+    assert apply(name, method, pair[0])[0, 40, 40] == round(pair[0].hu[0, 40, 40] / 2)
+
+
+def test_mistakes_are_named(pair):
+    with pytest.raises(UserError, match="name=module:function"):
+        peer("my_networks")
+    with pytest.raises(UserError, match="PYTHONPATH"):
+        peer("x=no_such_module_anywhere:f")
+    with pytest.raises(UserError, match="choose from gaussian, bilateral, nlm, tv"):
+        tuned_baselines(["median"], *pair)
+    with pytest.raises(UserError, match="same grid"):
+        apply("x", lambda volume: volume.hu[1:], pair[0])
+    with pytest.raises(UserError, match="not finite"):
+        apply("x", lambda volume: volume.hu * np.nan, pair[0])
