@@ -126,10 +126,11 @@ class Plan:
         """Each case that the lanes read in `steps`, once, in the order in which they come to it."""
         seen: set[int] = set()
         k = self.crops_per_block
-        for step in range(steps.start, steps.stop + k, k):
+        for turn in range(len(steps) // k + 2):
             for lane in lanes:
-                case, _ = self.case(lane, (step + lane) // k)
-                if case not in seen:
+                number = (steps.start + lane) // k + turn
+                case, _ = self.case(lane, number)
+                if number * k - lane < steps.stop and case not in seen:
                     seen.add(case)
                     yield case
             if len(seen) == len(self.cases):
