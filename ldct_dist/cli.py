@@ -256,15 +256,19 @@ def doctor(
 
     Example: ldct-dist doctor configs/mayo2016_unet3d.yaml --nodes 2 --tasks 4 --partition=gpu --gpus-per-node=4
     """
+    from ldct_dist import config as configs
     from ldct_dist.cluster.doctor import launch
+    from ldct_dist.train.config import RunConfig
 
     given = arguments or []
-    configs, options = [a for a in given if a[0] != "-"], [a for a in given if a[0] == "-"]
-    if len(configs) > 1 or (options and nodes is None):
+    paths, options = [a for a in given if a[0] != "-"], [a for a in given if a[0] == "-"]
+    if len(paths) > 1 or (options and nodes is None):
         raise UserError(
             f"doctor {' '.join(given)}: one CONFIG, and options of srun (--KEY=VALUE) with --nodes"
         )
-    passed_on = [f"--grace={grace:g}", f"--write-mib={write_mib}", *configs]
+    for path in paths:
+        configs.read(RunConfig, Path(path))  # a mistake in it is said once, not by every rank
+    passed_on = [f"--grace={grace:g}", f"--write-mib={write_mib}", *paths]
     passed_on += [f"--runs={runs}"] if runs is not None else []
     raise typer.Exit(launch(passed_on, nodes, tasks, options))
 

@@ -32,6 +32,11 @@ def launch(arguments: Sequence[str], nodes: int | None, tasks: int, options: Seq
     options: further ones for srun, such as --partition=gpu. Returns the exit code: 0 all is well, 1 not.
     """
     command = ["doctor-rank", *arguments]
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # it warns of names that it looks up for its logs alone
+    if sys.stdout.isatty():
+        os.environ.setdefault("FORCE_COLOR", "1")  # srun's tasks write into a pipe
     if nodes is None:
         with LocalRanks(command, tasks) as ranks:
             return ranks.wait()
@@ -39,15 +44,13 @@ def launch(arguments: Sequence[str], nodes: int | None, tasks: int, options: Seq
         raise UserError(
             f"--nodes={nodes}: there is no srun on this machine; leave it out to check this machine alone"
         )
-    srun = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--job-name=ldct-doctor", "--time=10"]
-    # A run takes its threads from the CPUs that Slurm gives it: a variable set here would say otherwise.
-    return subprocess.run(
-        [*srun, *options, sys.executable, "-m", "ldct_dist", *command], check=False
-    ).returncode
+    srun = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--kill-on-bad-exit=0"]
+    srun += ["--job-name=ldct-doctor", "--time=10", *options]
+    return subprocess.run([*srun, sys.executable, "-m", "ldct_dist", *command], check=False).returncode
 
 
 def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, report: Report) -> bool:
-    """This rank's share of the examination; rank 0 reports each finding as it comes. Whether all were well."""
+    """This rank's share of the examination; rank 0 reports each finding as it comes. False on rank 0 if one was not well."""
     _meeting_point()
     try:
         world = World.join(timeout_s=JOIN_TIMEOUT_S)
@@ -61,6 +64,10 @@ def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, r
         return False
     try:
         return _examine(world, runs, config, grace_s, write_mib, report)
+    except UserError as e:  # all ranks raise it
+        if world.is_main:
+            report(Finding("folder", False, str(e)))
+        return False
     finally:
         world.leave()
 
@@ -80,16 +87,17 @@ def _examine(
         world.agree(lambda: {"before the time limit": grace_s} | _preemption_grace()),
     )
 
-    def well(checks: Sequence[Check]) -> bool:
-        findings = [f for check in checks for f in examine(probe, check)]
-        for finding in findings:
-            report(finding)
-        return world.broadcast(all(f.ok for f in findings))
+    def sound(checks: Sequence[Check]) -> bool:
+        findings = []
+        for check in checks:
+            for finding in examine(probe, check):
+                report(finding)
+                findings.append(finding.ok)
+        return world.broadcast(all(findings))
 
     try:
-        sound = [well([check]) for check in [*nodes.CHECKS, *network.CHECKS]]
-        shared = well([folder.SHARED])
-        return all(sound) and shared and all([well([check]) for check in folder.INSIDE])
+        outside = sound([*nodes.CHECKS, *network.CHECKS])
+        return sound([folder.SHARED]) and sound(folder.INSIDE) and outside
     finally:
         if world.is_main:
             shutil.rmtree(inside, ignore_errors=True)  # a rank that still writes there has had its line
