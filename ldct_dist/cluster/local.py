@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+GRACE_S = 10.0
+
 
 class LocalRanks:
     """`ranks` processes of the command line, in one process group of their own.
 
-    If one fails, the others are ended too: they would wait for it in the next collective. As a context
-    manager it leaves no process behind.
+    If one fails, the others are ended too: they would wait for it in the next collective. They have GRACE_S to
+    heed the signal, which a process that was stopped does not. As a context manager it leaves no process behind.
     """
 
     def __init__(self, arguments: Sequence[str], ranks: int, log: Path | None = None) -> None:
@@ -67,9 +71,11 @@ class LocalRanks:
 
     def wait(self) -> int:
         """The first exit code that is not 0, or 0, once all have ended."""
-        code = 0
+        code, kill_at = 0, math.inf
         waiting = list(self.processes)
         while waiting:
+            if time.monotonic() > kill_at:
+                self.signal(signal.SIGKILL)
             for process in list(waiting):
                 try:
                     ended = process.wait(timeout=0.1)
@@ -80,6 +86,7 @@ class LocalRanks:
                     code = ended
                     if ended not in (0, 75):  # 75: all ranks have agreed to stop, and are saving
                         self.signal(signal.SIGTERM)
+                        kill_at = time.monotonic() + GRACE_S
         return code
 
     def __enter__(self) -> LocalRanks:
