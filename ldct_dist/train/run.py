@@ -54,9 +54,8 @@ class RunFolder:
         Raises UserError if a key changed that would make it another run.
         """
         changed = list(self._changes(config)) if self.config.exists() else []
-        refused = [
-            line for key, line in changed if not f"{key}.".startswith(tuple(f"{c}." for c in CHANGEABLE))
-        ]
+        changeable = tuple(f"{key}." for key in (*CHANGEABLE, *CHANGEABLE_DATA))
+        refused = [line for key, line in changed if not f"{key}.".startswith(changeable)]
         if refused:
             raise UserError(
                 f"{self.path} holds another run: {'; '.join(refused)}. Take the value back, or start a new run "

@@ -1,0 +1,114 @@
+"""What training does with a store: reads it from a copy, stops where it is damaged, refuses another one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from ldct_dist.config import read
+from ldct_dist.data.plan import Plan
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.run import RunFolder
+from runs import cli, losses, train, write_config
+from stores import make_store
+
+SHAPES = [(10, 40, 40), (9, 48, 40), (12, 32, 32), (8, 40, 48)] * 3
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(
+        tmp_path_factory.mktemp("data") / "ct.zarr", [*SHAPES, (8, 32, 40)], ["train"] * 12 + ["val"]
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(store, tmp_path_factory):
+    """A run of two ranks that reads the store itself."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert train(write_config(folder, store.path), ranks=2) == 0
+    return folder / "runs" / "run"
+
+
+def flip_a_bit(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def first_read(store, config):
+    """The step at which each case is first read."""
+    plan = Plan(store, config.data, config.seed)
+    steps = {}
+    for step in range(config.steps):
+        for crop in plan.crops(step):
+            steps.setdefault(crop.block.case, step)
+    return steps
+
+
+def errors(log):
+    """The lines of a log that tell of something wrong."""
+    return [line for line in log.read_text().splitlines() if "rror" in line or "Traceback" in line]
+
+
+def test_a_run_with_copies_on_its_node_is_bitwise_the_run_without(store, unbroken, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setenv("DISK_OF_THE_NODE", str(disk))
+    assert train(write_config(tmp_path, store.path), "data.stage=$DISK_OF_THE_NODE", ranks=2) == 0
+    assert losses(tmp_path / "runs" / "run") == losses(unbroken)
+    lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if "data.stage" in line]
+    assert len(lines) == 1, "one rank copies for the node"
+    assert "26 arrays" in lines[0], "of 12 cases to train on and one to validate on"
+
+
+def test_where_copies_lie_may_change_from_start_to_start(store, unbroken, tmp_path):
+    config = read(RunConfig, write_config(tmp_path, store.path), [f"runs={unbroken.parent}", "data.stage=/x"])
+    assert "data.stage was None, now /x" in RunFolder(unbroken).open(config)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_damage_ends_training_with_one_line_that_names_the_case(store, unbroken, tmp_path, ranks):
+    damaged = shutil.copytree(store.path, tmp_path / "ct.zarr")
+    config = write_config(tmp_path, damaged)
+    case, step = max(first_read(store, read(RunConfig, config)).items(), key=lambda item: item[1])
+    assert step > 2
+    shard = damaged / "cases" / case / "0.25/c/0/0/0"
+    flip_a_bit(shard)
+    assert train(config, ranks=ranks) == 2
+    (line,) = errors(tmp_path / "run.log")
+    assert line.startswith("error:")
+    assert f"case {case} at dose 0.25 is damaged" in line
+    run = tmp_path / "runs" / "run"
+    assert len(losses(run)) == step
+    assert max(p.name for p in (run / "checkpoints").iterdir()) == f"step-{step:08d}"
+    if ranks == 2:  # and once the case is whole again, training goes on as if nothing had been
+        flip_a_bit(shard)
+        assert train(config, ranks=2) == 0
+        assert losses(run) == losses(unbroken)
+
+
+def test_damage_met_in_validation_ends_all_ranks_too(store, tmp_path):
+    damaged = shutil.copytree(store.path, tmp_path / "ct.zarr")
+    flip_a_bit(damaged / "cases/case-012/1.00/c/0/0/0")
+    assert train(write_config(tmp_path, damaged), "validation.every=1", ranks=2) == 2
+    (line,) = errors(tmp_path / "run.log")
+    assert "case case-012 at dose 1.00 is damaged" in line
+
+
+def test_another_store_is_refused_unless_that_is_said(unbroken, tmp_path):
+    other = make_store(tmp_path / "ct.zarr", [*SHAPES, (8, 32, 40)], ["train"] * 12 + ["val"], noise=60.0)
+    shutil.copytree(unbroken, tmp_path / "runs" / "run")
+    config = write_config(tmp_path, other.path)
+    refused = cli("train", config, "steps=9")
+    assert refused.returncode == 2
+    assert "is not the store that" in refused.stderr
+    assert "--allow-new-data" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    allowed = cli("train", config, "steps=9", "--allow-new-data")
+    assert allowed.returncode == 0, allowed.stderr
+    assert f"from step 8 on this run trains on {other.path}" in allowed.stdout
+    manifest = json.loads((tmp_path / "runs/run/checkpoints/step-00000009/MANIFEST.json").read_bytes())
+    assert manifest["manifest"]["state"]["store"] == other.fingerprint  # the next start needs no leave
