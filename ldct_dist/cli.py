@@ -297,6 +297,31 @@ def doctor_rank(
 
 
 @app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="The YAML that the runs share")],
+    axes: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE[,VALUE]...", help="Such as lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s"),
+    ],
+    ranks: Annotated[int, typer.Option(help="Ranks of each run")] = 1,
+) -> None:
+    """Train every combination of the given values; TensorBoard's HParams view holds them side by side.
+
+    A key is dotted (optim.lr) or its last part where only one ends so (lr); model=unet3d-s is a network and its
+    size. The same sweep again goes on with the runs that are not done.
+
+    Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s
+    """
+    from ldct_dist.cluster.sweep import plan, run_here
+
+    planned = plan(config, axes)
+    console.print(f"{len(planned.points)} runs -> {planned.folder}")
+    code = run_here(planned, config, ranks, say=lambda line: console.print(line, markup=False))
+    console.print(f"side by side: tensorboard --logdir {planned.folder}, under HParams", markup=False)
+    raise typer.Exit(code)
+
+
+@app.command()
 def denoise(
     weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
     source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],
@@ -321,27 +346,51 @@ def denoise(
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
-    store: Annotated[Path, typer.Argument(help="A store")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="WEIGHTS... STORE",
+            help="Any number of weights.safetensors, checkpoints or runs; last, a store",
+        ),
+    ],
     split: Annotated[str, typer.Option(help="Which cases")] = "test",
-    dose: Annotated[float, typer.Option(help="Dose fraction of the input")] = 0.25,
     protocol: Annotated[
-        str, typer.Option(help="Window, data range and averaging, by name")
+        str, typer.Option(help="Window, data range, averaging and dose, by name")
     ] = "ldctbench-abdomen",
-    out: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON")] = None,
+    dose: Annotated[
+        float | None, typer.Option(help="Dose fraction of the input; without it, the protocol's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a report: HTML, JSON, CSV")] = None,
+    baselines: Annotated[
+        str, typer.Option(help="Filters that the report compares, tuned on another split; '' for none")
+    ] = "gaussian,bilateral,nlm,tv",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="name=module:function, a function of a Volume that gives HU")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV (case,label or case,slice,label): the report classifies, too")
+    ] = None,
+    cases_shown: Annotated[int, typer.Option(help="Cases of which the report holds images")] = 3,
+    lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions")] = 6.0,
+    lesion_hu: Annotated[float, typer.Option(help="Contrast of the model observer's lesions")] = 25.0,
 ) -> None:
-    """Low dose against denoised on a store's held-out cases: PSNR, SSIM, RMSE in HU.
+    """Low dose against denoised on a store's held-out cases: a table, and with --out a whole report.
 
-    Example: ldct-dist evaluate runs/mayo/ /scratch/ct.zarr --protocol ldctbench-abdomen
+    Example: ldct-dist evaluate runs/a/ runs/b/ /scratch/ct.zarr --out report/
     """
-    from ldct_dist.evaluate.compare import compare, print_comparison
+    from ldct_dist.evaluate.run import evaluate as run
 
-    with console.status("denoising and measuring"):
-        comparison = compare(_weights(weights), store, split=split, dose=dose, protocol_name=protocol)
-    print_comparison(comparison, console)
-    if out is not None:
-        comparison.write(out)
-        console.print(f"figures -> {out}")
+    *weights, store = paths
+    named = {_name_of(path, weights): _weights(path) for path in weights}
+    options = {
+        "split": split,
+        "protocol": protocol,
+        "dose": dose,
+        "lesion_mm": lesion_mm,
+        "lesion_hu": lesion_hu,
+    }
+    filters = [name.strip() for name in baselines.split(",") if name.strip()]
+    run(named, store, options, out, filters, peer or [], labels, cases_shown, console)
 
 
 @app.command()
@@ -360,6 +409,12 @@ def _weights(path: Path) -> Path:
     from ldct_dist.checkpoint.load import weights_of
 
     return weights_of(path)
+
+
+def _name_of(path: Path, among: list[Path]) -> str:
+    """What a table calls these weights: a run's name where that tells them apart, else the whole path."""
+    same = [other for other in among if other.resolve().name == path.resolve().name]
+    return path.resolve().name if len(same) == 1 and path.is_dir() else str(path)
 
 
 def _part(text: str) -> tuple[int, int]:
