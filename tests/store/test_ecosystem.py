@@ -38,7 +38,7 @@ def test_plain_zarr_finds_its_way_from_the_root(store):
 
 
 def test_an_ome_zarr_reader_sees_axes_spacing_origin_and_units(store):
-    (image,) = ngff_zarr.from_ngff_zarr(str(store / "cases/case"), version="0.5").images
+    (image,) = ngff_zarr.from_ngff_zarr(str(store / "cases/case"), validate=True, version="0.5").images
     assert tuple(image.dims) == ("z", "y", "x")
     assert image.axes_units == dict.fromkeys("zyx", "millimeter")
     assert image.scale == dict(zip("zyx", SPACING, strict=True))
