@@ -23,12 +23,12 @@ from scipy.ndimage import zoom
 from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.protocols import Range
 
-_GREY = colormaps["gray"]
-_SIGNED = LinearSegmentedColormap.from_list(  # below zero blue, above zero red, no difference dark
+GREY = colormaps["gray"]
+SIGNED = LinearSegmentedColormap.from_list(  # below zero blue, above zero red, no difference dark
     "signed", ["#a8dcff", "#2f7fc1", "#0c0c0c", "#c2472f", "#ffc9b0"]
 )
 _BODY_HU = -500
-_INK, _PAPER = "#e6e6e6", "#0c0c0c"
+INK, PAPER = "#e6e6e6", "#0c0c0c"
 
 # Inches on paper.
 _PANEL, _GAP = 2.8, 0.06
@@ -78,7 +78,7 @@ def three_planes(path: Path, images: dict[str, Volume], window: Range, title: st
         window_middle, y + 0.1, panels[0], f"window [{window[0]:g}, {window[1]:g}] HU".replace("-", "−")
     )
     sheet.colour_bar(sheet.width - _RIGHT - _PANEL / 2, y + 0.1, panels[-1], "difference in HU")
-    sheet.figure.savefig(path, facecolor=_PAPER)
+    sheet.figure.savefig(path, facecolor=PAPER)
 
 
 def planes_strip(images: dict[str, Volume], window: Range) -> np.ndarray:
@@ -107,18 +107,18 @@ def planes_strip(images: dict[str, Volume], window: Range) -> np.ndarray:
 def _panels(images: dict[str, Volume], window: Range) -> tuple[list[_Panel], list[tuple[float, float]]]:
     """A panel for each image and one for the difference, and the planes' (height, width) in mm."""
     *_, (name, image), (reference_name, reference) = images.items()
-    box = _body(reference.hu)
+    box = body_box(reference.hu)
     grey = Normalize(*window, clip=True)
-    panels = [_Panel(title, _planes(volume.hu, box), _GREY, grey) for title, volume in images.items()]
-    difference = [a - b for a, b in zip(_planes(image.hu, box), _planes(reference.hu, box), strict=True)]
-    limit = _round_up(float(np.percentile(np.concatenate([np.abs(d).ravel() for d in difference]), 99.5)))
+    panels = [_Panel(title, planes(volume.hu, box), GREY, grey) for title, volume in images.items()]
+    difference = [a - b for a, b in zip(planes(image.hu, box), planes(reference.hu, box), strict=True)]
+    limit = round_up(float(np.percentile(np.concatenate([np.abs(d).ravel() for d in difference]), 99.5)))
     signed = Normalize(-limit, limit, clip=True)
-    panels.append(_Panel(f"{name} − {reference_name}", difference, _SIGNED, signed))
+    panels.append(_Panel(f"{name} − {reference_name}", difference, SIGNED, signed))
     z, y, x = ((part.stop - part.start) * mm for part, mm in zip(box, reference.spacing, strict=True))
     return panels, [(y, x), (z, x), (z, y)]
 
 
-def _body(hu: np.ndarray) -> tuple[slice, slice, slice]:
+def body_box(hu: np.ndarray) -> tuple[slice, slice, slice]:
     """All slices, and the rows and columns between which the body lies; everything where there is none."""
     body = hu > _BODY_HU
     box = [slice(0, len(hu))]
@@ -129,14 +129,14 @@ def _body(hu: np.ndarray) -> tuple[slice, slice, slice]:
     return box[0], box[1], box[2]
 
 
-def _planes(hu: np.ndarray, box: tuple[slice, slice, slice]) -> list[np.ndarray]:
+def planes(hu: np.ndarray, box: tuple[slice, slice, slice]) -> list[np.ndarray]:
     """Axial, coronal and sagittal plane through the middle of the box, float32 HU, head up."""
     hu = hu[box]
     z, y, x = (n // 2 for n in hu.shape)
     return [plane.astype(np.float32) for plane in (hu[z], hu[::-1, y], hu[::-1, :, x])]
 
 
-def _round_up(hu: float) -> float:
+def round_up(hu: float) -> float:
     """To the next of 10, 20, 50, 100, ... HU, so that the colour bar has plain numbers at its ends."""
     if hu <= 10:
         return 10.0
@@ -150,7 +150,7 @@ class _Sheet:
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         # A Figure without pyplot: no global state, no window, and threads may each draw their own.
-        self.figure = Figure((width, height), dpi=150, facecolor=_PAPER)
+        self.figure = Figure((width, height), dpi=150, facecolor=PAPER)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Bare axes, their upper left corner at (x, y)."""
@@ -162,7 +162,7 @@ class _Sheet:
         return axes
 
     def text(self, x: float, y: float, words: str, **style: Any) -> None:
-        placed = {"color": _INK, "ha": "center", "va": "center", **style}
+        placed = {"color": INK, "ha": "center", "va": "center", **style}
         self.figure.text(x / self.width, 1 - y / self.height, words, placed)
 
     def colour_bar(self, middle: float, y: float, panel: _Panel, label: str) -> None:
@@ -175,7 +175,7 @@ class _Sheet:
         assert low is not None
         assert high is not None
         bar.set_ticks([low, (low + high) / 2, high])
-        bar.ax.tick_params(colors=_INK, labelsize=8, length=2)
+        bar.ax.tick_params(colors=INK, labelsize=8, length=2)
         bar.ax.xaxis.set_major_formatter("{x:g}")
         bar.outline.set_visible(False)
         self.text(middle, y + 0.42, label, size=9)

@@ -13,7 +13,8 @@ from ldct_dist.ct import noise
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 
-ROI = 32  # voxels: 22 mm at 0.7 mm, which fits into a liver
+_REGION_MM = 22.0  # fits into a liver, and tells frequencies 0.05 / mm apart
+_LEAST_VOXELS = 12
 _FILLED = 0.97  # share of a region that must be homogeneous
 
 
@@ -69,11 +70,12 @@ def noise_power(regions: np.ndarray, spacing: tuple[float, float], detrend: bool
     return NoisePower(power * (spacing[0] * spacing[1] / (rows * columns)), fy, fx, len(regions))
 
 
-def flat_regions(volume: Volume, size: int = ROI) -> list[tuple[int, slice, slice]]:
-    """Squares of `size` voxels, apart from each other, in which the volume's soft tissue holds noise alone.
+def flat_regions(volume: Volume) -> list[tuple[int, slice, slice]]:
+    """Squares of about 22 mm, at least 12 voxels, apart from each other, in which soft tissue holds noise alone.
 
     Choose them in the full dose, and measure every image at the same places. Empty where there are none.
     """
+    size = max(_LEAST_VOXELS, round(_REGION_MM / max(volume.spacing[1:])))
     moments = noise.local_moments(volume.hu, volume.spacing)
     low, high = noise.SOFT_TISSUE_HU
     soft = (moments.mean > low) & (moments.mean < high) & moments.flat

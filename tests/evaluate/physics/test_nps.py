@@ -61,7 +61,7 @@ def test_flat_regions_lie_in_soft_tissue_and_apart():
     hu[:, 20:140, 20:140] = -100
     hu[:, 40:120, 30:130] = 60
     hu = hu + np.random.default_rng(0).normal(0, 10, hu.shape)
-    found = flat_regions(Volume(np.rint(hu).astype(np.int16), (5.0, 1.0, 1.0)), size=24)
+    found = flat_regions(Volume(np.rint(hu).astype(np.int16), (5.0, 1.0, 1.0)))
     assert len(found) >= 8
     covered = np.zeros(hu.shape, int)
     for region in found:

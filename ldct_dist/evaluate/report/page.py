@@ -1,0 +1,224 @@
+"""The report: one HTML page that needs nothing but itself, results.json and cases.csv."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import ldct_dist
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate import results
+from ldct_dist.evaluate.methods import FULL, LOW
+from ldct_dist.evaluate.report.curves import curves
+from ldct_dist.evaluate.report.pictures import Pictures
+from ldct_dist.evaluate.statistics import Estimate
+from ldct_dist.evaluate.study import Study
+
+PAGE, JSON, CSV = "index.html", "results.json", "cases.csv"
+_NONE = "–"
+_DIGITS = {"rmse_hu": 2, "psnr_db": 2, "ssim": 4, "vif": 4}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text: what stands there; value: what it is sorted by."""
+
+    text: str
+    value: float | str
+
+
+@dataclass(frozen=True)
+class Table:
+    """caption says what the numbers mean; the first column names the row."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+def prepare(out: Path) -> None:
+    """Make the report's folder before any work is done. Raises UserError where that is impossible."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f".{PAGE}").touch()
+        (out / f".{PAGE}").unlink()
+    except OSError as e:
+        raise UserError(
+            f"--out {out}: not a folder that can be written to ({e.strerror}); choose another"
+        ) from e
+
+
+def write_report(
+    out: Path, study: Study, pictures: Pictures, classification: dict[str, Any] | None = None
+) -> Path:
+    """The page's path. Each file is whole or as it was before. Raises UserError where they cannot be written."""
+    written = {
+        JSON: results.to_json(study, classification),
+        CSV: results.to_csv(study),
+        PAGE: render(study, pictures, classification),
+    }
+    for name, text in written.items():
+        temporary = out / f".{name}.{os.getpid()}"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(out / name)
+        except OSError as e:
+            raise UserError(
+                f"{out / name}: cannot be written ({e.strerror}); make room or choose another folder"
+            ) from e
+        finally:
+            temporary.unlink(missing_ok=True)
+    return out / PAGE
+
+
+def render(study: Study, pictures: Pictures, classification: dict[str, Any] | None = None) -> str:
+    """The page as HTML."""
+    templates = Environment(
+        loader=PackageLoader("ldct_dist.evaluate.report", ""), autoescape=True, undefined=StrictUndefined
+    )
+    patients = {row.patient for row in study.rows}
+    return templates.get_template("page.html").render(
+        version=ldct_dist.__version__,
+        study=study,
+        cases=len({row.case for row in study.rows}),
+        patients=len(patients),
+        summaries=[_summary(study, p.name, str(p)) for p in study.protocols],
+        physics=_physics(study),
+        bias=_bias(study),
+        tests=[_tests(study, p.name) for p in study.protocols],
+        per_case=_per_case(study),
+        classification=_classification(classification) if classification else None,
+        curves=_curves(study),
+        pictures={"cases": pictures.cases, "low": LOW, "full": FULL},
+        shown=[m for m in study.methods if m != LOW],
+    )
+
+
+def _summary(study: Study, protocol: str, words: str) -> Table:
+    measured = results.measured(study, protocol)
+    rows = [
+        [Cell(method, method), *(_estimate(row[m], _DIGITS[m]) for m in measured)]
+        for method, row in results.summary(study, protocol).items()
+    ]
+    where = "in 3-D" if protocol.endswith("-3d") else "slice by slice"
+    caption = f"Against full dose, {where}: {words}. Means over patients, with 95 % bootstrap intervals."
+    return Table(caption, ["method", *(results.LABELS[m] for m in measured)], rows)
+
+
+def _tests(study: Study, protocol: str) -> Table:
+    rows = [
+        [
+            Cell(f"{t.a} − {t.b}", f"{t.a} {t.b}"),
+            Cell(results.LABELS[measure], measure),
+            _number(t.difference, _DIGITS[measure], sign=True),
+            _number(t.p, 4),
+            _number(t.p_holm, 4),
+            Cell(str(t.n), t.n),
+        ]
+        for measure, pairs in results.tests(study, protocol).items()
+        for t in pairs
+    ]
+    caption = f"{protocol}: paired Wilcoxon tests over patients, Holm-corrected for all pairs of a measure."
+    return Table(caption, ["pair", "measure", "mean difference", "p", "p, corrected", "patients"], rows)
+
+
+def _bias(study: Study) -> Table:
+    found = results.bias(study)
+    tissues = list(next(iter(found.values())))
+    rows = [[Cell(m, m), *(_estimate(row[t], 1, sign=True) for t in tissues)] for m, row in found.items()]
+    return Table("Mean of image − full dose by tissue, HU.", ["method", *(f"{t}, HU" for t in tissues)], rows)
+
+
+def _physics(study: Study) -> Table:
+    contrasts = [round(t.contrast_hu, -1) for t in next(iter(study.transfers.values()), [])]
+    rows = []
+    for method, found in results.physics(study).items():
+        seen = found["detection"]
+        rows.append(
+            [
+                Cell(method, method),
+                _estimate(Estimate(**found["noise_hu"]), 1),
+                _number(found["nps_mean_frequency_per_mm"], 3),
+                *(_number(t["f50_per_mm"], 2) for t in found["ttf"]),
+                Cell(f"{seen['d_prime']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}]", seen["d_prime"])
+                if seen
+                else Cell(_NONE, ""),
+                _estimate(Estimate(**found["conspicuous"]), 3, scale=100),
+            ]
+        )
+    columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
+    columns += [f"TTF 50 % at {c:+.0f} HU, 1/mm".replace("-", "−") for c in contrasts]
+    columns += ["d′ of the lesion", "voxels with structure beyond 4 σ, %"]
+    caption = (
+        "Noise in the patients' soft tissue; sharpness and lesion detection (channelised Hotelling observer, 95 % "
+        "interval) on a phantom scanned as the first case was; structure that full dose has not, in units of its noise."
+    )
+    return Table(caption, columns, rows)
+
+
+def _per_case(study: Study) -> Table:
+    columns = [(p.name, m) for p in study.protocols for m in results.measured(study, p.name)]
+    tissues = list(next(iter(results.bias(study).values())))
+    rows = [
+        [
+            Cell(row.case, row.case),
+            Cell(row.method, row.method),
+            *(_number(row.figures[p].get(m), _DIGITS[m]) for p, m in columns),
+            *(_number(row.bias_hu.get(t), 1, sign=True) for t in tissues),
+        ]
+        for row in study.rows
+    ]
+    named = [f"{results.LABELS[m]}{' (3-D)' if p.endswith('-3d') else ''}" for p, m in columns]
+    caption = f"Every case, protocol {study.protocols[0]}. Bias in HU by tissue."
+    return Table(caption, ["case", "method", *named, *(f"bias, {t}" for t in tissues)], rows)
+
+
+def _classification(found: dict[str, Any]) -> Table:
+    rows = [
+        [Cell(name, name), *(_interval(row[k]) for k in ("auc", "accuracy", "sensitivity", "specificity"))]
+        for name, row in found["images"].items()
+    ]
+    caption = (
+        f"The same CNN trained on each image, patients kept apart over {found['folds']} folds; {found['samples']} "
+        f"samples of {found['patients']} patients, 95 % bootstrap intervals."
+    )
+    return Table(caption, ["images", "AUC", "accuracy", "sensitivity", "specificity"], rows)
+
+
+def _curves(study: Study) -> list[str]:
+    drawn = []
+    if study.nps:
+        lines = {name: nps.radial() for name, nps in study.nps.items()}
+        drawn.append(curves(lines, "noise power", "frequency, 1/mm", "HU² mm²"))
+    per_contrast = zip(*study.transfers.values(), strict=True)
+    for transfers in per_contrast:
+        contrast = f"{round(transfers[0].contrast_hu, -1):+.0f}".replace("-", "−")
+        lines = {n: (t.frequency, t.ttf) for n, t in zip(study.transfers, transfers, strict=True)}
+        drawn.append(curves(lines, f"TTF, edges of {contrast} HU", "frequency, 1/mm", "TTF", top=1.2))
+    return drawn
+
+
+def _estimate(found: Estimate, digits: int, *, scale: float = 1, sign: bool = False) -> Cell:
+    if found.mean is None:
+        return Cell(_NONE, "")
+    mean = f"{found.mean * scale:{'+' if sign else ''}.{digits}f}"
+    if found.low is None or found.high is None:
+        return Cell(mean.replace("-", "−"), found.mean)
+    interval = f" [{found.low * scale:.{digits}f}, {found.high * scale:.{digits}f}]"
+    return Cell((mean + interval).replace("-", "−"), found.mean)
+
+
+def _interval(values: Iterable[float]) -> Cell:
+    mean, low, high = values
+    return Cell(f"{mean:.3f} [{low:.3f}, {high:.3f}]", mean)
+
+
+def _number(value: float | None, digits: int, *, sign: bool = False) -> Cell:
+    if value is None or value != value:
+        return Cell(_NONE, "")
+    return Cell(f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−"), value)

@@ -1,0 +1,92 @@
+"""Three planes of every image of a case, as PNG data addresses that a page can hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import Colormap, Normalize
+from PIL import Image
+
+from ldct_dist.ct import noise
+from ldct_dist.ct.volume import Volume
+from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, planes, round_up
+from ldct_dist.evaluate.methods import FULL
+from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map
+from ldct_dist.evaluate.protocols import Protocol, protocol_named
+
+_HEAT = colormaps["magma"]
+_STRUCTURE_LIMIT = 8.0  # standard deviations
+
+
+@dataclass
+class Pictures:
+    """Gathers pictures of the first `limit` cases; pass `add` to `measure` as what it shows to.
+
+    cases: name -> {"sizes": mm (height, width) of each plane, "views": view -> image -> three addresses}.
+    """
+
+    protocol: Protocol
+    limit: int = 3
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
+        if len(self.cases) < self.limit:
+            self.cases[name] = _case(self.protocol, low, full, {**images, FULL: full.hu})
+
+
+def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.ndarray]) -> dict[str, Any]:
+    box = body_box(full.hu)
+    z, y, x = ((part.stop - part.start) * mm for part, mm in zip(box, full.spacing, strict=True))
+    views = {}
+    for window in {p.window: p for p in map(protocol_named, ("ldctbench-abdomen", "ldctbench-chest"))} | {
+        protocol.window: protocol
+    }:
+        label = f"window [{window[0]:g}, {window[1]:g}] HU".replace("-", "−")
+        views[label] = {
+            name: _planes_as_png(hu, box, GREY, Normalize(*window)) for name, hu in images.items()
+        }
+
+    errors = {name: hu.astype(np.float32) - full.hu for name, hu in images.items()}
+    limit = round_up(max(float(np.percentile(np.abs(e[box]), 99.5)) for e in errors.values()))
+    label = f"difference from full dose, ±{limit:g} HU"
+    views[label] = {n: _planes_as_png(e, box, SIGNED, Normalize(-limit, limit)) for n, e in errors.items()}
+
+    noises = {name: noise_map(hu, full.spacing) for name, hu in images.items()}
+    limit = round_up(max(float(np.percentile(n[box], 95)) for n in noises.values()))
+    label = f"noise, 0 to {limit:g} HU"
+    views[label] = {name: _planes_as_png(hu, box, _HEAT, Normalize(0, limit)) for name, hu in noises.items()}
+
+    if noise.homogeneous(noise.local_moments(full.hu, full.spacing)) is not None:
+        scale = Normalize(-_STRUCTURE_LIMIT, _STRUCTURE_LIMIT)
+        label = f"structure that full dose has not, ±{_STRUCTURE_LIMIT:g} standard deviations of its noise"
+        views[label] = {
+            name: _planes_as_png(hallucination_map(hu, low, full), box, SIGNED, scale)
+            for name, hu in images.items()
+        }
+    return {"sizes": [(y, x), (z, x), (z, y)], "views": views}
+
+
+def _planes_as_png(
+    hu: np.ndarray, box: tuple[slice, slice, slice], colours: Colormap, scale: Normalize
+) -> list[str]:
+    """Addresses of the axial, coronal and sagittal plane, voxel by voxel: the page stretches them to millimetres."""
+    return [_png(plane, colours, scale) for plane in planes(hu, box)]
+
+
+def _png(plane: np.ndarray, colours: Colormap, scale: Normalize) -> str:
+    shown = np.clip((plane - scale.vmin) / (scale.vmax - scale.vmin), 0, 1)  # type: ignore[operator]
+    if colours is GREY:
+        image = Image.fromarray((shown * 255).round().astype(np.uint8))
+    else:
+        palette = (colours(np.arange(256) / 255)[:, :3] * 255).round().astype(np.uint8)
+        image = Image.fromarray((shown * 255).round().astype(np.uint8), "P")
+        image.putpalette(palette.tobytes())
+    written = io.BytesIO()
+    image.save(written, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()

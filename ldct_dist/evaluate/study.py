@@ -1,0 +1,206 @@
+"""All methods on all held-out cases: figures, physics and pictures, from which the report is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from ldct_dist.config import Config
+from ldct_dist.ct import noise
+from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.methods import FULL, LOW, Method, apply, network, tuned_baselines
+from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
+from ldct_dist.evaluate.physics.maps import CONSPICUOUS, hallucination_map
+from ldct_dist.evaluate.physics.nps import NoisePower, flat_regions, noise_power
+from ldct_dist.evaluate.physics.observer import Detectability
+from ldct_dist.evaluate.physics.tissue import tissue_bias
+from ldct_dist.evaluate.physics.trial import make_trial
+from ldct_dist.evaluate.physics.ttf import Transfer
+from ldct_dist.evaluate.protocols import Protocol, protocol_named
+from ldct_dist.store.layout import FULL_DOSE, dose_name
+from ldct_dist.store.reader import Store
+
+_ENOUGH_REGIONS = 4
+Say = Callable[[str], None]
+
+
+class StudyConfig(Config):
+    """What is evaluated, and how.
+
+    split: the cases. protocol: by name; its 3-D form is measured as well. dose: fraction of full dose of the input;
+    None: the protocol's own. lesion_mm, lesion_hu: diameter and contrast of the lesions for the model observer.
+    """
+
+    split: str = "test"
+    protocol: str = "ldctbench-abdomen"
+    dose: float | None = Field(None, gt=0, lt=1)
+    lesion_mm: float = Field(6.0, gt=0)
+    lesion_hu: float = 25.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one case. figures: protocol -> measure -> value. bias_hu: tissue -> HU.
+
+    conspicuous: share of the body's voxels where the image shows structure that full dose has not; None where that
+    cannot be told. noise_hu: standard deviation in soft tissue; None where there is too little of it.
+    """
+
+    case: str
+    patient: str
+    method: str
+    figures: dict[str, dict[str, float]]
+    bias_hu: dict[str, float] = field(default_factory=dict)
+    conspicuous: float | None = None
+    noise_hu: float | None = None
+
+
+@dataclass
+class Study:
+    """What came out. notes: what could not be measured, and why."""
+
+    store: str
+    fingerprint: str
+    dose: float
+    protocols: tuple[Protocol, ...]
+    rows: list[Row] = field(default_factory=list)
+    nps: dict[str, NoisePower] = field(default_factory=dict)
+    nps_case: str | None = None
+    transfers: dict[str, list[Transfer]] = field(default_factory=dict)
+    detection: dict[str, Detectability] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    def note(self, words: object) -> None:
+        if str(words) not in self.notes:
+            self.notes.append(str(words))
+
+    def of(self, method: str) -> list[Row]:
+        return [row for row in self.rows if row.method == method]
+
+
+Show = Callable[[str, Volume, Volume, Mapping[str, np.ndarray]], None]
+"""Hears of every case: its name, low dose, full dose, and what each method made of it."""
+
+
+def methods_for(
+    store: Store,
+    config: StudyConfig,
+    weights: Mapping[str, Path],
+    peers: Mapping[str, Method],
+    baselines: Sequence[str],
+) -> dict[str, Method]:
+    """The low dose itself, then the baselines, the peers and the networks, by name.
+
+    Baselines are tuned on a case of another split. Raises UserError for what is not there.
+    """
+    methods: dict[str, Method] = {LOW: lambda low: low.hu}
+    if baselines:
+        others = np.flatnonzero(store.splits != config.split)
+        if not len(others):
+            raise UserError(
+                f"{store.path}: every case is in split {config.split!r}, so none is left to tune baselines on"
+            )
+        name = store.cases[int(others[0])].name
+        dose = config.dose or protocol_named(config.protocol).dose
+        low, full = (store.volume(name, d) for d in (dose_name(dose), FULL_DOSE))
+        methods |= tuned_baselines(baselines, low, full)
+    return methods | dict(peers) | {name: network(path) for name, path in weights.items()}
+
+
+def measure(
+    store: Store,
+    config: StudyConfig,
+    methods: Mapping[str, Method],
+    *,
+    physics: bool = True,
+    show: Show = lambda *_: None,
+    say: Say = lambda _: None,
+) -> Study:
+    """Every method on every case of the split; without `physics`, only the protocol's figures in 2-D.
+
+    Raises UserError for a split, a dose or a protocol that is not there.
+    """
+    protocol = protocol_named(config.protocol)
+    dose = config.dose or protocol.dose
+    protocols = (protocol, protocol.in_3d()) if physics and protocol.dims == 2 else (protocol,)
+    study = Study(store.path.name, store.fingerprint, dose, protocols)
+    for i in store.split(config.split):
+        case = store.cases[int(i)]
+        low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
+        images = {}
+        for name, method in methods.items():
+            say(f"{case.name}: {name}")
+            images[name] = apply(name, method, low)
+            figures = {p.name: _figures(images[name], full.hu, p, study) for p in protocols}
+            row = Row(case.name, case.patient, name, figures)
+            study.rows.append(_with_physics(row, images[name], low, full, study) if physics else row)
+        if physics:
+            _noise_powers(study, case.name, full, images)
+        show(case.name, low, full, images)
+        if physics and not study.detection:
+            _try_phantom(study, config, methods, low, full, say)
+    return study
+
+
+def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Study) -> dict[str, float]:
+    """All the measures whose windows fit; the others are noted."""
+    figures: dict[str, float] = {}
+    for name in MEASURES:
+        try:
+            figures |= evaluate_volume(image, full, protocol, measures=[name])
+        except UserError as e:
+            study.note(f"{protocol.name}: {e}")
+    return figures
+
+
+def _with_physics(row: Row, image: np.ndarray, low: Volume, full: Volume, study: Study) -> Row:
+    bias = {tissue: found.hu for tissue, found in tissue_bias(image, full).items()}
+    moments = noise.local_moments(full.hu, full.spacing)
+    soft = noise.homogeneous(moments)
+    if soft is None:
+        study.note(f"{row.case}: too little soft tissue to measure noise")
+        return Row(row.case, row.patient, row.method, row.figures, bias)
+    body = moments.mean > -500
+    conspicuous = float((np.abs(hallucination_map(image, low, full))[body] > CONSPICUOUS).mean())
+    level = noise.noise_std(noise.local_moments(image, full.spacing), soft)
+    return Row(row.case, row.patient, row.method, row.figures, bias, conspicuous, level)
+
+
+def _noise_powers(study: Study, case: str, full: Volume, images: Mapping[str, np.ndarray]) -> None:
+    """From the first case with enough flat regions, at the same places in every image."""
+    if study.nps:
+        return
+    regions = flat_regions(full)
+    if len(regions) < _ENOUGH_REGIONS:
+        study.note(
+            f"{case}: only {len(regions)} flat regions of soft tissue, too few for a noise power spectrum"
+        )
+        return
+    study.nps_case = case
+    for name, hu in {**images, FULL: full.hu}.items():
+        study.nps[name] = noise_power(np.stack([hu[region] for region in regions]), full.spacing[1:])
+
+
+def _try_phantom(
+    study: Study, config: StudyConfig, methods: Mapping[str, Method], low: Volume, full: Volume, say: Say
+) -> None:
+    try:
+        trial = make_trial(full, low, config.lesion_mm, config.lesion_hu)
+    except UserError as e:
+        study.note(f"phantom: {e}")
+        return
+    for name, method in methods.items():
+        say(f"phantom: {name}")
+        denoise = partial(apply, name, method)
+        study.transfers[name] = trial.transfers(denoise)
+        study.detection[name] = trial.detection(denoise)
