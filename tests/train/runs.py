@@ -18,6 +18,7 @@ name: run
 store: {store}
 runs: {runs}
 steps: 8
+threads: 1
 data: {{crop: [8, 24, 24], batch: 4, reuse: 1.0, memory_mib: 64}}
 model: {{size: xs}}
 optim: {{lr: 1e-3, warmup: 2, ema: 0.9}}

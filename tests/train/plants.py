@@ -1,0 +1,125 @@
+"""Faults that a test plants into a training process, each at a batch of the data's order, on one rank."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ldct_dist.data.loader import Batch, Loader
+from ldct_dist.train import trainer, validation
+from ldct_dist.train.strategy.ddp import DDPStrategy
+
+RANK = 1
+
+
+def random_loss(rank: int) -> None:
+    """A loss that draws random numbers, as dropout would."""
+    build = trainer.build_loss
+
+    def built(config):
+        loss = build(config)
+        return lambda *given: (each := loss(*given)) * (0.5 + torch.rand(len(each)))
+
+    trainer.build_loss = built
+
+
+def _at_batches(change: Callable[[Batch, int], Batch]) -> None:
+    whole = Loader.batch
+    Loader.batch = lambda self, step: change(whole(self, step), step)
+
+
+def spoilt(batches: dict[int, float], rank: int) -> None:
+    """On one rank, the low dose of the first crop of these batches is multiplied by that."""
+
+    def change(batch: Batch, step: int) -> Batch:
+        if rank == RANK and step in batches:
+            low = batch.low.clone()
+            low[0] *= batches[step]
+            return replace(batch, low=low)
+        return batch
+
+    _at_batches(change)
+
+
+def steep(batch: int, rank: int) -> None:
+    """On one rank, the loss of this batch has a value but no gradient: sqrt(0) has none."""
+    now = {}
+
+    def change(given: Batch, step: int) -> Batch:
+        now["step"] = step
+        return given
+
+    _at_batches(change)
+    build = trainer.build_loss
+
+    def built(config):
+        loss = build(config)
+
+        def planted(denoised, *given):
+            each = loss(denoised, *given)
+            return each + (0 * denoised).sum().sqrt() if rank == RANK and now["step"] == batch else each
+
+        return planted
+
+    trainer.build_loss = built
+
+
+def stopped(victim: int, batch: int, rank: int) -> None:
+    """The victim's process is stopped, as by a debugger or a kernel in trouble."""
+    _on_victim(victim, batch, rank, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def stuck(victim: int, batch: int, rank: int) -> None:
+    """The victim's main thread sleeps in the loader, as in a read from a file server that is gone."""
+    _on_victim(victim, batch, rank, lambda: time.sleep(1000))
+
+
+def _on_victim(victim: int, batch: int | None, rank: int, act: Callable[[], None]) -> None:
+    def change(given: Batch, step: int) -> Batch:
+        if rank == victim and batch in (step, None):
+            act()
+        return given
+
+    _at_batches(change)
+
+
+def poisoned_average(rank: int) -> None:
+    """On one rank, the averaged weights are not numbers."""
+
+    def poisoned(self: DDPStrategy):
+        module = copy.deepcopy(self.ema.module)
+        for p in module.parameters():
+            p.data.fill_(torch.nan)
+        return module
+
+    if rank == RANK:
+        DDPStrategy.averaged = property(poisoned)
+
+
+def asked_to_stop_at_every_step(rank: int) -> None:
+    """One rank gets SIGUSR1 as each step begins."""
+    _on_victim(RANK, None, rank, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+
+def asked_to_stop_in_validation(rank: int) -> None:
+    """One rank gets SIGUSR1 while it denoises its first case."""
+    denoise = validation.denoise_volume
+
+    def interrupted(*given, **options):
+        if rank == RANK:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return denoise(*given, **options)
+
+    validation.denoise_volume = interrupted
+
+
+def together(*plants_and_rank) -> None:
+    *plants, rank = plants_and_rank
+    for plant in plants:
+        plant(rank)
