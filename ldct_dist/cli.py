@@ -94,23 +94,29 @@ def finalise(store: Annotated[Path, typer.Argument(help="The store whose parts a
 
 
 @app.command()
-def info(store: Annotated[Path, typer.Argument(help="A store")]) -> None:
-    """What a store holds: cases, doses, spacing, splits."""
-    from rich.table import Table
+def info(
+    store: Annotated[Path, typer.Argument(help="A store")],
+    cases: Annotated[bool, typer.Option("--cases", help="Also list every case")] = False,
+) -> None:
+    """What a store holds: cases, doses, spacing, noise, splits, size.
 
+    Example: ldct-dist info /scratch/ct.zarr
+    """
     from ldct_dist.store.reader import Store
+    from ldct_dist.store.summary import listing, rows, summary
 
     opened = Store(store)
-    table = Table("case", "split", "shape (z, y, x)", "spacing, mm", "doses", title=str(store))
-    for case in opened.cases:
-        table.add_row(
-            case.name,
-            case.split,
-            " x ".join(map(str, case.shape)),
-            " x ".join(f"{s:.3g}" for s in case.spacing),
-            ", ".join(case.doses),
-        )
-    console.print(table)
+    with console.status("adding up files"):
+        found = rows(opened)
+    console.print(f"{store}, fingerprint {opened.fingerprint[:16]}", markup=False)
+    console.print(summary(found))
+    console.print(
+        "noise: standard deviation in soft tissue at full dose, HU; spacing in mm"
+    )
+    if cases:
+        console.print(listing(found))
+    else:
+        console.print(f"each case: ldct-dist info {store} --cases", markup=False)
 
 
 @app.command()

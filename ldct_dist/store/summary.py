@@ -1,0 +1,123 @@
+"""What a store holds, as tables for a person."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ldct_dist.store.layout import CASES
+from ldct_dist.store.reader import Store
+
+LOOKS_AT_ONCE = 16  # at folders: on a shared file system each takes its time
+FACTS = ["name", "patient", "split", "shape", "spacing", "doses", "noise_hu"]
+USUAL_ORDER = ("train", "val", "test")
+
+Row = dict[str, Any]
+
+
+def rows(store: Store) -> list[Row]:
+    """The catalogue's FACTS of each case; `bytes`, the size of its voxels on disk, for which each of their files
+    is looked at; and `voxel_bytes`, their size as int16. Sorted by split, then by name."""
+    cases = store.table.select(FACTS).to_pylist()
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as threads:
+        sizes = threads.map(_bytes_in, (store.path / CASES / row["name"] for row in cases))
+        for row, size in zip(cases, sizes, strict=True):
+            row |= {"bytes": size, "voxel_bytes": 2 * prod(row["shape"]) * len(row["doses"])}
+    return sorted(cases, key=lambda row: (_order(row["split"]), row["name"]))
+
+
+def summary(cases: Sequence[Row]) -> Table:
+    """One column for all cases, and one a split."""
+    splits = sorted({row["split"] for row in cases}, key=_order)
+    columns = [list(cases), *([row for row in cases if row["split"] == split] for split in splits)]
+    table = Table("", "all", *splits, box=SIMPLE_HEAD, pad_edge=False)
+    for title, fact in _SUMMARY.items():
+        table.add_row(title, *map(fact, columns))
+    return table
+
+
+def listing(cases: Sequence[Row]) -> Table:
+    """One row a case; with the names that ingest makes up, no wider than 80 columns."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for title in _LISTING:
+        table.add_column(title, overflow="fold", justify="right" if title in _NUMBERS else "left")
+    for row in cases:
+        table.add_row(*(fact(row) for fact in _LISTING.values()))
+    return table
+
+
+def _known_noise(cases: Iterable[Row]) -> list[float]:
+    return [row["noise_hu"] for row in cases if row["noise_hu"] is not None]
+
+
+def _span(values: Iterable[float], form: str) -> str:
+    """The smallest and the largest, or the one that all are."""
+    ends = [format(end, form) for end in (min(known), max(known))] if (known := list(values)) else ["unknown"]
+    return " - ".join(dict.fromkeys(ends))
+
+
+def _doses(cases: Sequence[Row]) -> str:
+    """Each dose; how many cases have it, where not all do."""
+    counts = Counter(dose for row in cases for dose in row["doses"])
+    return ", ".join(
+        dose if count == len(cases) else f"{dose} ({count:,})" for dose, count in sorted(counts.items())[::-1]
+    )
+
+
+def _size(number: int) -> str:
+    """Bytes in the unit that suits."""
+    size = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def _sum(cases: Sequence[Row], key: str) -> int:
+    return sum(row[key] for row in cases)
+
+
+_SUMMARY: dict[str, Callable[[list[Row]], str]] = {
+    "cases": lambda r: f"{len(r):,}",
+    "patients": lambda r: f"{len({row['patient'] for row in r}):,}",
+    "doses": _doses,
+    "slices": lambda r: f"{sum(row['shape'][0] for row in r):,}",
+    "slices a case": lambda r: _span((row["shape"][0] for row in r), "d"),
+    "rows, columns": lambda r: _span((n for row in r for n in row["shape"][1:]), "d"),
+    "slice spacing, mm": lambda r: _span((row["spacing"][0] for row in r), ".3g"),
+    "pixel spacing, mm": lambda r: _span((mm for row in r for mm in row["spacing"][1:]), ".3g"),
+    "noise, HU": lambda r: _span(_known_noise(r), ".1f"),
+    "noise, median": lambda r: f"{median(known):.1f}" if (known := _known_noise(r)) else "unknown",
+    "size on disk": lambda r: _size(_sum(r, "bytes")),
+    "compression": lambda r: f"{_sum(r, 'voxel_bytes') / max(1, _sum(r, 'bytes')):.2f} x",
+}
+_LISTING: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: row["name"],
+    "split": lambda row: row["split"],
+    "voxels": lambda row: " ".join(map(str, row["shape"])),
+    "spacing, mm": lambda row: " ".join(f"{mm:.3g}" for mm in row["spacing"]),
+    "doses": lambda row: " ".join(row["doses"]),
+    "noise": lambda row: "-" if row["noise_hu"] is None else f"{row['noise_hu']:.1f}",
+    "size": lambda row: _size(row["bytes"]),
+}
+_NUMBERS = ("noise", "size")
+
+
+def _bytes_in(case: Path) -> int:
+    """Of the shard files alone, since a walk through all folders takes ten times as long."""
+    shards = (shards / number / "0/0" for shards in case.glob("*/c") for number in os.listdir(shards))
+    return sum(shard.stat().st_size for shard in shards)
+
+
+def _order(split: str) -> tuple[int, str]:
+    return (USUAL_ORDER.index(split) if split in USUAL_ORDER else len(USUAL_ORDER)), split
