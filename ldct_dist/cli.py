@@ -110,9 +110,7 @@ def info(
         found = rows(opened)
     console.print(f"{store}, fingerprint {opened.fingerprint[:16]}", markup=False)
     console.print(summary(found))
-    console.print(
-        "noise: standard deviation in soft tissue at full dose, HU; spacing in mm"
-    )
+    console.print("noise: standard deviation in soft tissue at full dose, HU; spacing in mm")
     if cases:
         console.print(listing(found))
     else:
