@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
     def as_json(self, now: float) -> dict[str, Any]:
-        """For scripts: times in seconds, None where something is not known."""
+        """For scripts: times in seconds, None where something is not known, or not finite."""
         p = self.progress
         return {
             "name": self.name,
@@ -39,7 +40,7 @@ class Row:
             "job": asdict(self.job) if self.job else None,
             "step": p.step,
             "steps": p.steps,
-            "loss": p.loss,
+            "loss": p.loss if p.loss is not None and math.isfinite(p.loss) else None,
             "crops_per_s": p.crops_per_s,
             "data_wait_percent": p.wait_percent,
             "checkpoint_step": p.checkpoint,

@@ -171,7 +171,8 @@ def _value(config: RunConfig, key: str) -> Value:
 
 def _plain(value: Value) -> str:
     """The value as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip("-")
+    text = f"{value:g}".replace("+", "") if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
 def run_here(sweep: Sweep, config: Path, ranks: int, say: Callable[[str], None] = print) -> int:

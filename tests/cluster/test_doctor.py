@@ -1,0 +1,197 @@
+"""What doctor says of what the ranks saw, and an examination of this machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from commands import command, write_config
+from ldct_dist import config as configs
+from ldct_dist.cli import app
+from ldct_dist.cluster.checks import Check, Probe, examine, folder, network, nodes
+from ldct_dist.cluster.doctor import checkpoint_bytes, parse_partition
+from ldct_dist.errors import UserError
+from ldct_dist.train.config import RunConfig
+from ldct_dist.world import World
+
+GIB = 2**30
+
+
+@pytest.fixture
+def probe(tmp_path):
+    """Three ranks on two nodes; a run whose checkpoints have 1 GiB."""
+    return Probe(
+        World(), ["n1", "n1", "n2"], tmp_path / "inside", 64, GIB, 5, {"before the time limit": 300.0}
+    )
+
+
+def test_versions_that_differ_are_told_by_node(probe):
+    alike = {"torch": "2.13", "driver": "550"}
+    assert nodes.judge_software(probe, [alike] * 3) == (True, "alike: torch 2.13, driver 550")
+    well, text = nodes.judge_software(probe, [alike, alike, {"torch": "2.12"}])
+    assert not well
+    assert text.startswith("torch 2.13 on n1, 2.12 on n2; driver 550 on n1, none on n2: load the same")
+
+
+def test_a_gpu_that_two_ranks_share_and_one_that_torch_does_not_see(probe):
+    assert nodes.judge_gpu(probe, [("a", True), ("b", True), ("a", True)]) == (True, "3, one a rank")
+    assert nodes.judge_gpu(probe, [(None, False)] * 3)[0]
+    well, text = nodes.judge_gpu(probe, [("a", True), ("a", True), ("c", True)])
+    assert not well
+    assert "share a GPU on n1" in text
+    well, text = nodes.judge_gpu(probe, [("a", True), ("b", True), (None, True)])
+    assert not well
+    assert "torch sees none on n2" in text
+
+
+@pytest.mark.parametrize(
+    ("skew", "words"), [(40.0, "n2 is 40.0 s ahead of n1"), (-7.5, "n2 is 7.5 s behind n1")]
+)
+def test_a_wrong_clock_is_told_with_its_side_whatever_one_slow_answer_says(probe, skew, words):
+    moments = [10.0, 20.0, 30.0, 40.0, 50.0]
+    late = [10.0, 25.0, 30.0, 40.0, 50.0]  # one answer held up for 5 s
+    assert nodes.judge_clock(probe, [moments, late, moments])[0]
+    well, text = nodes.judge_clock(probe, [moments, late, [m + skew for m in moments]])
+    assert not well
+    assert words in text
+
+
+def test_a_signal_that_does_not_arrive_names_rank_and_node(probe):
+    assert nodes.judge_signal(probe, [True] * 3) == (True, "SIGUSR1 reached all 3 ranks")
+    well, text = nodes.judge_signal(probe, [True, True, False])
+    assert not well
+    assert "did not reach rank 2 on n2" in text
+
+
+def test_network_findings_name_the_nodes(probe):
+    assert network.judge_interface(probe, [("lo", []), ("lo", []), ("ib0", [])]) == (
+        True,
+        "ib0 between nodes",
+    )
+    well, text = network.judge_interface(
+        probe, [("ib0", []), ("ib0", []), ("eth0", ["NCCL_SOCKET_IFNAME=ib0"])]
+    )
+    assert not well
+    assert "NCCL_SOCKET_IFNAME=ib0 is not on n2" in text
+    assert network.judge_ports(probe, [[], [], []])[0]
+    well, text = network.judge_ports(probe, [[2], [2], []])
+    assert not well
+    assert text.startswith("n1 does not reach n2: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "there"),
+    [("ib0", True), ("ib", True), ("=ib", False), ("=eth0,ib0", True), ("^docker", True), ("mlx5", False)],
+)
+def test_interfaces_are_named_in_nccls_syntax(value, there):
+    assert network._names_one_of(value, ["lo", "ib0"]) is there
+
+
+def test_a_folder_that_is_not_shared_names_the_node_that_is_blind(probe):
+    sees = ([], 0.01, False, None)
+    winner = ([], 0.01, True, None)
+    assert folder.judge_shared(probe, [winner, sees, sees])[0]
+    well, text = folder.judge_shared(probe, [winner, sees, ([0, 1, 2], 10.0, False, "No such file")])
+    assert not well
+    assert text.startswith(f"n2 does not see what n1 writes in {probe.folder.parent}")
+    well, text = folder.judge_shared(probe, [winner, sees, winner])
+    assert not well
+    assert "2 ranks made one directory" in text
+    readonly = ([2], 10.0, False, None)
+    well, text = folder.judge_shared(probe, [readonly, readonly, ([2], 10.0, False, "Read-only file system")])
+    assert not well
+    assert "what n2 writes" in text
+    assert "Read-only" in text
+
+
+def test_the_time_to_save_is_held_against_every_grace_time(probe):
+    seconds = [1.0, 2.0, 2.0]  # the slowest rank writes 32 MiB/s, and its share of 1 GiB is a third
+    well, text = folder.judge_save(probe, seconds)
+    assert well
+    assert text.startswith("about 10.7 s for 1 GiB; 300 s before")
+    probe.grace["at preemption"] = 10.0
+    well, text = folder.judge_save(probe, seconds)
+    assert not well
+    assert "only 10 s at preemption" in text
+
+
+def test_one_file_of_a_checkpoint_is_never_shared_out(probe):
+    many = Probe(probe.world, ["n1"] * 64, probe.folder, 64, GIB, 5, {})
+    assert folder.judge_save(many, [1.0] * 64)[1].startswith("about 4.0 s")
+
+
+def test_room_counts_what_a_run_keeps(probe):
+    assert folder.judge_room(probe, [(6 * GIB, 10**6)])[0]
+    well, text = folder.judge_room(probe, [(4 * GIB, 10**6)])
+    assert not well
+    assert "5 checkpoints, 5 GiB" in text
+    well, text = folder.judge_room(probe, [(6 * GIB, 10)])
+    assert not well
+    assert "only 10 more files" in text
+
+
+def test_what_does_not_fit_is_refused_without_being_written(tmp_path):
+    free = os.statvfs(tmp_path)
+    with pytest.raises(OSError, match="do not fit") as refused:
+        folder.reserve(tmp_path / "room", 2 * free.f_blocks * free.f_frsize)
+    assert refused.value.errno in (errno.ENOSPC, errno.EFBIG)
+    folder.reserve(tmp_path / "room", 2**20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_system_refuses_one_rank_is_a_finding(probe):
+    def refused(_: Probe) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    (finding,) = examine(probe, Check(refused, {"room": folder.judge_room}))
+    assert (finding.name, finding.ok) == ("room", False)
+    assert "n1: [Errno 122] Disk quota exceeded" in finding.text
+
+
+def test_the_partition_says_how_long_a_preempted_job_lives():
+    told = "PartitionName=low\n   State=UP PreemptMode=REQUEUE GraceTime=10 Hidden=NO\n"
+    assert parse_partition(told) == {"at preemption": 10.0}
+    assert parse_partition(told.replace("REQUEUE", "OFF")) == {}
+
+
+def test_the_size_of_a_checkpoint_is_known_before_there_is_one(tmp_path):
+    config = configs.read(
+        RunConfig, write_config(tmp_path, Path("x")), ["model.name=redcnn3d", "model.size=xl"]
+    )
+    assert 250e6 * 16 < checkpoint_bytes(config) < 350e6 * 16  # about 300 M parameters
+
+
+def test_this_machine_is_examined_and_left_clean(tmp_path):
+    config = write_config(tmp_path, Path("x"))
+    done = command("doctor", config, "--write-mib=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [
+        "versions",
+        "GPUs",
+        "clocks",
+        "signals",
+        "interface",
+        "ports",
+        "all-reduce",
+        "shared",
+        "write",
+        "time",
+    ]
+    assert [line.split()[1] for line in done.stdout.splitlines()] == [*names, "room"]
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_mistakes_are_said_before_anything_starts(tmp_path):
+    for arguments, words in (
+        (["doctor", str(tmp_path / "no.yaml")], "no such config file"),
+        (["doctor", "--partition=gpu"], "options of srun"),
+        (["doctor", "a.yaml", "b.yaml"], "one CONFIG"),
+    ):
+        error = CliRunner().invoke(app, arguments).exception
+        assert isinstance(error, UserError)
+        assert words in str(error)

@@ -1,0 +1,116 @@
+"""A sweep's runs and names, what is refused before anything starts, and what TensorBoard makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
+
+from commands import write_config
+from ldct_dist.cluster.sweep import dotted, plan, run_here
+from ldct_dist.errors import UserError
+from stores import make_store
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path, tmp_path / "ct.zarr")
+
+
+def test_every_combination_is_a_run_whose_name_follows_from_its_values(config, tmp_path):
+    sweep = plan(config, ["lr=1e-4,3e-4", "model=unet3d-xs,nafnet3d-xs", "steps=9"])
+    assert [p.config.name for p in sweep.points] == [
+        "lr-0.0001_model-unet3d-xs",
+        "lr-0.0001_model-nafnet3d-xs",
+        "lr-0.0003_model-unet3d-xs",
+        "lr-0.0003_model-nafnet3d-xs",
+    ]
+    last = sweep.points[-1]
+    assert (last.config.optim.lr, last.config.model.name, last.config.steps) == (3e-4, "nafnet3d", 9)
+    assert last.place == {"lr": 3e-4, "model": "nafnet3d-xs"}
+    assert last.folder == tmp_path / "runs" / "run-sweep" / last.config.name
+    assert list(tmp_path.iterdir()) == [config]  # a plan writes nothing
+
+
+def test_a_value_has_one_name_however_it_is_written(config):
+    names = [
+        [p.config.name for p in plan(config, [axis]).points]
+        for axis in ("lr=1e-4,3e-4", "optim.lr=0.0001,.0003")
+    ]
+    assert names[0] == names[1]
+    assert [p.config.name for p in plan(config, ["lr=1e30,1e-30"]).points] == ["lr-1e30", "lr-1e-30"]
+
+
+def test_commas_within_brackets_belong_to_the_value(config):
+    sweep = plan(config, ["crop=[8,24,24],[8,16,16]"])
+    assert [p.config.data.crop for p in sweep.points] == [(8, 24, 24), (8, 16, 16)]
+    assert [p.config.name for p in sweep.points] == ["crop-8-24-24", "crop-8-16-16"]
+
+
+def test_short_keys_are_taken_only_where_they_say_one_thing():
+    assert dotted("lr") == "optim.lr"
+    assert dotted("seed") == "seed"
+    assert dotted("batch") == "data.batch"
+    with pytest.raises(UserError, match=r"which one, .*checkpoint\.every"):
+        dotted("every")
+    with pytest.raises(UserError, match=r"name one of optim\.name"):
+        dotted("optim")
+    with pytest.raises(UserError, match="no such setting"):
+        dotted("learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (["lr=1e-4"], "several values"),
+        (["lr"], "key=value"),
+        (["lr=1e-4,0.0001"], "twice"),
+        (["lr=1e-4,much"], "optim.lr"),
+        (["model=unet3d-s,unet3d-q"], "comes in xs"),
+        (["model=unet3d,nafnet3d"], "its size"),
+    ],
+)
+def test_a_mistake_in_any_run_is_said_before_the_first_starts(config, tmp_path, axes, words):
+    with pytest.raises(UserError, match=words):
+        plan(config, axes)
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def hparams_view(logdir: Path) -> dict[str, dict[str, float]]:
+    """TensorBoard's HParams table as its own backend makes it: metrics by tag, by the run's data.split."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(logdir))))
+    request = api_pb2.ListSessionGroupsRequest(slice_size=100, allowed_statuses=[0, 1, 2, 3])
+    groups = Handler(RequestContext(), context, "", request).run().session_groups
+    return {
+        g.hparams["data.split"].string_value: {m.name.tag: m.value for m in g.metric_values} for g in groups
+    }
+
+
+def test_a_sweep_trains_what_is_not_done_past_what_fails_and_shows_in_one_hparams_view(tmp_path):
+    make_store(tmp_path / "ct.zarr", [(10, 40, 40), (8, 32, 40)], ["train", "val"])
+    config, folder, said = write_config(tmp_path, tmp_path / "ct.zarr"), tmp_path / "runs" / "run-sweep", []
+    sweep = plan(config, ["data.split=nowhere,train"])
+    assert run_here(sweep, config, ranks=1, say=said.append) == 1
+    assert said == [
+        "split-nowhere (1/2): training",
+        "split-nowhere (1/2): ended with exit code 2",
+        "split-train (2/2): training",
+        f"1 of 2 runs done -> {folder}",
+    ]
+    view = hparams_view(folder)
+    assert view.keys() == {"nowhere", "train"}
+    assert view["train"]["train/loss"] > 0
+    assert view["train"]["validation/rmse_hu (ldctbench-abdomen)"] > 0
+    losses, said[:] = (folder / "split-train" / "losses.jsonl").read_text(), []
+    assert run_here(sweep, config, ranks=1, say=said.append) == 1
+    assert said[2] == "split-train (2/2): done already"
+    assert (folder / "split-train" / "losses.jsonl").read_text() == losses
