@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,12 +82,12 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
     templates = Environment(
         loader=PackageLoader("ldct_dist.evaluate.report", ""), autoescape=True, undefined=StrictUndefined
     )
-    patients = {row.patient for row in study.rows}
+    templates.policies["json.dumps_kwargs"] = {}  # do not sort: views and cases come in their own order
     return templates.get_template("page.html").render(
         version=ldct_dist.__version__,
         study=study,
         cases=len({row.case for row in study.rows}),
-        patients=len(patients),
+        patients=len({row.patient for row in study.rows}),
         summaries=[_summary(study, p.name, str(p)) for p in study.protocols],
         physics=_physics(study),
         bias=_bias(study),
@@ -206,19 +207,24 @@ def _curves(study: Study) -> list[str]:
 def _estimate(found: Estimate, digits: int, *, scale: float = 1, sign: bool = False) -> Cell:
     if found.mean is None:
         return Cell(_NONE, "")
-    mean = f"{found.mean * scale:{'+' if sign else ''}.{digits}f}"
-    if found.low is None or found.high is None:
-        return Cell(mean.replace("-", "−"), found.mean)
-    interval = f" [{found.low * scale:.{digits}f}, {found.high * scale:.{digits}f}]"
-    return Cell((mean + interval).replace("-", "−"), found.mean)
+    words = _digits(found.mean * scale, digits, sign)
+    if found.low is not None and found.high is not None:
+        words += f" [{_digits(found.low * scale, digits)}, {_digits(found.high * scale, digits)}]"
+    return Cell(words, found.mean)
 
 
 def _interval(values: Iterable[float]) -> Cell:
     mean, low, high = values
-    return Cell(f"{mean:.3f} [{low:.3f}, {high:.3f}]", mean)
+    return Cell(f"{_digits(mean, 3)} [{_digits(low, 3)}, {_digits(high, 3)}]", mean)
 
 
 def _number(value: float | None, digits: int, *, sign: bool = False) -> Cell:
-    if value is None or value != value:
+    if value is None or not math.isfinite(value):
         return Cell(_NONE, "")
-    return Cell(f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−"), value)
+    return Cell(_digits(value, digits, sign), value)
+
+
+def _digits(value: float, digits: int, sign: bool = False) -> str:
+    """Rounded, with a real minus, and no minus before a zero."""
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", "−")

@@ -1,0 +1,169 @@
+"""The report as a reader meets it: files on disk, and the page in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+from typer.testing import CliRunner
+
+from ldct_dist.cli import app
+from ldct_dist.ct.phantom import body
+from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.models.weights import save_weights
+from ldct_dist.store import layout
+from networks import random_network
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
+
+
+def grainy(clean: Volume, std: float, seed: int) -> Volume:
+    """`clean` with noise that neighbours share, as a soft kernel makes it."""
+    noise = gaussian_filter(np.random.default_rng(seed).normal(size=clean.shape), (0, 0.7, 0.7))
+    hu = np.rint(clean.hu + noise * std / noise.std()).clip(AIR_HU + 1)
+    return Volume(np.where(clean.hu == AIR_HU, AIR_HU, hu).astype(np.int16), clean.spacing)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    layout.create(folder / "ct.zarr")
+    for i, split in enumerate(("train", "test", "test")):
+        full = grainy(body((8, 112, 112), (4.0, 3.0, 3.0), seed=i), 8, seed=i)
+        low = grainy(full, 14, seed=10 + i)
+        layout.write_case(
+            folder / "ct.zarr", f"<case&{i}>", {1.0: full, 0.25: low}, patient=f"patient-{i}", split=split
+        )
+    layout.finalise(folder / "ct.zarr")
+    save_weights(folder / "net.safetensors", random_network("unet3d", gain=0.3))
+    arguments = [
+        "evaluate",
+        str(folder / "net.safetensors"),
+        str(folder / "ct.zarr"),
+        "--out",
+        str(folder / "out"),
+    ]
+    options = ["--baselines", "gaussian,tv", "--lesion-mm", "12", "--cases-shown", "1"]
+    done = CliRunner().invoke(app, arguments + options)
+    assert done.exit_code == 0, done.output
+    return folder / "out"
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_json_holds_every_section_and_no_infinity(report):
+    found = json.loads((report / "results.json").read_text(), parse_constant=refuse)
+    methods = list(found["summary"]["ldctbench-abdomen"])
+    assert methods[0] == "low dose"
+    assert [m.split(" ")[0] for m in methods[1:3]] == ["gaussian", "tv"]
+    assert methods[3].endswith("net.safetensors")
+    for protocol in ("ldctbench-abdomen", "ldctbench-abdomen-3d"):
+        for figures in found["summary"][protocol].values():
+            assert set(figures) == {"rmse_hu", "psnr_db", "ssim", "vif"}
+            assert figures["rmse_hu"]["low"] <= figures["rmse_hu"]["mean"] <= figures["rmse_hu"]["high"]
+    assert abs(found["bias_hu"]["low dose"]["soft"]["mean"]) < 1
+    assert found["physics"]["low dose"]["noise_hu"]["mean"] > found["physics"][methods[2]]["noise_hu"]["mean"]
+    assert found["physics"]["low dose"]["detection"]["low"] > 0
+    assert len(found["physics"]["low dose"]["ttf"]) == 4
+    assert len(found["tests"]["ldctbench-abdomen"]["ssim"]) == 6
+
+
+def test_csv_has_a_line_a_case_and_method(report):
+    lines = list(csv.DictReader((report / "cases.csv").open()))
+    assert len(lines) == 2 * 4
+    assert lines[0]["case"] == "<case&1>"
+    assert float(lines[0]["rmse_hu (ldctbench-abdomen)"]) == pytest.approx(14, rel=0.1)
+
+
+def test_the_page_asks_for_nothing_outside_itself(report):
+    page = (report / "index.html").read_text()
+    assert re.findall(r"""(?:src|href)=["'](?!data:)[^"']*""", page) == []
+    assert "<case&1>" not in page  # names are text, never markup
+    assert sorted(path.name for path in report.iterdir()) == ["cases.csv", "index.html", "results.json"]
+
+
+PROBE = """
+<script>
+const found = {}, opacities = () => [...document.querySelector(".stack").children].map(i => Number(getComputedStyle(i).opacity));
+const slide = value => { wipe.value = value; wipe.dispatchEvent(new Event("input")); };
+const column = n => [...document.querySelector("tbody").rows].map(row => Number(row.cells[n].dataset.value));
+addEventListener("load", () => {
+  found.blends = [0, 0.5, 1, 2].map(value => { slide(value); return opacities(); });
+  found.drawn = [...document.images].every(i => i.complete && i.naturalWidth > 0);
+  found.views = [...view.options].map(o => o.text);
+  const before = document.querySelector(".stack").children[1].src;
+  view.selectedIndex = 2; view.dispatchEvent(new Event("change"));
+  found.changed = document.querySelector(".stack").children[1].src !== before;
+  const button = document.querySelectorAll("th button")[1];
+  button.click(); found.up = column(1);
+  button.click(); found.down = column(1);
+  found.planes = document.querySelectorAll(".stack").length;
+  const told = document.createElement("pre"); told.id = "told"; told.textContent = JSON.stringify(found);
+  document.body.append(told);
+});
+</script>
+"""
+
+
+def browse(page: Path, *options: str) -> tuple[str, str]:
+    """The page's DOM after its scripts have run, and what Chromium logged."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--allow-file-access-from-files", f"--user-data-dir={page.parent}/chromium", "--dump-dom"]
+    done = subprocess.run([*command, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    return done.stdout, done.stderr
+
+
+@needs_chromium
+def test_slider_views_and_sorting_work_without_a_console_error(report, tmp_path):
+    page = tmp_path / "probed.html"
+    page.write_text((report / "index.html").read_text().replace("</body>", PROBE + "</body>"))
+    dom, log = browse(page)
+    assert "CONSOLE" not in log, log
+    found = json.loads(re.search(r'<pre id="told">(.*?)</pre>', dom)[1].replace("&amp;", "&"))
+    assert found["blends"] == [[1, 0, 0], [1, 0.5, 0], [1, 1, 0], [1, 1, 1]]
+    assert found["drawn"]
+    assert found["planes"] == 3
+    assert found["changed"]
+    assert found["views"][0] == "window [−150, 249] HU"
+    assert len(found["views"]) == 5
+    assert found["up"] == sorted(found["up"])
+    assert found["down"] == found["up"][::-1]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_but_tables_scrolls_sideways(report, tmp_path, width):
+    # Chromium's own windows do not get as narrow as a telephone; a frame does.
+    page = tmp_path / "frame.html"
+    page.write_text(
+        f'<iframe src="{(report / "index.html").as_uri()}" style="border:0;width:{width}px;height:900px"></iframe>'
+        '<pre id="told"></pre><script>addEventListener("load", () => {'
+        'const page = document.querySelector("iframe").contentDocument, smallest = Math.min(...[...page.querySelectorAll'
+        '("p, td, th, label, figcaption")].map(e => parseFloat(getComputedStyle(e).fontSize)));'
+        "told.textContent = [page.documentElement.scrollWidth, smallest].join();});</script>"
+    )
+    dom, log = browse(page, f"--window-size={width + 40},1000")
+    assert "CONSOLE" not in log, log
+    wide, smallest = map(float, re.search(r'<pre id="told">(.*?)</pre>', dom)[1].split(","))
+    assert wide <= width
+    assert smallest >= 12
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    save_weights(tmp_path / "net.safetensors", random_network("unet3d"))
+    layout.create(tmp_path / "ct.zarr")
+    layout.finalise(tmp_path / "ct.zarr")
+    arguments = ["evaluate", str(tmp_path / "net.safetensors"), str(tmp_path / "ct.zarr")]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "file" / "report")])
+    assert "not a folder that can be written to" in str(done.exception)
