@@ -12,6 +12,8 @@ rss_growth_mib     growth of memory between the 1,000th and the 10,000th batch
 open_10k_vs_10     time to open a store of 10,000 cases and get the first batch, over the same with 10 cases
 resume_1m_vs_0     time to the first batch at step 1,000,000, over that at step 0
 read_amplification voxels decoded over distinct voxels used, at the defaults
+staged_opens       files of the store opened for 100 batches, once all is copied to a disk of the node
+staged_first_vs_plain  time to the first batch beside which copying begins and ends, over that without copies
 rows               the same contest for each crop, with all figures
 """
 
@@ -51,6 +53,7 @@ FACTS = {
     "opening": lambda: facts.opening(CACHE),
     "resuming": lambda: facts.resuming(CACHE),
     "reading": lambda: facts.reading(CACHE),
+    "staging": lambda: facts.staging(CACHE),
 }
 
 

@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import DataConfig, Plan
+from ldct_dist.data.stage import Copier, StagedStore
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Region, Store
 from ldct_dist.store.record import case_metadata
+from ldct_dist.world import World
 from loaders import volumes
 
 MIB = 1 << 20
@@ -101,8 +104,7 @@ def reading(cache: Path) -> dict[str, float]:
                 seen[_inside(crop.start, plan.config.crop, crop.block.region)] = True
             decoded, distinct = decoded + seen.size, distinct + int(seen.sum())
 
-    opened: list[str] = []
-    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    opened = _opened_files()
     bytes_before = _bytes_read()
     with Loader(plan) as loader:
         for step in range(4 * k):
@@ -116,6 +118,35 @@ def reading(cache: Path) -> dict[str, float]:
         "bytes_read_per_voxel": bytes_read / store.voxels,
         "opens_per_block": opens / (store.voxels / 2 / plan.blocks.mean_voxels),
     }
+
+
+def staging(cache: Path) -> dict[str, float]:
+    """What copies on the node's own disk cost at the start, and what of the store is still opened afterwards."""
+    source, config = _small_store(cache, 10), DataConfig(crop=SMALL, reuse=1.0)
+
+    def first_batch(stage: Path | None) -> Callable[[], None]:
+        def run() -> None:
+            if stage is not None:
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir()
+            store = StagedStore(source, str(stage) if stage else None, say=lambda line: None)
+            plan = Plan(store, config, seed=0)
+            with store.staging(plan, World(), range(100), []), Loader(plan) as loader:
+                loader.batch(0)
+
+        return run
+
+    with TemporaryDirectory(dir=cache) as folder:
+        plain_s, staged_s = _medians(first_batch(None), first_batch(Path(folder, "stage")))
+        store = StagedStore(source, folder, say=lambda line: None)
+        assert store.copies is not None
+        Copier(store, store.copies, print).copy((c.name, dose) for c in store.cases for dose in c.doses)
+        opened = _opened_files()
+        with Loader(Plan(store, config, seed=0)) as loader:
+            for step in range(100):
+                loader.batch(step)
+        opens = sum(str(source) in name for name in opened)
+    return {"staged_first_s": staged_s, "staged_first_vs_plain": staged_s / plain_s, "staged_opens": opens}
 
 
 def evenness(cache: Path, crop: tuple[int, int, int], views: int = 30) -> dict[str, float]:
@@ -172,6 +203,13 @@ def _medians(*runs: Callable[[], None], repeats: int = 7) -> list[float]:
             run()
             taken.append(time.perf_counter() - start)
     return [statistics.median(t) for t in times]
+
+
+def _opened_files() -> list[str]:
+    """The files that this process opens from now on: the list grows."""
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    return opened
 
 
 def _bytes_read() -> int:
