@@ -22,10 +22,13 @@ from ldct_dist.errors import UserError
 from ldct_dist.train.config import RunConfig
 from ldct_dist.world import World
 
-CHANGEABLE = ("steps", "runs", "micro_batch", "threads", "validation", "checkpoint", "log", "time_limit_s")
-"""Keys that may differ when a run goes on: they change neither the samples nor the arithmetic of a step
-(steps bends the rest of the learning-rate curve, which is what a user who changes it asks for)."""
-CHANGEABLE_DATA = ("data.threads", "data.memory_mib", "data.stage", "store")
+CHANGEABLE = (
+    *("steps", "store", "runs", "data.threads", "data.memory_mib", "data.stage", "micro_batch", "threads"),
+    *("validation", "checkpoint", "log", "guard", "time_limit_s", "grace_s", "hang_s"),
+)
+"""Keys, or whole sections, that may differ when a run goes on: they change neither the samples nor, but for
+rounding, the arithmetic of a step (steps bends the rest of the learning-rate curve, which is what a user who
+changes it asks for)."""
 CODE_PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "pydicom", "ldct_dist")
 
 
@@ -54,7 +57,7 @@ class RunFolder:
         Raises UserError if a key changed that would make it another run.
         """
         changed = list(self._changes(config)) if self.config.exists() else []
-        changeable = tuple(f"{key}." for key in (*CHANGEABLE, *CHANGEABLE_DATA))
+        changeable = tuple(f"{key}." for key in CHANGEABLE)
         refused = [line for key, line in changed if not f"{key}.".startswith(changeable)]
         if refused:
             raise UserError(

@@ -24,7 +24,7 @@ class TrainState:
     best: float | None = None
     """lowest validation RMSE so far, HU"""
     validated: tuple[int, float | None] | None = None
-    """step of the latest validation, and its RMSE in HU; None where it was not finite"""
+    """step of the latest validation, and its RMSE in HU; None where it has none"""
 
     @property
     def position(self) -> int:
@@ -58,17 +58,17 @@ class TrainState:
             "moved": self.moved,
             "guard": asdict(self.guard),
             "best": self.best,
+            "validated": self.validated,
             "validation": self.validated[1] if self.validated is not None and self.is_validated else None,
         }
 
     @classmethod
     def of(cls, counters: dict[str, Any]) -> TrainState:
-        step, rmse_hu = counters["step"], counters["validation"]
         return cls(
             store=counters["store"],
-            step=step,
+            step=counters["step"],
             moved=counters["moved"],
             guard=Guard(**counters["guard"]),
             best=counters["best"],
-            validated=None if rmse_hu is None else (step, rmse_hu),
+            validated=tuple(counters["validated"]) if counters["validated"] is not None else None,
         )

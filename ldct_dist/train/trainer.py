@@ -103,6 +103,7 @@ class Trainer:
         """Go to the newest valid checkpoint, or to the first weights."""
         self._enter("taking up a checkpoint", SLOW)
         self.state = self.checkpoints.take_up()
+        self._began = self.state.step
         self.monitor.rewind(self.state.step)
 
     def advance(self) -> Ending | None:
@@ -163,7 +164,7 @@ class Trainer:
         if state.step > 0 and state.step % config.validation.every == 0 and not state.is_validated:
             validated = self._validate()
             if validated is None:
-                return self._leave()
+                return self._leave(in_validation=True)
             improved = state.note_validation(validated.rmse_hu)
         self._enter("saving", SLOW)
         if improved:
@@ -225,8 +226,15 @@ class Trainer:
             self.monitor.validation(self.state.step, done, protocol_named(config.protocol))
         return done
 
-    def _leave(self) -> Ending:
-        """All ranks have agreed to stop at this step: save, commit, and say how to go on."""
+    def _leave(self, in_validation: bool = False) -> Ending:
+        """All ranks have agreed to stop at this step: save, commit, and say how to go on.
+
+        The next start makes up for a validation that was cut short, but only once: a job that is too short for
+        it is to come to its next step all the same.
+        """
+        if in_validation and self.state.step == self._began:
+            self.state.note_validation(None)
+            self.checkpoints.save(self.state)
         self._enter("saving before the stop", SLOW)
         outcome, step = self.checkpoints.commit(self.state), self.state.step
         if outcome is not None and outcome.error is not None:

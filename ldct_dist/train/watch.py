@@ -65,8 +65,8 @@ class Watch:
     Use it as a context manager around all work in which ranks wait for each other. The main thread says
     where it is by `enter`; within a long phase, any thread shows by `tick` that it moves. Time is counted in
     looks, and a look counts only if this rank could write its own beat: a file system that stalls for all,
-    or a machine that was suspended, makes nobody suspicious. Every rank names the one that stopped, with its
-    step and phase, within 1.5 times `hang_s`; the stacks of its own threads go to `folder`.
+    or a machine that was suspended, makes nobody suspicious. Every rank names the one that stopped, with the
+    step and phase it was last seen in, within 1.5 times `hang_s`; the stacks of its own threads go to `folder`.
     """
 
     def __init__(self, folder: Path, hang_s: float, world: World) -> None:
@@ -138,23 +138,26 @@ class Watch:
         """Which rank has stopped, and where; None if none has."""
         silent = [rank for rank, s in seen.items() if s.silent >= LOOKS]
         if silent:
-            return f"{self._where(silent, seen)} has not answered for {self.hang_s:g} s"
+            return f"no answer for {self.hang_s:g} s from {self._where(silent, seen)}"
         behind = min(s.beat.phases for s in seen.values())
         last = [rank for rank, s in seen.items() if s.beat.phases == behind]
         patience = seen[last[0]].beat.patience
         if all(seen[rank].stuck >= LOOKS * patience for rank in last):
-            return f"{self._where(last, seen)} has not moved for {patience * self.hang_s:g} s"
+            return f"no progress for {patience * self.hang_s:g} s on {self._where(last, seen)}"
         return None
 
     def _where(self, ranks: list[int], seen: dict[int, Seen]) -> str:
         beats = {rank: seen[rank].beat for rank in ranks}
-        return " and ".join(f"{self._names[r]} (step {b.step}, {b.phase})" for r, b in beats.items())
+        return " and ".join(
+            f"{self._names[r]} (last seen at step {b.step}, {b.phase})" for r, b in beats.items()
+        )
 
     def _leave(self, fault: str) -> NoReturn:
         faulthandler.dump_traceback(self._file)
         line = (
-            f"{fault}; {self.world.name} leaves with exit code {Ending.HUNG:d}: start the same command again to go "
-            f"on from the last checkpoint. Stacks of all threads: {self._stacks}\n"
+            f"{fault}; {self.world.name} (at step {self._step}, {self._phase}) leaves with exit code {Ending.HUNG:d}: "
+            "start the same command again to go on from the last checkpoint. Stacks of its threads: "
+            f"{self._stacks}\n"
         )
         os.write(2, line.encode())  # not by print, whose lock the main thread may hold
         time.sleep(2 * self.hang_s / LOOKS)  # the others shall see for themselves, not a peer that left

@@ -76,7 +76,10 @@ def test_skipped_steps_change_nothing_are_counted_and_named(unbroken):
 def test_killed_after_going_back_it_is_bitwise_the_unbroken_run(store, unbroken, tmp_path):
     config = write_config(tmp_path, store)
     run = tmp_path / "runs" / "run"
-    for ready in (lambda lines: len(lines) > 8, lambda lines: any(not line["applied"] for line in lines[40:])):
+    for ready in (
+        lambda lines: len(lines) > 8,
+        lambda lines: any(not line["applied"] for line in lines[40:]),
+    ):
         with ForkedRanks(config, *OPTIONS, f"steps={STEPS}", plant=planted) as running:
             running.wait_until(lambda r=ready: (run / "losses.jsonl").exists() and r(losses(run)))
             running.signal(signal.SIGKILL)

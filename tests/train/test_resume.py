@@ -109,7 +109,9 @@ def test_more_or_fewer_ranks_go_on_with_the_same_samples(
     assert f"sums are added in another order than before (ranks {before}, now {after}" in log
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_numbers_of_ranks_that_would_do(store, tmp_path):
+def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_numbers_of_ranks_that_would_do(
+    store, tmp_path
+):
     config = write_config(tmp_path, store)
     assert fork(config, ranks=3) == [2, 2, 2]
     assert "cannot be shared evenly by 3 ranks; it can by 1, 2, 4" in config.with_suffix(".log").read_text()
@@ -145,6 +147,10 @@ def test_any_other_key_is_refused_with_the_difference_and_the_way_out(store, tmp
     before = config.with_suffix(".log").read_text()
     assert fork(config, "optim.lr=0.5", "data.batch=2", "precision=bf16", ranks=1) == [2]
     (line,) = config.with_suffix(".log").read_text().removeprefix(before).splitlines()
-    for difference in ("optim.lr was 0.001, now 0.5", "data.batch was 4, now 2", "precision was fp32, now bf16"):
+    for difference in (
+        "optim.lr was 0.001, now 0.5",
+        "data.batch was 4, now 2",
+        "precision was fp32, now bf16",
+    ):
         assert difference in line
     assert "init_from=" in line
