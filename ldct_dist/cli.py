@@ -300,28 +300,50 @@ def doctor_rank(
     raise typer.Exit(0 if rank(folder, run, grace, write_mib, report) else 1)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def sweep(
     config: Annotated[Path, typer.Argument(help="The YAML that the runs share")],
     axes: Annotated[
         list[str],
-        typer.Argument(metavar="KEY=VALUE[,VALUE]...", help="Such as lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s"),
+        typer.Argument(
+            metavar="KEY=VALUE[,VALUE]... [--SBATCH-OPTION=VALUE]...",
+            help="Such as lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --partition=gpu",
+        ),
     ],
-    ranks: Annotated[int, typer.Option(help="Ranks of each run")] = 1,
+    cluster: Annotated[
+        str, typer.Option(help="slurm: one array job; local: here, one after the other")
+    ] = "slurm",
+    nodes: Annotated[int, typer.Option(help="Nodes of each run (slurm)")] = 1,
+    tasks: Annotated[int, typer.Option(help="Ranks a node: as many as it has GPUs")] = 1,
 ) -> None:
     """Train every combination of the given values; TensorBoard's HParams view holds them side by side.
 
     A key is dotted (optim.lr) or its last part where only one ends so (lr); model=unet3d-s is a network and its
-    size. The same sweep again goes on with the runs that are not done.
+    size. The same sweep again goes on with the runs that are neither done nor queued.
 
-    Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s
+    Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --tasks 4
+    --gpus-per-node=4 --time=24:00:00
     """
+    from ldct_dist.cluster.array import submit_array
     from ldct_dist.cluster.sweep import plan, run_here
 
-    planned = plan(config, axes)
-    console.print(f"{len(planned.points)} runs -> {planned.folder}")
-    code = run_here(planned, config, ranks, say=lambda line: console.print(line, markup=False))
-    console.print(f"side by side: tensorboard --logdir {planned.folder}, under HParams", markup=False)
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    options = [a for a in axes if a.startswith("-")]
+    if cluster not in ("slurm", "local") or (options and cluster == "local"):
+        raise UserError(
+            f"--cluster {cluster}: slurm, or local without options of sbatch ({' '.join(options)})"
+        )
+    planned = plan(config, [a for a in axes if not a.startswith("-")])
+    say(f"{len(planned.points)} runs -> {planned.folder}")
+    code = 0
+    if cluster == "local":
+        code = run_here(planned, config, tasks, say)
+    else:
+        job = submit_array(planned, [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *options], say)
+        say(f"job {job}; how it goes: ldct-dist status {planned.folder}" if job else "nothing is left to do")
+    say(f"side by side: tensorboard --logdir {planned.folder}, under HParams")
     raise typer.Exit(code)
 
 

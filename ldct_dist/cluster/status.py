@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,19 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; name a run, or a folder of runs")
-        here = (
-            [path] if is_run(path) else sorted(p for p in [*path.glob("*"), *path.glob("*/*")] if is_run(p))
-        )
+        here = list(_runs_in(path, depth=2))
         if not here:
             raise UserError(f"{path}: no run in this folder; name a run, or a folder of runs")
         found.update(dict.fromkeys(here))
     return list(found)
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+    elif depth > 0:
+        for below in sorted(p for p in folder.iterdir() if p.is_dir()):
+            yield from _runs_in(below, depth - 1)
 
 
 @dataclass(frozen=True)

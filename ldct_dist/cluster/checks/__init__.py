@@ -66,7 +66,7 @@ def examine(probe: Probe, check: Check) -> list[Finding]:
     try:
         seen, fault = check.look(probe), None
     except OSError as e:
-        seen, fault = None, str(e)
+        seen, fault = None, e.strerror or str(e)
     answers = probe.world.gather((seen, fault))
     if not probe.world.is_main:
         return []

@@ -62,13 +62,18 @@ def look_write(probe: Probe) -> float:
     path, block = probe.folder / f"data-{probe.world.rank}", os.urandom(_MIB)
     probe.world.gather(None)
     start = time.perf_counter()
-    with open(path, "wb") as f:
-        for _ in range(probe.write_mib):
-            f.write(block)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(path, "wb") as f:
+            for _ in range(probe.write_mib):
+                f.write(block)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise OSError(e.errno, f"{e.strerror}: make room, or choose another folder (--runs)") from e
     file_sha256(path)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
 
 
 def judge_write(probe: Probe, seen: list[float]) -> Verdict:
@@ -82,7 +87,8 @@ def judge_save(probe: Probe, seen: list[float]) -> Verdict:
     # A quarter of a checkpoint (the weights) is one file, and a file is written by one rank.
     share = max(probe.checkpoint_bytes / len(seen), probe.checkpoint_bytes / 4)
     seconds = share / (probe.write_mib * _MIB / max(seen))
-    text = f"about {seconds:.1f} s for {size(probe.checkpoint_bytes)}"
+    took = f"about {seconds:.1f} s" if seconds >= 0.1 else "under 0.1 s"
+    text = f"{took} for {size(probe.checkpoint_bytes)}"
     short = [f"there are only {s:g} s {occasion}" for occasion, s in probe.grace.items() if s < seconds]
     if short:
         return (
@@ -124,8 +130,7 @@ def reserve(path: Path, size_bytes: int) -> None:
     if failed and number != errno.EOPNOTSUPP:
         raise OSError(
             number,
-            f"{os.strerror(number)}: {size(size_bytes)} of checkpoints do not fit",
-            str(path.parent.parent),
+            f"{os.strerror(number)}: {size(size_bytes)} of checkpoints do not fit; make room, or keep fewer (checkpoint.keep_last)",
         )
 
 
