@@ -107,12 +107,13 @@ def _encoded(
 
 def _stored(source: Slice, hu: np.ndarray) -> np.ndarray:
     """The stored values that mean `hu`, the source's own wherever nothing changed."""
-    wanted = np.rint((np.maximum(hu, AIR_HU) - source.intercept) / source.slope)
-    wanted = np.clip(wanted, source.low, source.high).astype(np.int32)
-    if source.pad:
-        above, below = source.pad[1] + 1, source.pad[0] - 1
-        collides = (wanted >= source.pad[0]) & (wanted <= source.pad[1])
-        wanted[collides] = above if above <= source.high else below
+    meaning, pad = source.meaning, source.meaning.pad
+    wanted = np.rint((np.maximum(hu, AIR_HU) - meaning.intercept) / meaning.slope)
+    wanted = np.clip(wanted, meaning.low, meaning.high).astype(np.int32)
+    if pad:
+        above, below = pad[1] + 1, pad[0] - 1
+        collides = (wanted >= pad[0]) & (wanted <= pad[1])
+        wanted[collides] = above if above <= meaning.high else below
     return np.where((hu == source.hu) | source.padding, source.stored, wanted)
 
 
@@ -178,14 +179,15 @@ def _code(value: str, meaning: str) -> Dataset:
 
 def set_pixels(ds: Dataset, source: Slice, stored: np.ndarray) -> None:
     """Put `stored` (y, x), values of the stored type of `source`, into `ds`, native, with what describes them."""
-    vr = "SS" if source.low < 0 else "US"
-    pixels = stored.astype("<i2" if source.low < 0 else "<u2")
+    signed, pad = source.meaning.low < 0, source.meaning.pad
+    vr = "SS" if signed else "US"
+    pixels = stored.astype("<i2" if signed else "<u2")
     ds.add_new("PixelData", "OW", pixels.tobytes())
     if source.lossy and "LossyImageCompression" not in ds:
         ds.LossyImageCompression = "01"  # once lost, always said
     described = {"SmallestImagePixelValue": int(pixels.min()), "LargestImagePixelValue": int(pixels.max())}
-    if source.pad:
-        described |= {"PixelPaddingValue": source.pad[0], "PixelPaddingRangeLimit": source.pad[1]}
+    if pad:
+        described |= {"PixelPaddingValue": pad[0], "PixelPaddingRangeLimit": pad[1]}
     for keyword, value in described.items():
         if keyword in ds:
             ds.add_new(keyword, vr, value)

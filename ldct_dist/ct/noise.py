@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import correlate1d, gaussian_filter1d, uniform_filter
 
+from ldct_dist.ct.volume import Volume
+
 SOFT_TISSUE_HU = (0.0, 120.0)
 """Local means taken for soft tissue: muscle, liver, spleen, blood, with and without contrast."""
 
 _WINDOW_MM = 6.0
 _MIN_WINDOW = 5  # voxels
 _FLAT = 0.1
+_SAMPLED_SLICES = 4
 _MIN_WINDOWS = 500  # fewer make no histogram
 
 
@@ -56,6 +59,13 @@ def local_moments(hu: np.ndarray, spacing: tuple[float, float, float]) -> LocalM
         variance=(uniform_filter(rough * rough, size) - plane).clip(min=0),
         neighbour=uniform_filter((below + beside) / 2, size) - plane,
     )
+
+
+def sampled_moments(volume: Volume) -> LocalMoments:
+    """Moments of a few slices from all over the volume: enough to tell its noise and its mean tissue."""
+    count = min(_SAMPLED_SLICES, len(volume.hu))
+    slices = (np.arange(count) * 2 + 1) * len(volume.hu) // (2 * count)
+    return local_moments(volume.hu[slices], volume.spacing)
 
 
 def _slope_variance(hu: np.ndarray, axis: int, size: tuple[int, ...]) -> np.ndarray:

@@ -7,6 +7,7 @@ PixelPaddingValue, up to PixelPaddingRangeLimit where that is given (C.7.5.1.1.2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,28 +36,57 @@ _DECODER = {
     uid.RLELossless: "pydicom",
 }
 
+_HIGHEST_HU = np.iinfo(np.int16).max
+
 _LOSSY = (uid.JPEG2000, uid.HTJ2K, uid.JPEGLSNearLossless, uid.JPEGExtended12Bit)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What each of the 65536 patterns of 16 bits means in one slice, as tables indexed by the pattern.
+
+    stored: int32, the stored value. hu: int16, AIR_HU where padding or below AIR_HU. padding: bool.
+    sound: bool, False for a pattern that refuses the slice it occurs in.
+    low, high: the stored range. pad: the range PixelPaddingValue takes, if any.
+    """
+
+    stored: np.ndarray
+    hu: np.ndarray
+    padding: np.ndarray
+    sound: np.ndarray
+    slope: float
+    intercept: float
+    low: int
+    high: int
+    pad: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class Slice:
     """One slice: what is stored in the file at `path` and what it means.
 
-    stored: (y, x) int32, the stored values. hu: (y, x) int16, AIR_HU where padding or below AIR_HU.
-    padding: (y, x) bool. low, high: the stored range. pad: the range PixelPaddingValue takes, if any.
-    lossy: whether the file's compression may have changed values.
+    patterns: (y, x) uint16, the bits as stored. lossy: whether the file's compression may have changed values.
     """
 
     path: Path
-    stored: np.ndarray
-    hu: np.ndarray
-    padding: np.ndarray
-    slope: float
-    intercept: float
-    low: int
-    high: int
-    pad: tuple[int, int] | None
+    patterns: np.ndarray
+    meaning: Meaning
     lossy: bool
+
+    @cached_property
+    def hu(self) -> np.ndarray:
+        """(y, x) int16, AIR_HU where padding or below AIR_HU."""
+        return self.meaning.hu[self.patterns]
+
+    @cached_property
+    def stored(self) -> np.ndarray:
+        """(y, x) int32, the stored values."""
+        return self.meaning.stored[self.patterns]
+
+    @cached_property
+    def padding(self) -> np.ndarray:
+        """(y, x) bool."""
+        return self.meaning.padding[self.patterns]
 
 
 def read_slice(path: Path) -> tuple[Dataset, Slice]:
@@ -73,17 +103,27 @@ def read_slice(path: Path) -> tuple[Dataset, Slice]:
                 uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
             )
     bits, signed = _sample_format(path, ds)
-    stored = _sign_extended(_decode(path, ds), bits, signed)
-    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     slope, intercept = rescale(path, number(ds, "RescaleSlope"), number(ds, "RescaleIntercept"))
-    pad = _pad_range(ds, signed)
-    tagged = (stored >= pad[0]) & (stored <= pad[1]) if pad else np.zeros(stored.shape, bool)
+    meaning = _meaning(bits, signed, slope, intercept, _pad_range(ds, signed))
+    slice_ = Slice(path, _decode(path, ds), meaning, ds.file_meta.TransferSyntaxUID in _LOSSY)
+    _refuse_unsound(slice_)
+    return ds, slice_
+
+
+@lru_cache(16)  # the slices of a series share one
+def _meaning(
+    bits: int, signed: bool, slope: float, intercept: float, pad: tuple[int, int] | None
+) -> Meaning:
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    stored = _sign_extended(patterns.view(np.int16) if signed else patterns, bits, signed)
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     hu = np.rint(stored * slope + intercept)
+    tagged = (stored >= pad[0]) & (stored <= pad[1]) if pad else np.zeros(stored.shape, bool)
     padding = tagged | (hu <= FILLER_HU)
-    _refuse_unsound(path, stored[~tagged], hu, tagged, (low, high))
-    hu = np.where(padding, AIR_HU, np.maximum(hu, AIR_HU)).astype(np.int16)
-    lossy = ds.file_meta.TransferSyntaxUID in _LOSSY
-    return ds, Slice(path, stored, hu, padding, slope, intercept, low, high, pad, lossy)
+    within = tagged | (stored >= low) & (stored <= high)
+    sound = within & ~(tagged & (hu > TISSUE_HU)) & (hu <= _HIGHEST_HU)
+    clipped = np.where(padding, AIR_HU, np.clip(hu, AIR_HU, _HIGHEST_HU)).astype(np.int16)
+    return Meaning(stored, clipped, padding, sound, slope, intercept, low, high, pad)
 
 
 def rescale(where: object, slope: float | None, intercept: float | None) -> tuple[float, float]:
@@ -116,6 +156,7 @@ def _sample_format(path: Path, ds: Dataset) -> tuple[int, bool]:
 
 
 def _decode(path: Path, ds: Dataset) -> np.ndarray:
+    """(y, x) uint16, the bits as stored."""
     if "PixelData" not in ds:
         raise UserError(f"{path}: no pixel data, or truncated; export the file again")
     syntax = ds.file_meta.TransferSyntaxUID
@@ -128,7 +169,7 @@ def _decode(path: Path, ds: Dataset) -> np.ndarray:
         pixels = pixel_array(
             ds, index=0, raw=True, correct_unused_bits=False, decoding_plugin=_DECODER.get(syntax, "")
         )
-    return pixels.astype(np.int32)
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False).view(np.uint16)
 
 
 def _ends(ds: Dataset) -> bool:
@@ -137,11 +178,10 @@ def _ends(ds: Dataset) -> bool:
 
 
 def _sign_extended(stored: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Some writers leave the unused high bits of negative values zero; the sign bit is BitsStored's top bit."""
-    if not signed:
-        return stored
+    """int32. Some writers leave the unused high bits of negative values zero; the sign bit is BitsStored's top bit."""
+    stored = stored.astype(np.int32)
     folded = (stored >= 1 << bits - 1) & (stored < 1 << bits)
-    return np.where(folded, stored - (1 << bits), stored).astype(np.int32)
+    return np.where(folded, stored - (1 << bits), stored) if signed else stored
 
 
 def _pad_range(ds: Dataset, signed: bool) -> tuple[int, int] | None:
@@ -158,20 +198,25 @@ def _as_stored(value: float, signed: bool) -> int:
     return value - 0x10000 if signed and value > 0x7FFF else value
 
 
-def _refuse_unsound(
-    path: Path, real: np.ndarray, hu: np.ndarray, tagged: np.ndarray, limits: tuple[int, int]
-) -> None:
-    if real.size and (real.min() < limits[0] or real.max() > limits[1]):
+def _refuse_unsound(slice_: Slice) -> None:
+    path, meaning = slice_.path, slice_.meaning
+    if meaning.sound.all() or meaning.sound[slice_.patterns].all():
+        return
+    present = meaning.stored[np.bincount(slice_.patterns.ravel(), minlength=1 << 16).nonzero()]
+    low, high, pad = meaning.low, meaning.high, meaning.pad
+    tagged = (present >= pad[0]) & (present <= pad[1]) if pad else np.zeros(present.shape, bool)
+    real, hu = present[~tagged], np.rint(present * meaning.slope + meaning.intercept)
+    if real.size and (real.min() < low or real.max() > high):
         raise UserError(
             f"{path}: stored values {real.min()} to {real.max()} lie beyond BitsStored "
-            f"({limits[0]} to {limits[1]}); correct the header or export the file again"
+            f"({low} to {high}); correct the header or export the file again"
         )
     if tagged.any() and hu[tagged].max() > TISSUE_HU:
         raise UserError(
             f"{path}: PixelPaddingValue marks {hu[tagged].max():g} HU, which tissue has too; "
             "remove or correct that tag"
         )
-    if hu.max() > np.iinfo(np.int16).max:
+    if hu.max() > _HIGHEST_HU:
         raise UserError(
             f"{path}: {hu.max():g} HU does not fit 16 bits; check RescaleSlope and RescaleIntercept"
         )

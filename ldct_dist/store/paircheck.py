@@ -13,7 +13,8 @@ from ldct_dist.ct.dicom import Series
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 
-_SLAB = 16  # slices in the middle of the volume that are looked at
+_SLAB = 16  # slices in the middle of the volume whose shift is looked at
+_WIDTH = 256  # pixels of the middle of each slice: the body, and Fourier transforms that cost little
 _BODY_WINDOW_HU = (-200.0, 300.0)  # keeps air, couch and bone from ruling the correlation
 _SUBVOXEL = 20  # shifts are measured to a twentieth of a voxel
 
@@ -51,10 +52,10 @@ def check_grid(full: Series, low: Series, limits: PairCheckConfig) -> None:
         )
 
 
-def check_images(full: Volume, low: Volume, limits: PairCheckConfig) -> None:
+def check_images(full: Volume, low: Volume, moments: noise.LocalMoments, limits: PairCheckConfig) -> None:
     """Raises UserError, with the measured number, unless both volumes, on one grid, show the same.
 
-    HU and noise are compared where there is enough soft tissue to measure them.
+    moments: the sampled moments of `full`. HU and noise are compared where there is enough soft tissue to measure them.
     """
     shift = residual_shift(full, low)
     if np.abs(shift).max() > limits.shift_voxels:
@@ -63,17 +64,17 @@ def check_images(full: Volume, low: Volume, limits: PairCheckConfig) -> None:
             f"the images are shifted by ({z:.2f}, {y:.2f}, {x:.2f}) voxels (z, y, x) against each other "
             f"(limit {limits.shift_voxels:g}, pairing.check.shift_voxels)"
         )
-    moments = [noise.local_moments(_slab(volume), volume.spacing) for volume in (full, low)]
-    where = noise.homogeneous(moments[0])
+    where = noise.homogeneous(moments)
     if where is None:
         return
-    offset = float(np.median((moments[1].mean - moments[0].mean)[where]))
+    others = noise.sampled_moments(low)
+    offset = float(np.median((others.mean - moments.mean)[where]))
     if abs(offset) > limits.offset_hu:
         raise UserError(
             f"soft tissue differs by {offset:+.1f} HU at low dose (limit {limits.offset_hu:g} HU, "
             "pairing.check.offset_hu)"
         )
-    std_full, std_low = (float(np.sqrt(np.median(m.variance[where]))) for m in moments)
+    std_full, std_low = (float(np.sqrt(np.median(m.variance[where]))) for m in (moments, others))
     if std_low < limits.noise_ratio * std_full:
         raise UserError(
             f"the low dose is less noisy ({std_low:.1f} HU) than the full dose ({std_full:.1f} HU): swapped? "
@@ -97,8 +98,11 @@ def residual_shift(full: Volume, low: Volume) -> np.ndarray:
 
 
 def _slab(volume: Volume) -> np.ndarray:
-    start = max(0, (len(volume.hu) - _SLAB) // 2)
-    return volume.hu[start : start + _SLAB].astype(np.float32)
+    middle = []
+    for size, width in zip(volume.hu.shape, (_SLAB, _WIDTH, _WIDTH), strict=True):
+        start = max(0, (size - width) // 2)
+        middle.append(slice(start, start + width))
+    return volume.hu[tuple(middle)].astype(np.float32)
 
 
 def _corners(series: Series) -> np.ndarray:

@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from ldct_dist.ct import noise
 from ldct_dist.ct.dicom import Series, read_series
 from ldct_dist.ct.dose import DoseConfig, simulate_low_dose
@@ -18,8 +16,6 @@ from ldct_dist.store.paircheck import PairCheckConfig, check_images
 from ldct_dist.store.pairing import Pair
 from ldct_dist.store.privacy import identifying_words, keyed_hash, scrubbed
 from ldct_dist.store.record import read_record
-
-_NOISE_SLICES = 8  # on these the noise of a volume is measured
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def make_case(task: Task) -> str | None:
     Raises OSError if the store cannot be written.
     """
     try:
-        doses = _volumes(task)
+        doses, moments = _volumes(task)
         layout.write_case(
             task.store,
             task.name,
@@ -92,7 +88,7 @@ def make_case(task: Task) -> str | None:
             patient=task.patient,
             split=task.split,
             provenance=task.provenance,
-            noise_hu=_noise_hu(doses[1.0]),
+            noise_hu=_noise_hu(moments),
         )
     except UserError as e:
         return str(e)
@@ -101,10 +97,14 @@ def make_case(task: Task) -> str | None:
     return None
 
 
-def _volumes(task: Task) -> dict[float, Volume]:
-    """The case's volumes by dose fraction. Raises UserError if one is unsound or they are no pair."""
+def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments]:
+    """The case's volumes by dose fraction, and some moments of the full dose.
+
+    Raises UserError if a volume is unsound or they are no pair.
+    """
     pair = task.pair
     full = read_series(pair.full)
+    moments = noise.sampled_moments(full)
     if pair.low is None:
         try:
             low = simulate_low_dose(full, task.dose, task.seed, task.simulation)
@@ -113,18 +113,16 @@ def _volumes(task: Task) -> dict[float, Volume]:
     else:
         low = read_series(pair.low)
         try:
-            check_images(full, low, task.check)
+            check_images(full, low, moments, task.check)
         except UserError as e:
             raise UserError(f"{pair.name or pair.full.name}: {e}") from e
     words = identifying_words(pair.full.paths[0], pair.patient)
     acquisition = scrubbed(full.acquisition, words)
-    return {1.0: replace(full, acquisition=acquisition), task.dose: low}
+    return {1.0: replace(full, acquisition=acquisition), task.dose: low}, moments
 
 
-def _noise_hu(volume: Volume) -> float | None:
+def _noise_hu(moments: noise.LocalMoments) -> float | None:
     """Standard deviation of the noise in soft tissue, HU; None where there is too little of it to tell."""
-    some = np.linspace(0, len(volume.hu) - 1, min(_NOISE_SLICES, len(volume.hu))).round().astype(int)
-    moments = noise.local_moments(volume.hu[some], volume.spacing)
     where = noise.homogeneous(moments)
     return None if where is None else round(noise.noise_std(moments, where), 2)
 
