@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ class World:
         return box[0]
 
     def agree(self, act: Callable[[], T]) -> T:
-        """`act` on rank 0 alone; its result on every rank, or its UserError."""
+        """`act` on rank 0 alone; its result on every rank. After a UserError all end, as `refuse` says."""
         result, error = None, None
         if self.is_main:
             try:
@@ -91,8 +91,20 @@ class World:
                 error = str(e)
         result, error = self.broadcast((result, error))
         if error is not None:
-            raise UserError(error)
+            self.refuse(error)
         return result
+
+    def each(self, act: Callable[[], T]) -> T:
+        """`act` on every rank, its own result on each. After a UserError on any rank all end, as `refuse` says."""
+        result, error = None, None
+        try:
+            result = act()
+        except UserError as e:
+            error = str(e)
+        errors = [e for e in self.gather(error) if e is not None]
+        if errors:
+            self.refuse(errors[0])
+        return cast(T, result)
 
     def refuse(self, message: str) -> NoReturn:
         """End all ranks over a user's mistake that all of them know of: the first says it, in one line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -13,9 +12,7 @@ from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.data.plan import Plan
 from ldct_dist.data.stage import StagedStore
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.losses import build_loss, mask_from_box
-from ldct_dist.store.layout import dose_name
 from ldct_dist.train.checkpoints import Checkpoints, fresh_model
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
@@ -27,7 +24,7 @@ from ldct_dist.train.run import RunFolder
 from ldct_dist.train.state import TrainState
 from ldct_dist.train.stop import Stop
 from ldct_dist.train.strategy.ddp import DDPStrategy
-from ldct_dist.train.validation import Validated, validate
+from ldct_dist.train.validation import Validated, held_out, validate
 from ldct_dist.train.watch import Watch
 from ldct_dist.world import World
 
@@ -66,14 +63,15 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, stop: Stop, allow_new_data: bool = False) -> None:
         self.config, self.world, self.stop = config, world, stop
-        self.store = StagedStore(config.store, config.data.stage)
-        self.plan = Plan(self.store, config.data, config.seed)
-        model = fresh_model(config)
-        refuse_misfits(config, model, self.store, world)
+        self.store = world.each(lambda: StagedStore(config.store, config.data.stage))
+        self.plan = world.each(lambda: Plan(self.store, config.data, config.seed))
+        model = world.each(lambda: fresh_model(config))
+        world.each(lambda: refuse_misfits(config, model, self.store, world))
+        self.loader = world.each(lambda: Loader(self.plan, world.rank, world.size, world.device))
         self.strategy = DDPStrategy(model, config, world)
         self.loss = build_loss(config.loss)
-        self.loader = Loader(self.plan, world.rank, world.size, world.device)
         self.state = TrainState(self.store.fingerprint)
+        self._round_s = 0.0
         # The first thing written: every mistake above leaves no trace.
         self.folder = RunFolder(config.runs / config.name)
         for line in world.agree(lambda: self.folder.open(config)):
@@ -93,7 +91,8 @@ class Trainer:
             self._enter("first pass", SLOW)
             self.strategy.warm_up()
             batches = range(self.state.position, self.state.moved + self.config.steps)
-            with self.store.staging(self.plan, self.world, batches, self._held_out()):
+            validated = held_out(self.store, self.config) if self.config.validates else ()
+            with self.store.staging(self.plan, self.world, batches, validated):
                 ending = self.fall_due()
                 while ending is None:
                     ending = self.advance()
@@ -117,7 +116,7 @@ class Trainer:
                 step + 1, agreed.loss, lr, agreed.norm, applied, self.loader.waited_s, self.stop.step_s
             )
         )
-        self._hear_of_saves()
+        self.checkpoints.hear(self.stop)
         return self._leave() if agreed.wishes else self.fall_due()
 
     def train_step(self, batch: Batch, damage: str | None = None) -> Agreed:
@@ -166,13 +165,11 @@ class Trainer:
             if validated is None:
                 return self._leave(in_validation=True)
             improved = state.note_validation(validated.rmse_hu)
-        self._enter("saving", SLOW)
-        if improved:
+        # Nothing is saved within a bad stretch: going back is to lead to before it.
+        regular = state.step % config.checkpoint.every == 0 and not state.guard.stretch
+        if improved or (regular and self.checkpoints.saved != state.step):
+            self._enter("saving", SLOW)
             self.checkpoints.save(state)
-        elif state.step > 0 and state.step % config.checkpoint.every == 0 and not state.guard.stretch:
-            self.checkpoints.save_if_new(
-                state
-            )  # not within a bad stretch: going back is to lead to before it
         return self._finish() if state.step >= config.steps else None
 
     @property
@@ -204,27 +201,19 @@ class Trainer:
 
     def _validate(self) -> Validated | None:
         """Figures of the averaged weights; None if the run is to stop before they are complete."""
-
-        def go_on(seconds: float) -> bool:
-            self.stop.step_s = max(self.stop.step_s, seconds)
-            self._enter("validation")
-            wish = torch.tensor(float(self.stop.wanted))
-            return self.world.sum(wish).item() == 0
-
-        config = self.config.validation
         done = validate(
-            self.strategy.averaged,
-            self.store,
-            dose_name(self.config.data.dose),
-            config,
-            self.world,
-            bf16=self.config.precision == "bf16",
-            go_on=go_on,
-            tick=self.watch.tick,
+            self.strategy.averaged, self.store, self.config, self.world, self._go_on, self.watch.tick
         )
         if done is not None:
-            self.monitor.validation(self.state.step, done, protocol_named(config.protocol))
+            self.monitor.validation(self.state.step, done)
         return done
+
+    def _go_on(self, seconds: float) -> bool:
+        """Whether no rank asks to stop, between two rounds of a validation; the latest took `seconds`."""
+        self._round_s = max(self._round_s, seconds)
+        self.stop.step_s = max(self.stop.step_s, self._round_s)
+        self._enter("validation")
+        return self.world.sum(torch.tensor(float(self.stop.wanted))).item() == 0
 
     def _leave(self, in_validation: bool = False) -> Ending:
         """All ranks have agreed to stop at this step: save, commit, and say how to go on.
@@ -277,28 +266,9 @@ class Trainer:
         """Keep what was learnt, and end every rank with the first damage; None on ranks that have none."""
         known = [d for d in self.world.gather(damage) if d is not None]
         if self.state.step > 0:
+            self._enter("saving before the end", SLOW)
             self.checkpoints.commit(self.state)
         self.world.refuse(known[0])
-
-    def _held_out(self) -> Sequence[int]:
-        """The cases that this run will validate on."""
-        config = self.config.validation
-        if config.every > self.config.steps:
-            return ()
-        return self.store.split(config.split)[: config.max_cases].tolist()
-
-    def _hear_of_saves(self) -> None:
-        """Say what became of a save that has ended, and note how long one takes."""
-        outcome = self.checkpoints.news()
-        if outcome is None:
-            return
-        self.stop.save_s = outcome.seconds
-        if outcome.error is not None and not outcome.fenced:
-            self._say(
-                f"warning: a checkpoint was not written: {outcome.error}; training goes on, the last good one stays"
-            )
-        if warning := self.stop.too_slow():
-            self._say(warning)
 
     def _enter(self, phase: str, patience: float = 1.0) -> None:
         self.watch.enter(phase, self.state.step, patience)

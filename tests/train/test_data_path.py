@@ -98,6 +98,14 @@ def test_damage_met_in_validation_ends_all_ranks_too(store, tmp_path):
     assert "case case-012 at dose 1.00 is damaged" in line
 
 
+def test_a_store_that_cannot_be_opened_is_one_line_from_all_ranks_together(store, tmp_path):
+    damaged = shutil.copytree(store.path, tmp_path / "ct.zarr")
+    flip_a_bit(damaged / "catalogue.parquet")
+    assert train(write_config(tmp_path, damaged), ranks=2) == 2
+    (line,) = (tmp_path / "run.log").read_text().splitlines()
+    assert "catalogue.parquet is damaged" in line
+
+
 def test_another_store_is_refused_unless_that_is_said(unbroken, tmp_path):
     other = make_store(tmp_path / "ct.zarr", [*SHAPES, (8, 32, 40)], ["train"] * 12 + ["val"], noise=60.0)
     shutil.copytree(unbroken, tmp_path / "runs" / "run")
