@@ -16,6 +16,7 @@ from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.state import TrainState
+from ldct_dist.train.stop import Stop
 from ldct_dist.train.strategy.ddp import DDPStrategy
 from ldct_dist.world import World
 
@@ -44,7 +45,8 @@ class Checkpoints:
         self._group = world.group()
         self.generation = world.agree(lambda: generations.claim(folder.generations))
         self.saver = Saver(folder.checkpoints, folder.generations, self.generation, config.checkpoint, world)
-        self._saved: int | None = None
+        self.saved: int | None = None
+        """step of the latest checkpoint that was taken up or begun"""
         self._heard: Outcome | None = None
 
     def take_up(self) -> TrainState:
@@ -57,7 +59,7 @@ class Checkpoints:
             self._say(f"passed over checkpoint {line}")
         if found.path is None or found.manifest is None:
             self.strategy.begin(self._first_weights())
-            self._saved = None
+            self.saved = 0  # the first weights are there anyhow
             return TrainState(self.store)
         counters = found.manifest.state
         if counters["store"] != self.store and not self.allow_new_data:
@@ -68,7 +70,7 @@ class Checkpoints:
             )
         self.strategy.load(read(found.path, found.manifest, self.world, self._group), counters["updates"])
         state = TrainState.of(counters)
-        self._saved = state.step
+        self.saved = state.step
         self._say(f"resumed at step {state.step} from {found.path}")
         if warning := _other_arithmetic(counters["arithmetic"], _arithmetic(self.world)):
             self._say(warning)
@@ -84,24 +86,27 @@ class Checkpoints:
         """Start saving; at once, unless the save before is still under way."""
         facts = {"updates": self.strategy.updates, "arithmetic": _arithmetic(self.world)}
         self.saver.save(state.step, self.strategy.parts(state.step), state.counters() | facts)
-        self._saved = state.step
-
-    def save_if_new(self, state: TrainState) -> None:
-        """Save, unless that was done at this very step."""
-        if self._saved != state.step:
-            self.save(state)
+        self.saved = state.step
 
     def commit(self, state: TrainState) -> Outcome | None:
         """Have this step saved and wait for it; None if this start found it saved already."""
         outcome = self.saver.finish()
-        if self._saved != state.step or (outcome is not None and outcome.path is None):
+        if self.saved != state.step or (outcome is not None and outcome.path is None):
             self.save(state)
         return self.saver.finish()
 
-    def news(self) -> Outcome | None:
-        """The outcome of a save that has ended since this was asked last."""
-        heard, self._heard = self._heard, self.saver.last
-        return self._heard if self._heard is not heard else None
+    def hear(self, stop: Stop) -> None:
+        """Say what became of a save that has ended, and tell `stop` how long one takes."""
+        outcome = self.saver.last
+        if outcome is None or outcome is self._heard:
+            return
+        self._heard, stop.save_s = outcome, outcome.seconds
+        if outcome.error is not None and not outcome.fenced:
+            self._say(
+                f"warning: a checkpoint was not written: {outcome.error}; training goes on, the last good one stays"
+            )
+        if warning := stop.too_slow():
+            self._say(warning)
 
     def _first_weights(self) -> Denoiser:
         path = self.config.init_from

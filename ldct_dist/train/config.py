@@ -87,3 +87,8 @@ class RunConfig(Config):
     the run says so if a step and a save take longer"""
     hang_s: float = Field(300.0, gt=0)
     """a rank that does nothing for this long is named by the others, which leave with exit code 76"""
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run comes to a validation."""
+        return self.validation.every <= self.steps

@@ -21,8 +21,8 @@ def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, world: Worl
             f"data.crop={list(config.data.crop)}: {config.model.name} takes crops whose sides are multiples of "
             f"{list(model.stride)} (z, y, x)"
         )
-    if config.validation.every <= config.steps:
+    protocol_named(config.validation.protocol)
+    if config.validates:
         store.split(config.validation.split)
-        protocol_named(config.validation.protocol)
     if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
         raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")

@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from ldct_dist.ct.volume import Volume
-from ldct_dist.evaluate.protocols import Protocol
+from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.validation import Validated
@@ -41,7 +41,7 @@ class Mute:
 
     def step(self, figures: StepFigures) -> None: ...
 
-    def validation(self, step: int, done: Validated, protocol: Protocol) -> None: ...
+    def validation(self, step: int, done: Validated) -> None: ...
 
     def close(self) -> None: ...
 
@@ -61,6 +61,7 @@ class Monitor(Mute):
     def __init__(self, folder: RunFolder, config: RunConfig) -> None:
         self.folder, self.total, self.batch = folder, config.steps, config.data.batch
         self.every, self.images = config.log.every, config.log.images
+        self.protocol = protocol_named(config.validation.protocol)
         self._losses: TextIO | None = None
 
     def rewind(self, step: int) -> None:
@@ -81,7 +82,8 @@ class Monitor(Mute):
         if figures.step % self.every == 0 or figures.step == self.total:
             self._report()
 
-    def validation(self, step: int, done: Validated, protocol: Protocol) -> None:
+    def validation(self, step: int, done: Validated) -> None:
+        protocol = self.protocol
         for name, value in done.figures.items():
             self._board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
         told = "  ".join(f"{k} {v:.4g}" for k, v in done.figures.items())

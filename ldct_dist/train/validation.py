@@ -14,9 +14,9 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.metrics import evaluate_volume
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.registry import Denoiser
-from ldct_dist.store.layout import FULL_DOSE
+from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
-from ldct_dist.train.config import ValidationConfig
+from ldct_dist.train.config import RunConfig
 from ldct_dist.world import World
 
 
@@ -36,13 +36,16 @@ class Validated:
         return self.figures.get("rmse_hu")
 
 
+def held_out(store: Store, config: RunConfig) -> list[int]:
+    """The cases that the run validates on."""
+    return store.split(config.validation.split)[: config.validation.max_cases].tolist()
+
+
 def validate(
     model: Denoiser,
     store: Store,
-    dose: str,
-    config: ValidationConfig,
+    config: RunConfig,
     world: World,
-    bf16: bool,
     go_on: Callable[[float], bool],
     tick: Callable[[int, int], None],
 ) -> Validated | None:
@@ -52,8 +55,8 @@ def validate(
     it says no, the answer is None. `tick` hears of every tile.
     All ranks end if one of them finds a damaged case: the first with a UserError that names it.
     """
-    protocol = protocol_named(config.protocol)
-    cases = store.split(config.split)[: config.max_cases]
+    protocol = protocol_named(config.validation.protocol)
+    cases, dose = held_out(store, config), dose_name(config.data.dose)
     mine: list[tuple[int, str, dict[str, float] | None]] = []
     first, fault, seconds = None, None, 0.0
     for i in range(world.rank, world.rank + len(cases), world.size):
@@ -62,14 +65,16 @@ def validate(
         if i >= len(cases) or fault is not None:
             continue
         start = time.perf_counter()
-        name = store.cases[int(cases[i])].name
+        name = store.cases[cases[i]].name
         try:
             low, full = store.volume(name, dose), store.volume(name, FULL_DOSE)
         except UserError as e:
             fault = str(e)  # for all ranks to hear: the others wait for this one's figures
             continue
         try:
-            hu = denoise_volume(model, low.hu, device=world.device, bf16=bf16, progress=tick)
+            hu = denoise_volume(
+                model, low.hu, device=world.device, bf16=config.precision == "bf16", progress=tick
+            )
         except NotFiniteError:
             mine.append((i, name, None))
             continue

@@ -95,13 +95,14 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        for path in (self._stacks, self._path(self.world.rank)):
-            path.unlink(missing_ok=True)
+        if kind is None:  # else the others are to miss this rank, and to name it
+            self._stacks.unlink()
+            self._path(self.world.rank).unlink()
 
     def _run(self) -> None:
         mine: tuple[int, int] | None = None

@@ -1,16 +1,18 @@
+"""A run from its start to its folder, with the command line as users call it."""
+
 from __future__ import annotations
 
-import os
 import signal
 import time
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from forked import fork
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.models.weights import load_weights
+from ldct_dist.train.ending import Ending
 from runs import cli, final_state, losses, starts, train, unsharded, write_config
 from stores import make_store
 
@@ -24,18 +26,9 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(store, tmp_path_factory):
     """A run of two ranks that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    assert train(write_config(folder, store), ranks=2) == 0
-    return folder / "runs" / "run"
-
-
-def kill_when(running: LocalRanks, ready, number=signal.SIGKILL) -> None:
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert running.poll() is None, "training ended before it was to be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    running.signal(number)
+    config = write_config(tmp_path_factory.mktemp("unbroken"), store)
+    assert fork(config) == [0, 0]
+    return config.parent / "runs" / "run"
 
 
 def test_a_run_folder_explains_itself(unbroken):
@@ -58,11 +51,18 @@ def test_a_run_folder_explains_itself(unbroken):
     assert board.Images("validation/low dose, denoised, full dose, difference")
 
 
-def test_killed_and_started_again_is_bitwise_the_unbroken_run(store, unbroken, tmp_path):
+def test_the_command_line_killed_and_called_again_ends_bitwise_where_the_unbroken_run_does(
+    store, unbroken, tmp_path
+):
     config = write_config(tmp_path, store)
     run = tmp_path / "runs" / "run"
     with LocalRanks(["train", str(config)], 2, tmp_path / "log") as running:
-        kill_when(running, lambda: (run / "checkpoints" / "step-00000003").exists())
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "step-00000003").exists():
+            assert running.poll() is None, "training ended before it was to be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running.signal(signal.SIGKILL)
         running.wait()
     assert train(config, ranks=2) == 0
     assert starts(run)[0]["from_step"] == 0
@@ -73,96 +73,76 @@ def test_killed_and_started_again_is_bitwise_the_unbroken_run(store, unbroken, t
     assert all(torch.equal(resumed[k], expected[k]) for k in expected)
 
 
-def test_asked_to_stop_it_saves_at_one_step_and_says_so_by_its_exit_code(store, unbroken, tmp_path):
-    config = write_config(tmp_path, store)
-    run = tmp_path / "runs" / "run"
-    with LocalRanks(["train", str(config), "checkpoint.every=100"], 2, tmp_path / "log") as running:
-        kill_when(running, lambda: (run / "losses.jsonl").exists() and losses(run), signal.SIGUSR1)
-        assert running.wait() == 75
-    saved = max((run / "checkpoints").iterdir())
-    assert saved.name == f"step-{len(losses(run)):08d}"
-    assert "start the same command again to go on" in (tmp_path / "log").read_text()
-    assert train(config, "checkpoint.every=100", ranks=2) == 0
-    assert losses(run) == losses(unbroken)
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_more_or_fewer_ranks_go_on_with_the_same_samples(store, unbroken, tmp_path, ranks):
-    config = write_config(tmp_path, store)
-    run = tmp_path / "runs" / "run"
-    assert train(config, "time_limit_s=0.1", ranks=2) == 75  # stops after its first step
-    done = len(losses(run))
-    assert train(config, ranks=ranks) == 0
-    resumed, expected = losses(run), losses(unbroken)
-    assert resumed[:done] == expected[:done]
-    assert resumed[done]["loss"] == pytest.approx(expected[done]["loss"], rel=1e-6)
-    assert [r["loss"] for r in resumed] == pytest.approx([e["loss"] for e in expected], rel=1e-4)
-
-
-def test_in_float64_the_number_of_ranks_makes_no_difference_to_speak_of(store, tmp_path):
-    curves = []
-    for ranks in (1, 4):
-        (tmp_path / str(ranks)).mkdir()
-        config = write_config(tmp_path / str(ranks), store)
-        assert train(config, "precision=fp64", "steps=5", "validation.every=9", ranks=ranks) == 0
-        curves.append([line["loss"] for line in losses(tmp_path / str(ranks) / "runs" / "run")])
-    assert np.allclose(*curves, rtol=1e-10, atol=0)
+def test_a_finished_run_started_again_does_nothing(unbroken, store):
+    before = {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("*")}
+    config = unbroken.parent.parent / "run.yaml"
+    assert fork(config) == [0, 0]
+    assert {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("*")} == before
+    assert config.with_suffix(".log").read_text().count("done: 8 steps, weights in") == 2
 
 
 def test_gradients_accumulated_over_micro_batches_are_those_of_the_whole(store, unbroken, tmp_path):
     config = write_config(tmp_path, store)
-    assert train(config, "micro_batch=1", "steps=3", ranks=2) == 0
-    got = [line["loss"] for line in losses(tmp_path / "runs" / "run")]
-    # steps is also the end of the learning-rate curve: only the first step is the same
-    assert got[0] == pytest.approx(losses(unbroken)[0]["loss"], rel=1e-6)
-    state = unsharded(final_state(tmp_path / "runs" / "run"))
-    assert all(torch.isfinite(t).all() for t in state.values())
-
-
-def test_another_config_in_the_same_folder_is_refused_with_the_difference(store, unbroken, tmp_path):
-    config = write_config(tmp_path, store)
-    overrides = [f"runs={unbroken.parent}", "optim.lr=0.5"]
-    refused = cli("train", config, *overrides)
-    assert refused.returncode == 2
-    assert "optim.lr was 0.001, now 0.5" in refused.stderr
-    assert "init_from=" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
+    assert fork(config, "micro_batch=1") == [0, 0]
+    got = losses(tmp_path / "runs" / "run")
+    assert [line["loss"] for line in got] == pytest.approx([w["loss"] for w in losses(unbroken)], rel=1e-4)
+    assert got[0]["grad_norm"] == pytest.approx(losses(unbroken)[0]["grad_norm"], rel=1e-4)
+    assert unsharded(final_state(tmp_path / "runs" / "run")).keys() == unsharded(final_state(unbroken)).keys()
 
 
 def test_fine_tuning_starts_from_the_weights_and_is_called_that(store, unbroken, tmp_path):
     config = write_config(tmp_path, store)
     weights = max((unbroken / "checkpoints").iterdir()) / "weights.safetensors"
-    done = cli("train", config, f"init_from={weights}", "steps=1", "validation.every=9")
-    assert done.returncode == 0, done.stderr
-    assert "not a resume" in done.stdout
-    assert "resumed" not in done.stdout
+    # With so small a learning rate and no average, one step leaves the weights where they were.
+    options = ("steps=1", "validation.every=9", "optim.lr=1e-12", "optim.ema=0")
+    assert fork(config, f"init_from={weights}", *options, ranks=1) == [0]
+    log = config.with_suffix(".log").read_text()
+    assert "not a resume" in log
+    assert "resumed" not in log
+    tuned = load_weights(tmp_path / "runs" / "run" / "checkpoints" / "step-00000001" / "weights.safetensors")
+    for got, given in zip(tuned.parameters(), load_weights(weights).parameters(), strict=True):
+        assert torch.allclose(got, given, atol=1e-9)
 
 
-def test_mistakes_are_one_line_and_exit_code_2(store, tmp_path):
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", "optim.lrr"),
+        ("store=/dev", "not a store"),
+        ("data.split=nowhere", "no case in split 'nowhere'"),
+        ("model.size=q", "comes in xs, s"),
+        ("name=../escape", "name"),
+        ("data.crop=[8,20,24]", "multiple"),
+        ("validation.protocol=none", "none"),
+        ("data.memory_mib=1", "too few blocks"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_trace(store, tmp_path, override, words):
     config = write_config(tmp_path, store)
-    for arguments, words in (
-        (["train", tmp_path / "no.yaml"], "no such config file"),
-        (["train", config, "optim.lrr=1"], "optim.lrr"),
-        (["train", config, f"store={tmp_path}"], "not a store"),
-        (["train", config, "data.split=nowhere"], "no case in split 'nowhere'"),
-        (["train", config, "data.batch=3", "model.size=q"], "comes in xs, s"),
-        (["train", config, "name=../escape"], "name"),
-        (["train", config, "data.crop=[8,20,24]"], "multiple"),
-    ):
-        refused = cli(*arguments)
-        assert refused.returncode == 2, refused.stderr
-        assert words in refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "escape").exists()
+    assert fork(config, override, ranks=1) == [2]
+    (line,) = config.with_suffix(".log").read_text().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.log", "run.yaml"]
 
 
-def test_a_step_with_non_finite_loss_changes_nothing_on_any_rank(store, tmp_path):
-    """An absurd learning rate makes the network overflow; the run goes on, and counts the steps it skipped."""
+def test_a_missing_config_is_one_line(tmp_path):
+    refused = cli("train", tmp_path / "no.yaml")
+    assert refused.returncode == 2
+    assert "no such config file" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_the_help_tells_every_exit_code():
+    told = cli("train", "--help").stdout
+    assert all(f"{ending:d} " in told for ending in Ending)
+
+
+def test_an_absurd_learning_rate_is_survived(store, tmp_path):
+    """The network overflows, and steps whose loss is no number are skipped; the log stays JSON."""
     config = write_config(tmp_path, store)
-    assert train(config, "optim.lr=1e30", "optim.warmup=0", "validation.every=9", ranks=2) == 0
-    lines = losses(tmp_path / "runs" / "run")
-    assert any(not line["applied"] for line in lines)
-    assert all(
-        torch.isfinite(t).all() or "weights" in k for k, t in final_state(tmp_path / "runs" / "run").items()
-    )
-    assert os.path.exists(tmp_path / "runs" / "run" / "checkpoints" / "step-00000008" / "MANIFEST.json")
+    assert fork(config, "optim.lr=1e30", "optim.warmup=0", "validation.every=9") == [0, 0]
+    run = tmp_path / "runs" / "run"
+    assert any(not line["applied"] for line in losses(run))
+    assert any(line["loss"] is None for line in losses(run))
+    assert (run / "checkpoints" / "step-00000008" / "MANIFEST.json").exists()
