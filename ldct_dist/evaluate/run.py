@@ -10,13 +10,16 @@ import numpy as np
 from rich.console import Console
 
 from ldct_dist import config as configs
+from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
+from ldct_dist.evaluate.classify import classify
 from ldct_dist.evaluate.compare import Comparison, print_comparison
 from ldct_dist.evaluate.methods import peer
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.report.page import prepare, write_report
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.study import Study, StudyConfig, measure, methods_for
+from ldct_dist.evaluate.tasks import Cohort, read_labels
 from ldct_dist.store.reader import Store
 
 
@@ -42,19 +45,40 @@ def evaluate(
         raise UserError("--labels: classification is part of the report; add --out FOLDER")
     if out is not None:
         prepare(out)
+    pictures = Pictures(protocol_named(config.protocol), cases_shown)
+    cohort = _cohort(opened, config, labels) if labels else None
+
+    def show(name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
+        pictures.add(name, low, full, images)
+        if cohort:
+            cohort.add(name, low, full, images)
+
     with console.status("denoising and measuring") as status:
-        chosen = methods_for(opened, config, weights, dict(map(peer, peers)), baselines if out else ())
-        pictures = Pictures(protocol_named(config.protocol), cases_shown)
-        study = (
-            measure(opened, config, chosen, physics=out is not None, show=pictures.add, say=status.update)
-            if out
-            else measure(opened, config, chosen, physics=False, say=status.update)
+        methods = methods_for(opened, config, weights, dict(map(peer, peers)), baselines if out else ())
+        study = measure(
+            opened,
+            config,
+            methods,
+            physics=out is not None,
+            show=show if out else _nothing,
+            say=status.update,
         )
+        status.update("classifying")
+        classified = classify(cohort.samples()) if cohort else None
     print_comparison(_comparison(study), console)
     for note in study.notes:
         console.print(f"not measured: {note}", markup=False)
     if out is not None:
-        console.print(f"report -> {write_report(out, study, pictures)}")
+        console.print(f"report -> {write_report(out, study, pictures, classified)}")
+
+
+def _nothing(name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
+    """Without a report, nothing is shown."""
+
+
+def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:
+    patients = {store.cases[int(i)].name: store.cases[int(i)].patient for i in store.split(config.split)}
+    return Cohort(read_labels(labels), protocol_named(config.protocol).window, patients)
 
 
 def _comparison(study: Study) -> Comparison:

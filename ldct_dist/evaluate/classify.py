@@ -1,0 +1,216 @@
+"""Does a classifier do better on denoised images? The same small CNN, trained anew on each kind of image.
+
+Folds keep a patient's samples together, and are the same for every kind of image, so that the comparison is paired.
+Two-sided tests: DeLong's for AUCs (Biometrics 44 (1988)), McNemar's exact one for right and wrong answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest, norm, rankdata
+from torch import nn
+
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.statistics import holm
+
+_BATCH = 16
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is classified. images: kind, such as "low dose" -> (n, side, side) float32 in [0, 1]; all kinds show the same
+    n; side is a multiple of 8.
+
+    labels: (n,) 0 or 1. patients: whose each is.
+    """
+
+    images: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    patients: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """folds of the cross-validation; epochs of Adam at `lr`; seed of the folds, the weights and the batches."""
+
+    folds: int = 5
+    epochs: int = 30
+    lr: float = 2e-3
+    seed: int = 0
+
+
+class Classifier(nn.Module):
+    """(b, 1, side, side) in [0, 1] -> (b,) logits: convolutions with LeakyReLU and pooling, then fully connected
+    layers."""
+
+    def __init__(self, side: int, channels: int = 8) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        widths = [1, channels, 2 * channels, 4 * channels]
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.1), nn.MaxPool2d(2)]
+        inner = widths[-1] * (side // 8) ** 2
+        self.layers = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(inner, 32), nn.LeakyReLU(0.1), nn.Linear(32, 1), nn.Flatten(0)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(4 * (images - 0.5))
+
+
+def classify(samples: Samples, training: Training | None = None) -> dict[str, Any]:
+    """Cross-validated performance on each kind of image, and paired tests between the kinds, ready for JSON.
+
+    auc, accuracy, sensitivity and specificity are (value, low, high): 95 % bootstrap intervals over patients.
+    Raises UserError where a class has too few patients for the folds.
+    """
+    training = training or Training()
+    labels, patients = np.asarray(samples.labels), np.asarray(samples.patients)
+    fold = patient_folds(labels, patients, training.folds, training.seed)
+    scores = {kind: _out_of_fold(images, labels, fold, training) for kind, images in samples.images.items()}
+    drawn = _resamples(labels, patients, training.seed)
+    return {
+        "folds": training.folds,
+        "samples": len(labels),
+        "patients": len(set(samples.patients)),
+        "images": {kind: _performance(labels, s, drawn) for kind, s in scores.items()},
+        "tests": _tests(labels, scores),
+    }
+
+
+def patient_folds(labels: np.ndarray, patients: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """(n,) the fold of each sample: a patient's are in one, and patients with positive samples are dealt out evenly."""
+    names = np.unique(patients)
+    positive, negative = (
+        np.array([(labels[patients == n] == label).any() for n in names]) for label in (1, 0)
+    )
+    if min(positive.sum(), negative.sum()) < folds:
+        raise UserError(
+            f"classification: {positive.sum()} patients have positive samples and {negative.sum()} have negative ones, "
+            f"too few for {folds} folds; label more patients"
+        )
+    rng = np.random.default_rng(seed)
+    dealt = np.concatenate([rng.permutation(names[positive]), rng.permutation(names[~positive])])
+    fold_of = {name: i % folds for i, name in enumerate(dealt)}
+    return np.array([fold_of[patient] for patient in patients])
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a positive sample scores above a negative one."""
+    positive = labels == 1
+    n1, n0 = positive.sum(), (~positive).sum()
+    return float((rankdata(scores)[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """p of the hypothesis that scores a and b have the same AUC; it takes the samples to be independent."""
+    positive = labels == 1
+    placed = []
+    for scores in (a, b):
+        ranks = rankdata(scores)
+        n1, n0 = positive.sum(), (~positive).sum()
+        # The share of the other class that each sample is on the right side of.
+        above = (ranks[positive] - rankdata(scores[positive])) / n0
+        below = 1 - (ranks[~positive] - rankdata(scores[~positive])) / n1
+        placed.append((above, below))
+    (a1, a0), (b1, b0) = placed
+    variance = np.var(a1 - b1, ddof=1) / len(a1) + np.var(a0 - b0, ddof=1) / len(a0)
+    difference = a1.mean() - b1.mean()
+    if variance == 0:
+        return 1.0 if difference == 0 else 0.0
+    return float(2 * norm.sf(abs(difference) / math.sqrt(variance)))
+
+
+def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
+    """p of the hypothesis that a and b are right equally often: exact, from the samples on which they part."""
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def _out_of_fold(images: np.ndarray, labels: np.ndarray, fold: np.ndarray, training: Training) -> np.ndarray:
+    """(n,) the logit of each sample, by the network that has not seen its patient."""
+    scores = np.empty(len(labels), np.float32)
+    data, target = torch.from_numpy(images[:, None]).float(), torch.from_numpy(labels).float()
+    for k in range(training.folds):
+        held_out = torch.from_numpy(fold == k)
+        model = _fit(data[~held_out], target[~held_out], training, seed=training.seed + k)
+        with torch.inference_mode():
+            scores[fold == k] = model(data[held_out]).numpy()
+    return scores
+
+
+def _fit(data: torch.Tensor, target: torch.Tensor, training: Training, seed: int) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(data.shape[-1])
+        optimiser = torch.optim.Adam(model.parameters(), lr=training.lr, weight_decay=1e-4)
+        # A rare class counts as much as a common one.
+        loss = nn.BCEWithLogitsLoss(pos_weight=(target == 0).sum() / (target == 1).sum())
+        for _ in range(training.epochs):
+            for batch in torch.randperm(len(data)).split(_BATCH):
+                images = data[batch].flip(-1) if torch.rand(()) < 0.5 else data[batch]
+                optimiser.zero_grad()
+                loss(model(images), target[batch]).backward()
+                optimiser.step()
+    return model.eval()
+
+
+def _performance(labels: np.ndarray, scores: np.ndarray, drawn: list[np.ndarray]) -> dict[str, list[float]]:
+    measures = {"auc": auc, "accuracy": _accuracy, "sensitivity": _sensitivity, "specificity": _specificity}
+    found = {}
+    for name, measure in measures.items():
+        again = [measure(labels[sample], scores[sample]) for sample in drawn]
+        found[name] = [measure(labels, scores), *map(float, np.quantile(again, [0.025, 0.975]))]
+    return found
+
+
+def _accuracy(labels: np.ndarray, scores: np.ndarray) -> float:
+    return float(((scores > 0) == (labels == 1)).mean())
+
+
+def _sensitivity(labels: np.ndarray, scores: np.ndarray) -> float:
+    return float((scores[labels == 1] > 0).mean())
+
+
+def _specificity(labels: np.ndarray, scores: np.ndarray) -> float:
+    return float((scores[labels == 0] <= 0).mean())
+
+
+def _resamples(labels: np.ndarray, patients: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Samples of patients drawn with replacement, as indices; draws that miss a class are drawn again."""
+    rng = np.random.default_rng(seed)
+    of = [np.flatnonzero(patients == name) for name in np.unique(patients)]
+    drawn: list[np.ndarray] = []
+    while len(drawn) < _RESAMPLES:
+        sample = np.concatenate([of[i] for i in rng.integers(0, len(of), len(of))])
+        if 0 < labels[sample].mean() < 1:
+            drawn.append(sample)
+    return drawn
+
+
+def _tests(labels: np.ndarray, scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    pairs = list(combinations(scores, 2))
+    right = {kind: (s > 0) == (labels == 1) for kind, s in scores.items()}
+    tests = {
+        "delong": [delong(labels, scores[a], scores[b]) for a, b in pairs],
+        "mcnemar": [mcnemar(right[a], right[b]) for a, b in pairs],
+    }
+    corrected = {name: holm(p_values) for name, p_values in tests.items()}
+    return [
+        {
+            "a": a,
+            "b": b,
+            "auc_difference": auc(labels, scores[a]) - auc(labels, scores[b]),
+            **{f"{name}_p": tests[name][i] for name in tests},
+            **{f"{name}_p_holm": corrected[name][i] for name in tests},
+        }
+        for i, (a, b) in enumerate(pairs)
+    ]

@@ -1,0 +1,122 @@
+"""What there is to classify: a cohort with labels, or a generated task whose truth is known."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import zoom
+
+from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
+from ldct_dist.ct.phantom import Disc, discs
+from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate.classify import Samples
+from ldct_dist.evaluate.methods import FULL
+from ldct_dist.evaluate.protocols import Range
+
+SIDE = 64  # of the images that the classifier is given
+_SLICES_A_CASE = 8
+
+Labels = dict[str, dict[int | None, int]]
+"""case -> slice, or None for the whole case -> 0 or 1."""
+
+
+def read_labels(path: Path) -> Labels:
+    """A CSV with the columns case and label, and slice where slices have labels of their own; slices count from 0 at
+    the feet, labels are 0 or 1. Raises UserError naming the line that is not so.
+    """
+    labels: Labels = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            lines = csv.DictReader(f)
+            missing = {"case", "label"} - set(lines.fieldnames or ())
+            if missing:
+                raise UserError(
+                    f"{path}: no column {' and '.join(sorted(missing))}; write case,label or case,slice,label"
+                )
+            for number, line in enumerate(lines, start=2):
+                if line["label"] not in ("0", "1") or not (line.get("slice") or "0").isdigit():
+                    raise UserError(
+                        f"{path}, line {number}: labels are 0 or 1, and slices whole numbers from 0 up"
+                    )
+                at = int(line["slice"]) if line.get("slice") else None
+                labels.setdefault(line["case"], {})[at] = int(line["label"])
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as CSV ({e})") from e
+    return labels
+
+
+@dataclass
+class Cohort:
+    """Gathers the labelled slices of a study's cases; pass `add` to `measure` as what it shows to.
+
+    A case's own label goes to 8 slices spread over its middle. Each slice is clipped to `window` and made 64 x 64.
+    """
+
+    labels: Labels
+    window: Range
+    patients: Mapping[str, str]
+    _images: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _labels: list[int] = field(default_factory=list)
+    _patients: list[str] = field(default_factory=list)
+
+    def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
+        for at, label in self._slices(name, len(full.hu)):
+            for kind, hu in {**images, FULL: full.hu}.items():
+                self._images.setdefault(kind, []).append(shown(hu[at], self.window))
+            self._labels.append(label)
+            self._patients.append(self.patients[name])
+
+    def samples(self) -> Samples:
+        """Raises UserError where no case of the study has a label."""
+        if not self._labels:
+            raise UserError(
+                f"labels: none of them is of a case that was evaluated; theirs are {', '.join(self.labels)}"
+            )
+        images = {kind: np.stack(gathered) for kind, gathered in self._images.items()}
+        return Samples(images, np.array(self._labels), tuple(self._patients))
+
+    def _slices(self, name: str, count: int) -> list[tuple[int, int]]:
+        """(slice, label) of the case's samples."""
+        chosen = []
+        for at, label in self.labels.get(name, {}).items():
+            if at is None:
+                spread = np.linspace(0.2 * (count - 1), 0.8 * (count - 1), min(_SLICES_A_CASE, count))
+                chosen += [(int(z), label) for z in np.unique(spread.round())]
+            elif at < count:
+                chosen.append((at, label))
+            else:
+                raise UserError(f"labels: case {name} has slices 0 to {count - 1}, not {at}")
+        return chosen
+
+
+def shown(hu: np.ndarray, window: Range, side: int = SIDE) -> np.ndarray:
+    """A slice (y, x) in HU as the classifier sees it: (side, side) float32 in [0, 1]."""
+    grey = np.clip((hu.astype(np.float32) - window[0]) / (window[1] - window[0]), 0, 1)
+    return zoom(grey, [side / n for n in grey.shape], order=1, grid_mode=True, mode="nearest")
+
+
+def lesion_task(count: int, dose: float, seed: int = 0) -> tuple[Volume, Volume, np.ndarray]:
+    """Is there a lesion? (low dose, full dose, labels): `count` slices, each another patient's liver around a suspicious
+    place; in every other one a lesion of -40 HU, 10 to 16 mm wide, and vessels in all."""
+    rng = np.random.default_rng(seed)
+    spacing, side, inner = (5.0, 3.0, 3.0), 64, slice(16, 48)
+    labels = np.arange(count) % 2
+    slices = []
+    for label in labels:
+        filled = [Disc(0, 0, rng.uniform(82, 88), 60.0)]
+        for angle in rng.uniform(0, 2 * np.pi, 3):
+            filled.append(Disc(30 * np.cos(angle), 30 * np.sin(angle), rng.uniform(3, 5), 140.0))
+        if label:
+            x, y = rng.uniform(-6, 6, 2)
+            filled.append(Disc(x, y, rng.uniform(5, 8), 20.0))
+        slices.append(discs((1, side, side), spacing, filled).hu)
+    scanner = DoseConfig(photons=1e5, cutoff_per_mm=0.17)
+    full = simulate_full_dose(Volume(np.concatenate(slices), spacing), seed, scanner)
+    low = simulate_low_dose(full, dose, seed + 1, scanner)
+    low, full = (replace(scan, hu=np.ascontiguousarray(scan.hu[:, inner, inner])) for scan in (low, full))
+    return low, full, labels
