@@ -52,7 +52,7 @@ class Checkpoints:
     def take_up(self) -> TrainState:
         """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
 
-        Raises UserError if the checkpoint was trained on another store.
+        All ranks end with a UserError if the checkpoint was trained on another store.
         """
         found = newest_valid(self.folder.checkpoints, self.world, self._group)
         for line in found.passed_over:
@@ -63,7 +63,7 @@ class Checkpoints:
             return TrainState(self.store)
         counters = found.manifest.state
         if counters["store"] != self.store and not self.allow_new_data:
-            raise UserError(
+            self.world.refuse(
                 f"{self.config.store} is not the store that {self.folder.path} was trained on (another "
                 "fingerprint): give the run its store back, start a new run with init_from, or let this one go on "
                 "with other data by --allow-new-data"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 
+from forked import fork
 from ldct_dist.config import read
 from ldct_dist.data.plan import Plan
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
-from runs import cli, losses, train, write_config
+from runs import losses, write_config
 from stores import make_store
 
 SHAPES = [(10, 40, 40), (9, 48, 40), (12, 32, 32), (8, 40, 48)] * 3
@@ -28,7 +28,7 @@ def store(tmp_path_factory):
 def unbroken(store, tmp_path_factory):
     """A run of two ranks that reads the store itself."""
     folder = tmp_path_factory.mktemp("unbroken")
-    assert train(write_config(folder, store.path), ranks=2) == 0
+    assert fork(write_config(folder, store.path)) == [0, 0]
     return folder / "runs" / "run"
 
 
@@ -53,11 +53,8 @@ def errors(log):
     return [line for line in log.read_text().splitlines() if "rror" in line or "Traceback" in line]
 
 
-def test_a_run_with_copies_on_its_node_is_bitwise_the_run_without(store, unbroken, tmp_path, monkeypatch):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    monkeypatch.setenv("DISK_OF_THE_NODE", str(disk))
-    assert train(write_config(tmp_path, store.path), "data.stage=$DISK_OF_THE_NODE", ranks=2) == 0
+def test_a_run_with_copies_on_its_node_is_bitwise_the_run_without(store, unbroken, tmp_path):
+    assert fork(write_config(tmp_path, store.path), f"data.stage={tmp_path}") == [0, 0]
     assert losses(tmp_path / "runs" / "run") == losses(unbroken)
     lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if "data.stage" in line]
     assert len(lines) == 1, "one rank copies for the node"
@@ -77,7 +74,7 @@ def test_damage_ends_training_with_one_line_that_names_the_case(store, unbroken,
     assert step > 2
     shard = damaged / "cases" / case / "0.25/c/0/0/0"
     flip_a_bit(shard)
-    assert train(config, ranks=ranks) == 2
+    assert fork(config, ranks=ranks) == [2] * ranks
     (line,) = errors(tmp_path / "run.log")
     assert line.startswith("error:")
     assert f"case {case} at dose 0.25 is damaged" in line
@@ -86,14 +83,14 @@ def test_damage_ends_training_with_one_line_that_names_the_case(store, unbroken,
     assert max(p.name for p in (run / "checkpoints").iterdir()) == f"step-{step:08d}"
     if ranks == 2:  # and once the case is whole again, training goes on as if nothing had been
         flip_a_bit(shard)
-        assert train(config, ranks=2) == 0
+        assert fork(config) == [0, 0]
         assert losses(run) == losses(unbroken)
 
 
 def test_damage_met_in_validation_ends_all_ranks_too(store, tmp_path):
     damaged = shutil.copytree(store.path, tmp_path / "ct.zarr")
     flip_a_bit(damaged / "cases/case-012/1.00/c/0/0/0")
-    assert train(write_config(tmp_path, damaged), "validation.every=1", ranks=2) == 2
+    assert fork(write_config(tmp_path, damaged), "validation.every=1") == [2, 2]
     (line,) = errors(tmp_path / "run.log")
     assert "case case-012 at dose 1.00 is damaged" in line
 
@@ -101,7 +98,7 @@ def test_damage_met_in_validation_ends_all_ranks_too(store, tmp_path):
 def test_a_store_that_cannot_be_opened_is_one_line_from_all_ranks_together(store, tmp_path):
     damaged = shutil.copytree(store.path, tmp_path / "ct.zarr")
     flip_a_bit(damaged / "catalogue.parquet")
-    assert train(write_config(tmp_path, damaged), ranks=2) == 2
+    assert fork(write_config(tmp_path, damaged)) == [2, 2]
     (line,) = (tmp_path / "run.log").read_text().splitlines()
     assert "catalogue.parquet is damaged" in line
 
@@ -110,13 +107,11 @@ def test_another_store_is_refused_unless_that_is_said(unbroken, tmp_path):
     other = make_store(tmp_path / "ct.zarr", [*SHAPES, (8, 32, 40)], ["train"] * 12 + ["val"], noise=60.0)
     shutil.copytree(unbroken, tmp_path / "runs" / "run")
     config = write_config(tmp_path, other.path)
-    refused = cli("train", config, "steps=9")
-    assert refused.returncode == 2
-    assert "is not the store that" in refused.stderr
-    assert "--allow-new-data" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
-    allowed = cli("train", config, "steps=9", "--allow-new-data")
-    assert allowed.returncode == 0, allowed.stderr
-    assert f"from step 8 on this run trains on {other.path}" in allowed.stdout
-    manifest = json.loads((tmp_path / "runs/run/checkpoints/step-00000009/MANIFEST.json").read_bytes())
-    assert manifest["manifest"]["state"]["store"] == other.fingerprint  # the next start needs no leave
+    log = tmp_path / "run.log"
+    assert fork(config, "steps=9") == [2, 2]
+    (line,) = errors(log)
+    assert "is not the store that" in line
+    assert "--allow-new-data" in line
+    assert fork(config, "steps=9", "--allow-new-data") == [0, 0]
+    assert f"from step 8 on this run trains on {other.path}" in log.read_text()
+    assert fork(config, "steps=10") == [0, 0], "its checkpoints are of this store now"
