@@ -42,7 +42,7 @@ def cancel(run: Path, grace_s: float, say: Say = print) -> None:
 
 def _cancel_job(row: Row, grace_s: float, say: Say) -> None:
     assert row.job is not None
-    note_cancelled(row.folder, row.job.id)
+    note_cancelled(row.folder)
     if row.state == "running":
         # From here on the job cannot queue itself again, whatever its script does when the ranks leave.
         _slurm("scontrol", "update", f"JobId={row.job.id}", "Requeue=0")

@@ -106,7 +106,7 @@ def is_running(start: dict[str, Any]) -> bool:
     """Whether the process of a start recorded on this host still lives, and is not another with its number."""
     try:
         arguments = (
-            Path(f"/proc/{start['pid']}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            Path(f"/proc/{start.get('pid')}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
         )
     except OSError:
         return False

@@ -21,19 +21,16 @@ def is_run(folder: Path) -> bool:
 
 def job_of(run: Path) -> str | None:
     """The job that the run was last given to, or last started in; None if that was not through Slurm."""
-    starts = read_starts(run)
-    record = run / JOB
-    if record.is_file() and not (
-        starts and _newer(run / "environment.json", record) and starts[-1]["slurm_job"] is None
-    ):
+    starts, record = read_starts(run), run / JOB
+    if record.is_file() and not (starts and _newer(run / "environment.json", record)):
         return str(json.loads(record.read_text())["job"])
     return starts[-1]["slurm_job"] if starts else None
 
 
-def note_cancelled(run: Path, job: str) -> None:
-    """Remember that a person ended this job: its exit code then says nothing about the run."""
+def note_cancelled(run: Path) -> None:
+    """Remember that a person ended the run's job: its exit code then says nothing about the run."""
     (run / CANCELLED).parent.mkdir(exist_ok=True)
-    (run / CANCELLED).write_text(f"{job}\n")
+    (run / CANCELLED).write_text(f"{job_of(run)}\n")
 
 
 def was_cancelled(run: Path, job: str) -> bool:

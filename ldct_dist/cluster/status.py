@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ def _row(look: _Look, job: Job | None, now: float) -> Row:
     folder, progress = look.folder, look.progress
     if look.fault is not None:
         return Row(folder.name, folder, "unreadable", progress, notes=[look.fault])
-    if job is not None and not job.active and was_cancelled(folder, job.id):
-        job = replace(job, state="CANCELLED", reason=None)
+    if look.job is not None and not (job and job.active) and was_cancelled(folder, look.job):
+        job = Job(look.job, "CANCELLED", requeues=job.requeues if job else 0)
     state = state_of(progress, job, now)
     return Row(folder.name, folder, state, progress, job, list(_notes(folder, state, progress, job)))
 

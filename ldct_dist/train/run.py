@@ -85,7 +85,7 @@ class RunFolder:
             "world_size": world.size,
             "device": str(world.device),
             "threads": torch.get_num_threads(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_job": _slurm_job(),
         }
         before = json.loads(self.environment.read_text()) if self.environment.exists() else []
         _replace(self.environment, json.dumps([*before, entry], indent=1))
@@ -96,6 +96,13 @@ class RunFolder:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 yield key, f"{key} was {old.get(key)}, now {new.get(key)}"
+
+
+def _slurm_job() -> str | None:
+    """The job's id; of an array's task `array_task`, since the last task's own number is the whole array's."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
