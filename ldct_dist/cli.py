@@ -132,7 +132,7 @@ def simulate(
     from ldct_dist.ct.dicom import one_series, read_series
     from ldct_dist.ct.dose import simulate_low_dose
 
-    series = one_series(source)
+    series = one_series(source, _notice)
     with console.status("simulating"):
         low = simulate_low_dose(read_series(series), dose, seed)
     files = write_derived(
@@ -191,11 +191,48 @@ def train(
 
     Example: ldct-dist train configs/mayo2016_unet3d.yaml store=/scratch/ct.zarr optim.lr=3e-4
     """
-    from ldct_dist import config as configs
-    from ldct_dist.train.config import RunConfig
-    from ldct_dist.train.trainer import train as run
+    from ldct_dist.cluster.rank import train as run
 
-    raise typer.Exit(int(run(configs.read(RunConfig, config, overrides or []), allow_new_data)))
+    raise typer.Exit(run(config, overrides or [], allow_new_data))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]... [--SBATCH-OPTION VALUE]...",
+            help="The run's YAML, overrides, and options of sbatch: --nodes 2 --gpus-per-node 4 --time 24:00:00",
+        ),
+    ],
+    cluster: Annotated[
+        str, typer.Option(help="slurm; local: here, in the background; debug: here, in this process")
+    ] = "slurm",
+    site: Annotated[str | None, typer.Option(help="A profile in configs/sites, or a path to one")] = None,
+    allow_new_data: Annotated[bool, typer.Option("--allow-new-data", help="See train")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, submit nothing")] = False,
+) -> None:
+    """Train as a job: saved and requeued at the time limit, on preemption and after a node failure.
+
+    The code and the config are copied into the run's folder, and requeues run these copies. One rank a GPU; on
+    CPUs, --ntasks-per-node says how many.
+
+    Example: ldct-dist submit configs/mayo2016_unet3d.yaml optim.lr=3e-4 --nodes 2 --gpus-per-node 4
+    --time 24:00:00 --partition gpu
+    """
+    from ldct_dist.cluster.command import announce, parse
+    from ldct_dist.cluster.submit import dry_run as render
+    from ldct_dist.cluster.submit import start
+
+    request = parse(arguments, site, allow_new_data)
+    if dry_run:
+        print(render(request), end="")
+        return
+    job = start(request, cluster)
+    for line in announce(request, job, cluster):
+        console.print(line, markup=False, highlight=False)
+    if cluster == "debug":
+        job.results()
 
 
 @app.command()
@@ -366,6 +403,7 @@ def denoise(
             source,
             out,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            notice=_notice,
         )
     console.print(f"{len(files)} slices -> {out}")
 
@@ -428,6 +466,10 @@ def demo(
     from ldct_dist.demo import run
 
     run(config, overrides or [], console)
+
+
+def _notice(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _weights(path: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,12 +14,16 @@ from pydicom import Dataset
 from pydicom.uid import CTImageStorage, UID_dictionary
 
 from ldct_dist.ct.geometry import Vector, stack
-from ldct_dist.ct.headers import Header, read_header
+from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.ct.pixels import Slice, read_slice, rescale
 from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
 
 T = TypeVar("T")
+
+
+class NotAVolume(UserError):
+    """By its nature, not by damage: a scout, a dose report, a single slice, another modality."""
 
 
 @dataclass(frozen=True)
@@ -49,48 +53,67 @@ class Series:
         return _name(self.paths, self.description, self.series_uid)
 
 
-def find_series(folder: Path | str) -> tuple[list[Series], list[UserError]]:
+ReadHeaders = Callable[[Sequence[Path]], Iterable[Header | UserError | None]]
+
+
+def find_series(
+    folder: Path | str, read_headers: ReadHeaders = read_headers
+) -> tuple[list[Series], list[UserError]]:
     """The usable CT series anywhere below `folder`, and one UserError for each series or file refused.
 
-    Only headers are read. Files that are not DICOM are passed over. Both lists are in order of path.
-    Raises UserError if `folder` is no folder.
+    Only headers are read, by `read_headers` if that is given, such as in several processes. Files that are
+    not DICOM are passed over. Both lists are in order of path. Raises UserError if `folder` is no folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
-    for path in _files(folder, refused):
-        try:
-            header = read_header(path)
-        except UserError as e:
-            refused.append(e)
-            continue
-        if header:
-            groups.setdefault(header.series_uid, []).append(header)
+    for outcome in read_headers(list(_files(folder, refused))):
+        if isinstance(outcome, UserError):
+            refused.append(outcome)
+        elif outcome is not None:
+            groups.setdefault(outcome.series_uid, []).append(outcome)
     found: list[Series] = []
     for headers in groups.values():
         try:
             found.append(_series(headers))
         except UserError as e:
             name = _name([h.path for h in headers], headers[0].description, headers[0].series_uid)
-            refused.append(UserError(f"{name}: {e}"))
+            refused.append(type(e)(f"{name}: {e}"))
     return found, refused
 
 
-def one_series(folder: Path | str) -> Series:
-    """The only CT series below `folder`.
+def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line: None) -> list[Series]:
+    """The CT series below `folder`. What is no volume by its nature, as a clinical export holds beside them, is
+    passed over, and `notice` hears of it.
 
-    Raises UserError if there is none or more than one, or if anything was refused: an unreadable file may
-    be a slice that the series now lacks.
+    Raises UserError if there is no series, or if anything else was refused: an unreadable file may be a slice
+    that a series now lacks.
     """
     found, refused = find_series(folder)
+    damaged = [e for e in refused if not isinstance(e, NotAVolume)]
+    if damaged:
+        others = (
+            f" ({len(found)} other series are sound: move it out of {folder} to use them)" if found else ""
+        )
+        raise UserError(f"{damaged[0]}{others}")
+    if not found:
+        raise (
+            refused[0]
+            if refused
+            else UserError(f"{folder}: no CT series below it; give the folder that holds the DICOM files")
+        )
+    for e in refused:
+        notice(f"passed over: {e}")
+    return found
+
+
+def one_series(folder: Path | str, notice: Callable[[str], None] = lambda line: None) -> Series:
+    """The only CT series below `folder`. Raises UserError as `sound_series` does, and if there are several."""
+    found = sound_series(folder, notice)
     if len(found) > 1:
         raise UserError(f"{folder}: {len(found)} CT series below it; give the folder of one of them")
-    if refused:
-        raise refused[0]
-    if not found:
-        raise UserError(f"{folder}: no CT series below it; give the folder that holds the DICOM files")
     return found[0]
 
 
@@ -145,7 +168,7 @@ def _series(headers: Sequence[Header]) -> Series:
     pixel_spacing = _required(first.pixel_spacing, "PixelSpacing", first)
     rows, columns = _required(first.matrix, "Rows and Columns", first)
     if len(headers) == 1:
-        raise UserError("a single slice is no volume; give the whole series")
+        raise NotAVolume("a single slice is no volume; give the whole series")
     grid = stack(positions, orientation, pixel_spacing, [h.path.name for h in headers])
     return Series(
         paths=tuple(headers[i].path for i in grid.order),
@@ -165,15 +188,17 @@ def _series(headers: Sequence[Header]) -> Series:
 def _refuse_other_than_ct(headers: Sequence[Header]) -> None:
     for h in headers:
         if h.modality != "CT":
-            raise UserError(f"not CT (Modality {h.modality or 'missing'}); nothing to do unless it should be")
+            raise NotAVolume(
+                f"not CT (Modality {h.modality or 'missing'}); nothing to do unless it should be"
+            )
         if (h.frames or 1) > 1 or "Enhanced" in _sop_class_name(h):
             raise UserError("enhanced (multi-frame) CT is not supported; convert it to one file a slice")
         if h.sop_class != CTImageStorage:
-            raise UserError(
+            raise NotAVolume(
                 f"{h.path.name} is no CT image ({_sop_class_name(h)}); export the original CT images"
             )
         if "LOCALIZER" in (h.image_type or "").split("\\"):
-            raise UserError(f"{h.path.name} is a localizer (scout view); give the axial slices alone")
+            raise NotAVolume(f"{h.path.name} is a localizer (scout view); give the axial slices alone")
         if h.tilt and abs(h.tilt) > 0.1:
             raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
         if h.rescale_type not in (None, "HU"):
@@ -229,6 +254,7 @@ def _acquisition(headers: Sequence[Header]) -> Acquisition:
         kvp=_agreed([h.kvp for h in headers]),
         exposure_mas=fmean(exposures) if exposures else None,
         slice_thickness_mm=_agreed([h.thickness for h in headers]),
+        source_mm=_agreed([h.source_mm for h in headers]),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ class Header:
     kernel: str | None
     kvp: float | None
     exposure_mas: float | None
+    source_mm: float | None
     thickness: float | None
     tilt: float | None
     frames: float | None
@@ -57,6 +58,7 @@ _KEYWORDS = [
     *("SpecificCharacterSet", "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
     *("FrameOfReferenceUID", "Modality", "ImageType", "SeriesDescription", "Manufacturer"),
     *("ManufacturerModelName", "ConvolutionKernel", "KVP", "Exposure", "XRayTubeCurrent", "ExposureTime"),
+    "DistanceSourceToPatient",
     *("SliceThickness", "GantryDetectorTilt", "NumberOfFrames", "Rows", "Columns", "PixelSpacing"),
     *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
 ]
@@ -79,6 +81,17 @@ def read_header(path: Path) -> Header | None:
         if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return None
     return _header(path, ds)
+
+
+def read_headers(paths: Iterable[Path]) -> list[Header | UserError | None]:
+    """`read_header` of each path; the UserError it raised where it did."""
+    outcomes: list[Header | UserError | None] = []
+    for path in paths:
+        try:
+            outcomes.append(read_header(path))
+        except UserError as e:
+            outcomes.append(e)
+    return outcomes
 
 
 @contextmanager
@@ -159,6 +172,7 @@ def _header(path: Path, ds: Dataset) -> Header:
         kernel=text(ds, "ConvolutionKernel"),
         kvp=number(ds, "KVP"),
         exposure_mas=_exposure_mas(ds),
+        source_mm=_source_mm(ds),
         thickness=number(ds, "SliceThickness"),
         tilt=number(ds, "GantryDetectorTilt"),
         frames=number(ds, "NumberOfFrames"),
@@ -170,6 +184,12 @@ def _header(path: Path, ds: Dataset) -> Header:
         intercept=number(ds, "RescaleIntercept"),
         rescale_type=text(ds, "RescaleType"),
     )
+
+
+def _source_mm(ds: Dataset) -> float | None:
+    """Source to isocentre; None where the tag holds what no scanner has, such as 0."""
+    distance = number(ds, "DistanceSourceToPatient")
+    return distance if distance is not None and 300 <= distance <= 1200 else None
 
 
 def _matrix(ds: Dataset) -> tuple[int, int] | None:

@@ -111,9 +111,7 @@ def read_slice(path: Path) -> tuple[Dataset, Slice]:
 
 
 @lru_cache(16)  # the slices of a series share one
-def _meaning(
-    bits: int, signed: bool, slope: float, intercept: float, pad: tuple[int, int] | None
-) -> Meaning:
+def _meaning(bits: int, signed: bool, slope: float, intercept: float, pad: tuple[int, int] | None) -> Meaning:
     patterns = np.arange(1 << 16, dtype=np.uint16)
     stored = _sign_extended(patterns.view(np.int16) if signed else patterns, bits, signed)
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)

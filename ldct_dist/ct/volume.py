@@ -12,7 +12,7 @@ AIR_HU = -1024
 
 @dataclass(frozen=True)
 class Acquisition:
-    """How the series was made, as far as its tags say; None where they are silent."""
+    """How the series was made, as far as its tags say; None where they are silent. source_mm: source to isocentre."""
 
     manufacturer: str | None = None
     model: str | None = None
@@ -20,6 +20,7 @@ class Acquisition:
     kvp: float | None = None
     exposure_mas: float | None = None
     slice_thickness_mm: float | None = None
+    source_mm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import ldct_dist
 from ldct_dist.ct.derived import write_derived
-from ldct_dist.ct.dicom import Series, find_series, read_series
+from ldct_dist.ct.dicom import read_series, sound_series
 from ldct_dist.denoise.tiles import TILE, Progress, Triple, denoise_volume
 from ldct_dist.errors import UserError
 from ldct_dist.models.weights import load_weights, weights_hash
@@ -23,12 +24,13 @@ def denoise_series(
     device: torch.device | str | None = None,
     bf16: bool = False,
     progress: Progress = lambda done, total: None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Denoise each CT series below `source` into `out`, one folder a series if there are several.
 
     A voxel that the network leaves unchanged keeps its stored value bit for bit. DerivationDescription names
     this package's version, the network and the hash of its weights. `device`: None takes a GPU if there is one.
-    `progress` hears (tiles done, tiles in all) of each series in turn.
+    `progress` hears (tiles done, tiles in all) of each series in turn, `notice` what is passed over as no volume.
 
     Returns the files. Raises UserError for weights or series that cannot be used, and for an `out` that holds
     something already; what is in `out` afterwards is whole series.
@@ -41,20 +43,9 @@ def denoise_series(
         f"weights sha256 {weights_hash(weights)}"
     )
     files = []
-    series = _series(source)
+    series = sound_series(source, notice)
     for number, one in enumerate(series, start=1):
         target = out if len(series) == 1 else out / f"series-{number:03d}"
         hu = denoise_volume(model, read_series(one).hu, tile=tile, bf16=bf16, progress=progress)
         files += write_derived(one, hu, target, description)
     return files
-
-
-def _series(source: Path) -> list[Series]:
-    series, refused = find_series(source)
-    if refused and series:
-        raise UserError(
-            f"{refused[0]} (nothing was written: to denoise the {len(series)} other series, move it out of {source})"
-        )
-    if not series:
-        raise refused[0] if refused else UserError(f"{source}: no CT series below it")
-    return series

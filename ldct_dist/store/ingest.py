@@ -15,11 +15,11 @@ from pydantic import Field
 from ldct_dist.config import Config
 from ldct_dist.ct.dose import DoseConfig
 from ldct_dist.errors import UserError
-from ldct_dist.store import layout
+from ldct_dist.store import layout, parts
 from ldct_dist.store.pairing import Pair, PairingConfig, Refusal, find_pairs
 from ldct_dist.store.privacy import default_key_path, keyed_hash, load_key
 from ldct_dist.store.task import Task, task
-from ldct_dist.store.workers import run_all
+from ldct_dist.store.workers import Workers
 
 TYPICAL_RATIO = 1.6  # lz4 + bitshuffle on noisy CT
 
@@ -83,41 +83,66 @@ def ingest(
     source, out, config = Path(source), Path(out), config or IngestConfig()
     _check_shares(config)
     _check_places(source, out)
-    pairs, refused = find_pairs(source, config.pairing)
-    with _unwritable_as_user_error(out):
-        key = load_key(config.key or default_key_path(out))
-        splits = [_split(pair, key, config) for pair in pairs]
-        _refuse_leaks(pairs, splits)
-        layout.create(out)
-        tasks = _tasks(out, pairs, splits, key, config, part)
-        report = IngestReport(rejected=refused if part[0] == 0 else [])
-        report.skipped = [t.name for t in tasks if t.is_done]
-        todo = [t for t in tasks if t.name not in set(report.skipped)]
-        announce(_survey(todo))
-        for done, refusal in run_all(todo, config.workers or len(os.sched_getaffinity(0))):
-            if refusal is None:
-                report.written.append(done.name)
-            else:
-                report.rejected.append(
-                    Refusal(done.pair.name or str(done.pair.full.paths[0].parent), refusal)
-                )
-            progress(done.name)
-        report.rejected_csv = _write_rejected(out, part, report.rejected)
-        if report.rejected and not layout.list_cases(out):
-            first = report.rejected[0].reason
-            raise UserError(f"{source}: no series could be ingested; the first reason: {first}")
-        if part[1] == 1:
-            layout.finalise(out)
+    with Workers(config.workers or len(os.sched_getaffinity(0))) as workers:
+        pairs, refused = find_pairs(source, config.pairing, workers.read_headers)
+        with _unwritable_as_user_error(out):
+            key = load_key(config.key or default_key_path(out))
+            splits = [_split(pair, key, config) for pair in pairs]
+            _refuse_leaks(pairs, splits)
+            with parts.writing(out, part):
+                layout.create(out)
+                parts.begin(out, part)
+                tasks = _tasks(out, pairs, splits, key, config, part)
+                report = _make(tasks, workers, announce, progress)
+                report.rejected[:0] = refused if part[0] == 0 else []
+                report.rejected_csv = _write_rejected(out, part, report.rejected)
+                if part[1] > 1:
+                    parts.end(out, part)
+                elif report.rejected and not layout.list_cases(out):
+                    first = report.rejected[0].reason
+                    raise UserError(f"{source}: no series could be ingested; the first reason: {first}")
+                else:
+                    layout.finalise(out)
+                    parts.forget(out)
     return report
 
 
 def finalise(out: Path | str) -> int:
     """Write the catalogue of `out` once all parts of its ingest are done; how many cases it holds.
 
-    Raises UserError as `layout.finalise` does, and if `out` cannot be written.
+    Raises UserError if parts are missing, and as `layout.finalise` does, and if `out` cannot be written.
     """
-    with _unwritable_as_user_error(Path(out)):
-        return layout.finalise(Path(out))
+    out = Path(out)
+    layout.check_format(out)
+    missing = parts.missing(out)
+    if missing:
+        named = ", ".join(f"{i}/{n}" for i, n in missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise UserError(f"{out}: {len(missing)} part(s) of its ingest are not done: run --part {named} first")
+    with _unwritable_as_user_error(out), parts.writing(out, (0, 1)):
+        if not layout.list_cases(out):
+            raise UserError(f"{out}: no case in it; see {out.name}.rejected*.csv beside it for the reasons")
+        count = layout.finalise(out)
+        parts.forget(out)
+    return count
+
+
+def _make(
+    tasks: Sequence[Task],
+    workers: Workers,
+    announce: Callable[[Survey], None],
+    progress: Callable[[str], None],
+) -> IngestReport:
+    """Make the cases that are not there yet; the report of that."""
+    report = IngestReport(skipped=[t.name for t in tasks if t.is_done])
+    todo = [t for t in tasks if t.name not in set(report.skipped)]
+    announce(_survey(todo))
+    for done, refusal in workers.make(todo):
+        if refusal is None:
+            report.written.append(done.name)
+        else:
+            report.rejected.append(Refusal(done.pair.name or str(done.pair.full.paths[0].parent), refusal))
+        progress(done.name)
+    return report
 
 
 def _tasks(

@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import Field
 
 from ldct_dist.config import Config
-from ldct_dist.ct.dicom import Series, find_series
+from ldct_dist.ct.dicom import ReadHeaders, Series, find_series
+from ldct_dist.ct.headers import read_headers
 from ldct_dist.errors import UserError
 from ldct_dist.store.manifest import Row, read_manifest
 from ldct_dist.store.paircheck import PairCheckConfig, check_grid
@@ -60,19 +61,21 @@ class Refusal:
     reason: str
 
 
-def find_pairs(source: Path, config: PairingConfig) -> tuple[list[Pair], list[Refusal]]:
-    """The cases that `source` offers, and what was refused. Pixels are not read.
+def find_pairs(
+    source: Path, config: PairingConfig, read_headers: ReadHeaders = read_headers
+) -> tuple[list[Pair], list[Refusal]]:
+    """The cases that `source` offers, and what was refused. Pixels are not read; `read_headers`: see find_series.
 
     Raises UserError if it offers nothing at all, or is not what config.layout says.
     """
     if source.is_file():
         if config.layout not in ("auto", "manifest"):
             raise UserError(f"{source}: a file, but pairing.layout={config.layout} is about folders")
-        pairs, refused = _by_manifest(source, config)
+        pairs, refused = _by_manifest(source, config, read_headers)
     elif config.layout == "manifest":
         raise UserError(f"{source}: not a file; pairing.layout=manifest takes the CSV itself as the source")
     else:
-        pairs, refused = _by_folders(source, config)
+        pairs, refused = _by_folders(source, config, read_headers)
     found = bool(pairs or refused)
     pairs = [p for p in pairs if config.dose is None or p.low is None or p.dose == config.dose]
     sound, mismatched = _check_grids(pairs, config.check)
@@ -126,8 +129,10 @@ _FOLDERS = {
 }
 
 
-def _by_folders(source: Path, config: PairingConfig) -> tuple[list[Pair], list[Refusal]]:
-    series, errors = find_series(source)
+def _by_folders(
+    source: Path, config: PairingConfig, read_headers: ReadHeaders
+) -> tuple[list[Pair], list[Refusal]]:
+    series, errors = find_series(source, read_headers)
     layout = _recognised(series, source) if config.layout == "auto" else config.layout
     refused = [Refusal(str(source), str(e)) for e in errors]
     if not series and not refused:
@@ -178,7 +183,9 @@ def _by_patient(series: Sequence[Series], folders: _Folders) -> tuple[list[Pair]
     return pairs, refused
 
 
-def _by_manifest(path: Path, config: PairingConfig) -> tuple[list[Pair], list[Refusal]]:
+def _by_manifest(
+    path: Path, config: PairingConfig, read_headers: ReadHeaders
+) -> tuple[list[Pair], list[Refusal]]:
     rows, errors = read_manifest(path)
     pairs: list[Pair] = []
     refused = [Refusal(str(path), str(e)) for e in errors]
@@ -191,7 +198,7 @@ def _by_manifest(path: Path, config: PairingConfig) -> tuple[list[Pair], list[Re
         try:
             if row.case in taken:
                 raise UserError(f"case {row.case} stands there twice; name each once, or set pairing.dose")
-            pair = _pair_of(row, config)
+            pair = _pair_of(row, config, read_headers)
         except UserError as e:
             refused.append(Refusal(row.where, f"{row.where}: {e}"))
         else:
@@ -200,8 +207,10 @@ def _by_manifest(path: Path, config: PairingConfig) -> tuple[list[Pair], list[Re
     return pairs, refused
 
 
-def _pair_of(row: Row, config: PairingConfig) -> Pair:
-    full, low = (_series_in(folder, config) if folder else None for folder in (row.full, row.low))
+def _pair_of(row: Row, config: PairingConfig, read_headers: ReadHeaders) -> Pair:
+    full, low = (
+        _series_in(folder, config, read_headers) if folder else None for folder in (row.full, row.low)
+    )
     assert full is not None
     if names_patient(row.case, full.paths[0], (row.patient, full.patient_id)):
         raise UserError(
@@ -210,8 +219,8 @@ def _pair_of(row: Row, config: PairingConfig) -> Pair:
     return Pair(full, row.patient, low, row.case, row.dose, row.split)
 
 
-def _series_in(folder: Path, config: PairingConfig) -> Series:
-    found, refused = find_series(folder)
+def _series_in(folder: Path, config: PairingConfig, read_headers: ReadHeaders) -> Series:
+    found, refused = find_series(folder, read_headers)
     wanted = [s for s in found if _wanted(s, config)]
     if not wanted and refused:
         raise refused[0]

@@ -1,4 +1,4 @@
-"""Tasks shared out over processes, of which any may be killed without taking the others' work along."""
+"""An ingest's work shared out over processes, of which any may be killed without taking the others' along."""
 
 from __future__ import annotations
 
@@ -7,52 +7,89 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from pathlib import Path
 
 import torch
 
+from ldct_dist.ct.headers import Header, read_headers
+from ldct_dist.errors import UserError
 from ldct_dist.store.task import Task, make_case
 
 KILLED = "its process was killed, most likely for want of memory; give fewer workers or more memory"
+_FEW_HEADERS = 1000  # are read sooner than processes start
+_BATCH = 32  # headers
 
 
-def run_all(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, str | None]]:
-    """Make each case, in no certain order; each task with None, or with why it was refused.
+class Workers:
+    """`count` processes, started when there is work worth it; a context manager that ends them."""
 
-    When a process is killed, which of the cases then in hand was to blame is unknown: each gets a process
-    to itself, and the one that breaks that too is refused.
-    """
-    waiting = deque(tasks)
-    while waiting:
-        in_hand = yield from _share_out(waiting, workers)
-        for task in in_hand:
-            yield task, _alone(task)
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._headers_asked = 0
+        self._processes: Executor | None = None
 
+    def __enter__(self) -> Workers:
+        return self
 
-def pool(workers: int) -> Executor:
-    # Not fork: the parent has threads (torch's) that a forked child would wait for for ever.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
+    def __exit__(self, *_: object) -> None:
+        if self._processes is not None:
+            self._processes.shutdown(cancel_futures=True)
 
+    def read_headers(self, paths: Sequence[Path]) -> Iterable[Header | UserError | None]:
+        """As `ldct_dist.ct.headers.read_headers`. Raises UserError if a process was killed over it."""
+        self._headers_asked += len(paths)
+        if self._headers_asked < _FEW_HEADERS:
+            return read_headers(paths)
+        batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
+        try:
+            return list(chain.from_iterable(self._pool().map(read_headers, batches)))
+        except BrokenProcessPool as e:
+            raise UserError(f"{paths[0].parent}: while its headers were read, {KILLED}") from e
 
-def _share_out(waiting: deque[Task], workers: int) -> Generator[tuple[Task, str | None], None, list[Task]]:
-    """Work `waiting` off; the tasks that were in hand when a process was killed, if one was."""
-    running: dict[Future[str | None], Task] = {}
-    with pool(min(workers, len(waiting))) as processes:
+    def make(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, str | None]]:
+        """Make each case, in no certain order; each task with None, or with why it was refused.
+
+        When a process is killed, which of the cases then in hand was to blame is unknown: each gets a process
+        to itself, and the one that breaks that too is refused.
+        """
+        waiting = deque(tasks)
+        while waiting:
+            in_hand = yield from self._share_out(waiting)
+            for task in in_hand:
+                yield task, _alone(task)
+
+    def _share_out(self, waiting: deque[Task]) -> Generator[tuple[Task, str | None], None, list[Task]]:
+        """Work `waiting` off; the tasks that were in hand when a process was killed, if one was."""
+        running: dict[Future[str | None], Task] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
-                    future = processes.submit(make_case, waiting[0])
+                while waiting and len(running) < self.count:
+                    future = self._pool().submit(make_case, waiting[0])
                     running[future] = waiting.popleft()
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     refusal = future.result()
                     yield running.pop(future), refusal
         except BrokenProcessPool:
+            self._pool().shutdown()
+            self._processes = None
             return list(running.values())
-    return []
+        return []
+
+    def _pool(self) -> Executor:
+        if self._processes is None:
+            self._processes = pool(self.count)
+        return self._processes
+
+
+def pool(workers: int) -> Executor:
+    # Not fork: the parent has threads (torch's) that a forked child would wait for for ever.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
 
 
 def _alone(task: Task) -> str | None:

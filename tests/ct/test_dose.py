@@ -1,14 +1,22 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import ldct_dist
 from ldct_dist.ct import dose as dose_module
-from ldct_dist.ct.dose import DoseConfig, matched, scan_of, simulate_full_dose, simulate_low_dose
+from ldct_dist.ct.dicom import one_series, read_series
+from ldct_dist.ct.dose import DoseConfig, matched, simulate_full_dose, simulate_low_dose, simulate_low_doses
 from ldct_dist.ct.phantom import body, water_cylinder
 from ldct_dist.ct.projector import filtered_backprojection
-from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.ct.scanner import scan_of, transmission
+from ldct_dist.ct.volume import AIR_HU, Acquisition, Volume
 from ldct_dist.errors import UserError
+from ldct_dist.evaluate.physics.nps import flat_regions, noise_power
 
+DEMO = Path(ldct_dist.__file__).parent / "demo_data"
 SPACING = (5.0, 2.0, 2.0)
 RADIUS = 90.0
 PHOTONS = 5e4
@@ -147,6 +155,82 @@ def test_matched_quarter_dose_doubles_the_noise_whichever_beam_is_assumed(beam):
     low = simulate_low_dose(full, 0.25, seed=7, config=DoseConfig(beam=beam, electronic_noise=0))
     middle = rings()["middle"]
     assert noise_std(low.hu, middle) == pytest.approx(2 * noise_std(full.hu, middle), rel=0.08)
+
+
+def test_several_doses_at_once_are_those_of_single_runs():
+    volume = body((3, 64, 64), (5.0, 6.0, 6.0), seed=0)
+    together = simulate_low_doses(volume, [0.5, 1.0, 0.1], seed=7, config=CONFIG)
+    for dose, low in zip((0.5, 1.0, 0.1), together, strict=True):
+        assert (low.hu == simulate_low_dose(volume, dose, seed=7, config=CONFIG).hu).all()
+    assert together[1] is volume
+
+
+def test_source_distance_is_the_config_s_or_the_tag_s():
+    tagged = replace(water_cylinder((1, 32, 32), SPACING, 20), acquisition=Acquisition(source_mm=541.0))
+    assert scan_of(tagged, DoseConfig()).source_mm == 541
+    assert scan_of(tagged, DoseConfig(source_mm=500)).source_mm == 500
+    assert scan_of(replace(tagged, acquisition=Acquisition()), DoseConfig()).source_mm == 595
+
+
+def chords(scan):
+    _, t = scan.rays()
+    return 2 * torch.sqrt((RADIUS**2 - t.square()).clamp(min=0))[None].float()
+
+
+def test_bowtie_evens_out_its_cylinder():
+    config = CONFIG.model_copy(update={"bowtie_mm": RADIUS})
+    scan = scan_of(Volume(np.zeros((1, 128, 128), np.int16), SPACING), config)
+    through_water = transmission(chords(scan) * config.water_per_mm, scan, config)
+    expected = np.exp(-2 * RADIUS * config.water_per_mm)
+    assert through_water.numpy() == pytest.approx(expected, rel=1e-4)
+
+
+def test_tube_current_follows_attenuation_and_keeps_its_mean():
+    config = CONFIG.model_copy(update={"modulation": 0.5})
+    scan = scan_of(Volume(np.zeros((1, 128, 128), np.int16), SPACING), config)
+    p = torch.linspace(2, 6, scan.views)[None, :, None].expand(1, -1, scan.columns)
+    current = transmission(p, scan, config) / torch.exp(-p)
+    assert current.mean().item() == pytest.approx(1, rel=1e-5)
+    assert (current[0, -1] / current[0, 0]).numpy() == pytest.approx(np.exp(0.5 * (6 - 2)), rel=1e-4)
+
+
+def test_modulation_lowers_the_noise_of_an_oval_at_the_same_dose():
+    oval = body((12, 96, 96), (5.0, 4.0, 4.0), seed=0)
+    middle = np.hypot(*(np.mgrid[:96, :96] - 47.5)) < 10
+    std = []
+    for modulation in (0.0, 0.5):
+        config = CONFIG.model_copy(update={"modulation": modulation, "photons": 2e5, "cutoff_per_mm": 0.12})
+        std.append(noise_std(simulate_full_dose(oval, 3, config).hu - oval.hu.astype(float), middle))
+    assert std[1] < 0.95 * std[0]
+
+
+def test_detector_blur_filters_the_noise_by_its_own_transfer_function():
+    water = water_cylinder((16, 128, 128), SPACING, RADIUS)
+    spectra = []
+    for blur in (0.0, 1.0):
+        config = CONFIG.model_copy(update={"blur_columns": blur, "beam": "parallel"})
+        noise = simulate_full_dose(water, 3, config).hu.astype(float) - water.hu
+        spectra.append(noise_power(noise[:, 44:84, 44:84], SPACING[1:]).radial())
+    (f, sharp), (_, blurred) = spectra
+    sigma_mm = scan_of(water, CONFIG.model_copy(update={"beam": "parallel"})).pitch_mm
+    np.testing.assert_allclose(
+        (blurred / sharp)[2:10], np.exp(-((2 * np.pi * sigma_mm * f) ** 2))[2:10], rtol=0.12
+    )
+
+
+def test_inserted_noise_has_the_texture_of_the_scan_s_own():
+    """In a real scan, at the same places: what was put in against what was there."""
+    scan = read_series(one_series(DEMO / "CRLM-CT-1004"))
+    full = replace(scan, hu=scan.hu[12:20])
+    low = simulate_low_dose(full, 0.25, seed=1)
+    regions = flat_regions(full)
+    assert len(regions) >= 8
+    added = low.hu.astype(float) - full.hu
+    own, inserted = (
+        noise_power(np.stack([hu[region] for region in regions]), full.spacing[1:]) for hu in (full.hu, added)
+    )
+    assert inserted.variance == pytest.approx(3 * own.variance, rel=0.25)
+    assert inserted.mean_frequency == pytest.approx(own.mean_frequency, rel=0.15)
 
 
 @pytest.mark.parametrize("fraction", [0, -0.25, 1.5, 25, float("nan")])

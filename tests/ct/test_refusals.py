@@ -147,6 +147,7 @@ def test_one_series_means_one_and_nothing_refused(tmp_path):
     (tmp_path / "a" / "last.dcm").touch()
     with pytest.raises(UserError, match="last"):
         one_series(tmp_path)
+    (tmp_path / "a" / "last.dcm").unlink()
     write_series(tmp_path / "b", phantom(), Options(seed="b"))
     with pytest.raises(UserError, match="2 CT series"):
         one_series(tmp_path)

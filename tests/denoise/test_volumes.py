@@ -89,9 +89,20 @@ def test_an_output_that_exists_is_refused_before_any_work(identity, tmp_path):
 def test_a_series_that_cannot_be_used_stops_all_and_is_named(identity, tmp_path):
     write_series(tmp_path / "in" / "good", phantom())
     write_series(tmp_path / "in" / "holed", phantom(), Options(seed="holed"))[2].unlink()
-    with pytest.raises(UserError, match=r"holed.*nothing was written: to denoise the 1 other"):
+    with pytest.raises(UserError, match=r"holed.*\(1 other series are sound: move it out of"):
         denoise_series(identity, tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scout_beside_the_series_is_passed_over_and_named(identity, tmp_path):
+    write_series(tmp_path / "in" / "axial", phantom())
+    scout = Options(seed="scout", tags={"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]})
+    write_series(tmp_path / "in" / "scout", phantom(), scout)
+    write_series(tmp_path / "in" / "report", phantom(), Options(seed="sr", tags={"Modality": "SR"}))
+    notices: list[str] = []
+    files = denoise_series(identity, tmp_path / "in", tmp_path / "out", notice=notices.append)
+    assert len(files) == len(phantom())
+    assert ["not CT (Modality SR)" in notices[0], "is a localizer" in notices[1]] == [True, True]
 
 
 def test_a_folder_without_ct_is_one_line(identity, tmp_path):

@@ -18,6 +18,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store import layout, workers
 from ldct_dist.store.ingest import IngestConfig, finalise, ingest
 from ldct_dist.store.pairing import PairingConfig, find_pairs
+from ldct_dist.store.parts import writing
 from ldct_dist.store.reader import Store
 from ldct_dist.store.task import task
 from ldct_dist.store.verify import verify
@@ -112,6 +113,29 @@ def test_the_parts_of_an_array_job_make_the_store_that_one_ingest_makes(source, 
         Store(tmp_path / "parts")
     assert finalise(tmp_path / "parts") == 3
     assert content(tmp_path / "parts") == content(tmp_path / "one")
+
+
+def test_finalise_names_the_parts_that_are_missing(source, out, threads):
+    ingest(source, out, CONFIG, part=(2, 3))
+    with pytest.raises(UserError, match=r"2 part\(s\) of its ingest are not done: run --part 0/3, 1/3 first"):
+        finalise(out)
+    ingest(source, out, CONFIG, part=(0, 2))  # thought better of: an array of two tasks
+    with pytest.raises(UserError, match=r"1 part\(s\) .* run --part 1/2 first"):
+        finalise(out)
+    ingest(source, out, CONFIG, part=(1, 2))
+    assert finalise(out) == 3
+    assert finalise(out) == 3
+    assert not out.with_name("ct.zarr.parts").exists()
+
+
+def test_two_ingests_do_not_write_one_store_at_once(source, out, threads):
+    with writing(out, (0, 1)), pytest.raises(UserError, match="another ingest is writing it; wait"):
+        ingest(source, out, CONFIG)
+    with writing(out, (0, 2)):
+        ingest(source, out, CONFIG, part=(1, 2))
+        with pytest.raises(UserError, match="another ingest is writing it"):
+            ingest(source, out, CONFIG)
+    assert ingest(source, out, CONFIG).skipped
 
 
 def test_refused_series_are_listed_and_stop_no_other(source, out, threads):
@@ -219,7 +243,8 @@ def test_a_killed_worker_is_refused_and_takes_no_other_case_along(tmp_path, out)
         task(out, p, "train", b"key", check=c, **settings)
         for p, c in zip(pairs, [Deadly(), None], strict=True)
     )
-    results = {t.name: refusal for t, refusal in workers.run_all([deadly, fine], 2)}
+    with workers.Workers(2) as processes:
+        results = {t.name: refusal for t, refusal in processes.make([deadly, fine])}
     assert results[fine.name] is None
     assert "its process was killed, most likely for want of memory" in results[deadly.name]
     assert layout.list_cases(out) == [fine.name]

@@ -1,0 +1,78 @@
+"""Who may write a store at the same time, and which parts of an array job are done.
+
+Kept beside the store, not in it, so that a store is the same however it was made.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ldct_dist.errors import UserError
+
+Part = tuple[int, int]
+"""(i, n): every n-th case from the i-th"""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def writing(store: Path, part: Part) -> Iterator[None]:
+    """Hold the store against other ingests; parts of one array job do not exclude each other.
+
+    Raises UserError if another process holds it. The kernel lets go when a process ends, however it ends.
+    """
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with open(store.with_name(f".{store.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX if part[1] == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(
+                f"{store}: another ingest is writing it; wait until that one is done, then start this one again"
+            ) from e
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:  # some cluster file systems are mounted without locks
+                raise
+        yield
+
+
+def begin(store: Path, part: Part) -> None:
+    """Forget that `part` was done, and the parts of an array job of another size."""
+    for mark in _marks(store):
+        if _part(mark) == part or _part(mark)[1] != part[1]:
+            mark.unlink(missing_ok=True)
+
+
+def end(store: Path, part: Part) -> None:
+    """Remember that `part` is done."""
+    folder = _folder(store)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{part[0]}-of-{part[1]}").touch()
+
+
+def missing(store: Path) -> list[Part]:
+    """Parts of the array job that are not done; none if no part was ever done."""
+    done = {_part(mark) for mark in _marks(store)}
+    sizes = {n for _, n in done}
+    return [(i, n) for n in sorted(sizes) for i in range(n) if (i, n) not in done]
+
+
+def forget(store: Path) -> None:
+    shutil.rmtree(_folder(store), ignore_errors=True)
+
+
+def _folder(store: Path) -> Path:
+    return store.with_name(f"{store.name}.parts")
+
+
+def _marks(store: Path) -> list[Path]:
+    return list(_folder(store).glob("*-of-*"))
+
+
+def _part(mark: Path) -> Part:
+    i, n = mark.name.split("-of-")
+    return int(i), int(n)
