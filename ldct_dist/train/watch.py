@@ -28,6 +28,8 @@ from ldct_dist.world import World
 
 LOOKS = 10
 """Times that a rank is looked at within `hang_s`"""
+NAMED = 4
+"""ranks that the line names, where there are many, as when a host is gone"""
 BYTES = 256
 """A beat is always this long, so that rewriting it in place needs no room on a full disk."""
 
@@ -42,6 +44,10 @@ class Beat:
     step: int
     phase: str
     patience: float
+
+    @property
+    def where(self) -> str:
+        return f"last seen at step {self.step}, {self.phase}"
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,9 @@ class Watch:
         return None
 
     def _where(self, ranks: list[int], seen: dict[int, Seen]) -> str:
-        beats = {rank: seen[rank].beat for rank in ranks}
-        return " and ".join(
-            f"{self._names[r]} (last seen at step {b.step}, {b.phase})" for r, b in beats.items()
-        )
+        told = [f"{self._names[r]} ({seen[r].beat.where})" for r in ranks[:NAMED]]
+        rest = len(ranks) - NAMED
+        return ", ".join(told) + (f" and {rest} more ranks" if rest > 0 else "")
 
     def _leave(self, fault: str) -> NoReturn:
         faulthandler.dump_traceback(self._file)

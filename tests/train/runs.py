@@ -11,8 +11,6 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ldct_dist.cluster.local import LocalRanks
-
 CONFIG = """
 name: run
 store: {store}
@@ -32,12 +30,6 @@ def write_config(folder: Path, store: Path, text: str = CONFIG) -> Path:
     path = folder / "run.yaml"
     path.write_text(text.format(store=store, runs=folder / "runs"))
     return path
-
-
-def train(config: Path, *overrides: str, ranks: int = 1, log: Path | None = None) -> int:
-    """Train in processes of their own; the exit code."""
-    with LocalRanks(["train", str(config), *overrides], ranks, log or config.with_suffix(".log")) as running:
-        return running.wait()
 
 
 def cli(*arguments: str | Path) -> subprocess.CompletedProcess:

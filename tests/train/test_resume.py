@@ -42,41 +42,44 @@ def validations(run) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in board.Scalars("validation/rmse_hu (ldctbench-abdomen)")]
 
 
+@pytest.fixture(scope="module")
+def unbroken(store, tmp_path_factory):
+    """Runs that nothing disturbed, by number of ranks."""
+    runs = {}
+    for ranks in (2, 4):
+        config = write_config(tmp_path_factory.mktemp("unbroken"), store)
+        assert fork(config, *EXACT, ranks=ranks, plant=random_loss) == [0] * ranks
+        runs[ranks] = config.parent / "runs" / "run"
+    return runs
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_stopped_after_every_single_step_it_is_bitwise_the_unbroken_run(store, tmp_path, ranks):
+def test_stopped_after_every_single_step_it_is_bitwise_the_unbroken_run(store, unbroken, tmp_path, ranks):
     """Losses, learning rates, gradient norms, weights, average, optimizer, random numbers and validations."""
-    for name in ("unbroken", "broken"):
-        (tmp_path / name).mkdir()
-    unbroken, broken = (write_config(tmp_path / name, store) for name in ("unbroken", "broken"))
-    assert fork(unbroken, *EXACT, ranks=ranks, plant=random_loss) == [0] * ranks
+    config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
+    stop = partial(together, random_loss, asked_to_stop_at_every_step)
     for _ in range(STEPS):
-        plant = partial(together, random_loss, asked_to_stop_at_every_step)
-        assert fork(broken, *EXACT, ranks=ranks, plant=plant) == [75] * ranks
-    assert fork(broken, *EXACT, ranks=ranks, plant=random_loss) == [0] * ranks
+        assert fork(config, *EXACT, ranks=ranks, plant=stop) == [75] * ranks
+    assert fork(config, *EXACT, ranks=ranks, plant=random_loss) == [0] * ranks
 
-    got, expected = (tmp_path / name / "runs" / "run" for name in ("broken", "unbroken"))
-    assert [start["from_step"] for start in starts(got)] == list(range(STEPS + 1))
-    assert losses(got) == losses(expected)
-    assert len({line["loss"] for line in losses(got)}) == STEPS
-    assert same(final_state(got), final_state(expected))
-    assert validations(got) == validations(expected)
-    assert "sums are added in another order" not in broken.with_suffix(".log").read_text()
+    assert [start["from_step"] for start in starts(run)] == list(range(STEPS + 1))
+    assert losses(run) == losses(unbroken[ranks])
+    assert len({line["loss"] for line in losses(run)}) == STEPS
+    assert same(final_state(run), final_state(unbroken[ranks]))
+    assert validations(run) == validations(unbroken[ranks])
+    assert "sums are added in another order" not in config.with_suffix(".log").read_text()
 
 
-def test_killed_at_any_instant_it_is_bitwise_the_unbroken_run(store, tmp_path):
-    for name in ("unbroken", "broken"):
-        (tmp_path / name).mkdir()
-    unbroken, broken = (write_config(tmp_path / name, store) for name in ("unbroken", "broken"))
-    assert fork(unbroken, *EXACT) == [0, 0]
-    got, expected = (tmp_path / name / "runs" / "run" for name in ("broken", "unbroken"))
+def test_killed_at_any_instant_it_is_bitwise_the_unbroken_run(store, unbroken, tmp_path):
+    config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
     for step in (1, 3):
-        with ForkedRanks(broken, *EXACT) as running:
-            running.wait_until(lambda step=step: (got / "losses.jsonl").exists() and len(losses(got)) >= step)
+        with ForkedRanks(config, *EXACT, plant=random_loss) as running:
+            running.wait_until(lambda step=step: (run / "losses.jsonl").exists() and len(losses(run)) >= step)
             running.signal(signal.SIGKILL)
             assert running.wait() == [-9, -9]
-    assert fork(broken, *EXACT) == [0, 0]
-    assert losses(got) == losses(expected)
-    assert same(final_state(got), final_state(expected))
+    assert fork(config, *EXACT, plant=random_loss) == [0, 0]
+    assert losses(run) == losses(unbroken[2])
+    assert same(final_state(run), final_state(unbroken[2]))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from forked import fork
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.models.weights import load_weights
 from ldct_dist.train.ending import Ending
-from runs import cli, final_state, losses, starts, train, unsharded, write_config
+from runs import cli, final_state, losses, starts, unsharded, write_config
 from stores import make_store
 
 
@@ -64,7 +64,8 @@ def test_the_command_line_killed_and_called_again_ends_bitwise_where_the_unbroke
             time.sleep(0.01)
         running.signal(signal.SIGKILL)
         running.wait()
-    assert train(config, ranks=2) == 0
+    with LocalRanks(["train", str(config)], 2, tmp_path / "log") as running:
+        assert running.wait() == 0
     assert starts(run)[0]["from_step"] == 0
     assert starts(run)[1]["from_step"] in (3, 4, 6)
     assert losses(run) == losses(unbroken)

@@ -180,7 +180,7 @@ def test_nobody_is_suspected_while_the_rank_that_is_waited_for_moves():
 
 def test_where_no_rank_is_behind_all_are_named():
     assert fault_after(LOOKS + 1, waiting, waiting) == (
-        "no progress for 10 s on rank 0 (last seen at step 7, data) and rank 1 (last seen at step 7, data)"
+        "no progress for 10 s on rank 0 (last seen at step 7, data), rank 1 (last seen at step 7, data)"
     )
 
 
