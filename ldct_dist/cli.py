@@ -350,38 +350,46 @@ def sweep(
     cluster: Annotated[
         str, typer.Option(help="slurm: one array job; local: here, one after the other")
     ] = "slurm",
-    nodes: Annotated[int, typer.Option(help="Nodes of each run (slurm)")] = 1,
-    tasks: Annotated[int, typer.Option(help="Ranks a node: as many as it has GPUs")] = 1,
+    site: Annotated[str | None, typer.Option(help="A profile in configs/sites, or a path to one")] = None,
 ) -> None:
     """Train every combination of the given values; TensorBoard's HParams view holds them side by side.
 
     A key is dotted (optim.lr) or its last part where only one ends so (lr); model=unet3d-s is a network and its
-    size. The same sweep again goes on with the runs that are neither done nor queued.
+    size. Options of sbatch are for each run. The same sweep again goes on with the runs that are neither done nor
+    queued.
 
-    Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --tasks 4
-    --gpus-per-node=4 --time=24:00:00
+    Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --gpus-per-node 4
+    --time 24:00:00
     """
     from ldct_dist.cluster.array import submit_array
+    from ldct_dist.cluster.command import split
+    from ldct_dist.cluster.submit import Request
     from ldct_dist.cluster.sweep import plan, run_here
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False)
 
-    options = [a for a in axes if a.startswith("-")]
-    if cluster not in ("slurm", "local") or (options and cluster == "local"):
-        raise UserError(
-            f"--cluster {cluster}: slurm, or local without options of sbatch ({' '.join(options)})"
-        )
-    planned = plan(config, [a for a in axes if not a.startswith("-")])
+    words, options = split(axes)
+    planned = plan(config, words)
     say(f"{len(planned.points)} runs -> {planned.folder}")
     code = 0
     if cluster == "local":
-        code = run_here(planned, config, tasks, say)
-    else:
-        job = submit_array(planned, [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *options], say)
+        code = run_here(planned, config, Request(planned.points[0].config, options).tasks_per_node, say)
+    elif cluster == "slurm":
+        job = submit_array(planned, options, site, say)
         say(f"job {job}; how it goes: ldct-dist status {planned.folder}" if job else "nothing is left to do")
+    else:
+        raise UserError(f"--cluster {cluster}: slurm or local")
     say(f"side by side: tensorboard --logdir {planned.folder}, under HParams")
     raise typer.Exit(code)
+
+
+@app.command("sweep-task", hidden=True)
+def sweep_task(configs: list[Path]) -> None:
+    """What a sweep's array job starts on every rank."""
+    from ldct_dist.cluster.array import train_task
+
+    raise typer.Exit(train_task(configs))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,84 +11,90 @@ from pathlib import Path
 
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.progress import read_progress
-from ldct_dist.cluster.record import JOB, job_of
+from ldct_dist.cluster.rank import train
+from ldct_dist.cluster.record import CONFIG, JOB, job_of
+from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.site import read_site
+from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.cluster.submit import SCRIPT, Options, Request
 from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 
-CONFIG = Path("slurm/config.yaml")
-SCRIPT = """\
-#!/bin/bash
-# The runs of {folder}, one a task of the array.
-#SBATCH --job-name=ldct-sweep
-#SBATCH --requeue
-#SBATCH --signal=USR1@300
-#SBATCH --open-mode=append
-set -u
 
-runs=(
-{runs}
-)
-run=${{runs[$SLURM_ARRAY_TASK_ID]}}
-exec >> "$run/slurm/$SLURM_JOB_ID.log" 2>&1
-
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
-export MASTER_ADDR MASTER_PORT
-
-# srun does not take over sbatch's --cpus-per-task since Slurm 22.05. Ranks that stop together need not leave
-# together: the first to go must not have the others killed, or their exit code would be lost.
-srun ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} --kill-on-bad-exit=0 --wait=60 \\
-  {python} -m ldct_dist train "$run/slurm/config.yaml"
-code=$?
-
-# 75: every rank has stopped at one step and the checkpoint is committed. Leaving now would count as
-# finished, so the task asks to be queued again: by its own name, since the number of an array's last task is
-# that of the whole array.
-if [ "$code" -eq 75 ]; then
-  exec scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
-fi
-exit "$code"
-"""
-
-
-def render(sweep: Sweep, python: str) -> str:
-    """The job script: task i of the array trains run i of the sweep."""
-    runs = "\n".join(f"  {shlex.quote(str(point.folder.resolve()))}" for point in sweep.points)
-    # A comment ends with its line, so a folder's name must not bring another.
-    folder = " ".join(str(sweep.folder).split())
-    return SCRIPT.format(folder=folder, runs=runs, python=shlex.quote(python))
-
-
-def submit_array(sweep: Sweep, options: Sequence[str], say: Callable[[str], None] = print) -> str | None:
+def submit_array(
+    sweep: Sweep, options: Options, site: str | None, say: Callable[[str], None] = print
+) -> str | None:
     """Submit the runs that are neither done nor queued, as one array; its job id, None if there are none.
 
-    options: of sbatch, for each task: --nodes=2, --ntasks-per-node=4, --partition=gpu, --array's %limit apart.
-    Raises UserError if Slurm does not answer or refuses the job.
+    options: of sbatch, by their long names, for each run. Raises UserError if Slurm does not answer or refuses.
     """
-    missing = _missing(sweep, say)
-    if not missing:
+    points = _missing(sweep, say)
+    if not points:
         return None
+    folder = sweep.folder.resolve() / JOB.parent
+    configs = [point.folder.resolve() / CONFIG for point in points]
+    script = _script(points[0], folder, configs, options, site)
+    render(script)  # a mistake is said before anything is written
     write_hparams(sweep)
-    for i in missing:
-        config = sweep.points[i].folder / CONFIG
+    for point, config in zip(points, configs, strict=True):
         config.parent.mkdir(exist_ok=True)
-        config.write_text(to_yaml(sweep.points[i].config))
-    script = sweep.folder / "sweep.sbatch"
-    script.write_text(render(sweep, sys.executable))
-    array = f"--array={','.join(map(str, missing))}"
-    command = ["sbatch", "--parsable", array, "--output=/dev/null", *options, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"sbatch: {' '.join(done.stderr.split())}")
-    job = done.stdout.strip().split(";")[0]  # job id, and on some sites the cluster's name
-    for i in missing:
-        (sweep.points[i].folder / JOB).write_text(json.dumps({"job": f"{job}_{i}"}))
+        config.write_text(to_yaml(point.config))
+    text = render(_script(points[0], folder, configs, options, site, snapshot_code(folder / "code")))
+    (folder / SCRIPT).write_text(text)
+    job = _sbatch(folder, len(points))
+    for i, point in enumerate(points):
+        record = {"job": f"{job}_{i}", "log": str(folder / f"{job}_{i}.log")}
+        (point.folder / JOB).write_text(json.dumps(record))
     return job
 
 
-def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[int]:
-    """Which points are to be submitted, by their place in the sweep."""
+def train_task(configs: Sequence[Path]) -> int:
+    """Train, as one of its ranks, the run of this task of the array; the exit code.
+
+    The job script names the runs itself, so a task that waits trains its own, however the sweep has grown.
+    """
+    return train(configs[int(os.environ["SLURM_ARRAY_TASK_ID"])], [])
+
+
+def _script(
+    point: Point,
+    folder: Path,
+    configs: Sequence[Path],
+    options: Options,
+    site: str | None,
+    code: Path | None = None,
+) -> Script:
+    profile = read_site(site)
+    if not profile.requeue or "no-requeue" in options:
+        raise UserError("a sweep's runs go on by requeuing: where that is forbidden, submit them one by one")
+    ranks = str(Request(point.config, options, site).tasks_per_node)
+    return Script(
+        name="ldct-sweep",
+        command=["-m", "ldct_dist", "sweep-task", *map(str, configs)],
+        code=code or folder / "code" / "SNAPSHOT",
+        folder=folder,
+        workdir=Path.cwd(),
+        python=sys.executable,
+        options={"nodes": "1", **profile.sbatch_options(), **options, "ntasks-per-node": ranks},
+        site=profile,
+    )
+
+
+def _sbatch(folder: Path, tasks: int) -> str:
+    """The job id of the array."""
+    log = f"{folder}/".replace("%", "%%") + "%A_%a.log"
+    command = ["sbatch", "--parsable", f"--array=0-{tasks - 1}", f"--output={log}", str(folder / SCRIPT)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as e:
+        raise UserError("no sbatch on the PATH of this machine: sweep with --cluster local") from e
+    if done.returncode != 0:
+        raise UserError(f"sbatch: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]  # job id, and on some sites the cluster's name
+
+
+def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[Point]:
     ids = {point.config.name: job_of(point.folder) for point in sweep.points}
     known, fault = jobs.ask({job for job in ids.values() if job is not None})
     if fault is not None:
@@ -104,4 +110,4 @@ def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[int]:
             return False
         return True
 
-    return [i for i, point in enumerate(sweep.points) if wanted(point)]
+    return [point for point in sweep.points if wanted(point)]

@@ -9,9 +9,11 @@ from pathlib import Path
 from ldct_dist.cluster.progress import read_starts
 
 JOB = Path("slurm/job.json")
+CONFIG = Path(
+    "slurm/config.yaml"
+)  # what the latest job was given, which a job in the queue reads when it starts
 CANCELLED = Path("slurm/cancelled")  # holds the id of the latest job that a person ended
 _ERROR = re.compile(r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
-_SLURM = ("srun: ", "slurmstepd: ", "submitit ")
 
 
 def is_run(folder: Path) -> bool:
@@ -39,15 +41,24 @@ def was_cancelled(run: Path, job: str) -> bool:
 
 
 def error_of(run: Path) -> str | None:
-    """The last error in the run's newest log, on one line; None without one."""
-    logs = sorted((run / "slurm").glob("*.log"), key=lambda p: p.stat().st_mtime)
-    if not logs:
+    """The last error in the log of the run's latest job, on one line; None without one."""
+    log = _log_of(run)
+    if log is None:
         return None
-    with open(logs[-1], "rb") as f:
+    with open(log, "rb") as f:
         f.seek(max(0, f.seek(0, 2) - 16384))
         lines = f.read().decode(errors="replace").splitlines()
     errors = [line.strip() for line in lines if _ERROR.match(line)]
     return errors[-1] if errors else None
+
+
+def _log_of(run: Path) -> Path | None:
+    if (run / JOB).is_file():
+        named = Path(json.loads((run / JOB).read_text()).get("log", ""))
+        if named.is_file():
+            return named
+    logs = [*(run / "slurm").glob("*.log"), *(run / "slurm").glob("*_log.err")]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _newer(a: Path, b: Path) -> bool:
