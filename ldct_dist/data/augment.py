@@ -7,7 +7,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ldct_dist.config import Config
 
@@ -23,6 +23,13 @@ class AugmentConfig(Config):
     dose_mix: tuple[Factor, Factor] = (1.0, 1.0)
     """the noise low - full is scaled by a factor drawn from this range, as if the dose had been
     another: the noise of dose a, scaled by f, has the variance of dose a / f^2 (quantum noise)"""
+
+    @field_validator("dose_mix")
+    @classmethod
+    def _smallest_first(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"a range goes from small to large, not from {value[0]:g} to {value[1]:g}")
+        return value
 
     @property
     def moves(self) -> bool:

@@ -6,7 +6,7 @@ STAGE/ldct_dist-UID-FINGERPRINT/cases/CASE/.writing-DOSE    one in the making, l
 Nothing waits for a copy: an array is read from the store until its copy is whole. A copy gets its name in one
 rename, once the checksum of each of its chunks held; and when it is read each chunk is checked again, as in the
 store. So batches are the same, bit for bit, with copies and without. What goes wrong with copies costs speed and
-one line.
+one line. Copies stay for the next run on the node, until somebody deletes STAGE/ldct_dist-*.
 """
 
 from __future__ import annotations

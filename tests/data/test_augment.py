@@ -74,3 +74,8 @@ def test_dose_mixing_scales_the_noise_and_leaves_full_dose_alone(factor):
     (mixed, same), _ = apply(config, torch.stack((low, full)), torch.zeros(16, 3, 2), drawn)
     assert torch.equal(same, full)
     assert torch.equal(mixed, torch.full_like(low, 10 + 20 * factor))
+
+
+def test_a_range_of_doses_goes_from_small_to_large():
+    with pytest.raises(ValueError, match=r"not from 1\.5 to 0\.5"):
+        AugmentConfig(dose_mix=(1.5, 0.5))

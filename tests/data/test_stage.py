@@ -254,16 +254,15 @@ def test_killed_in_the_middle_of_a_copy_the_next_one_goes_on(store, tmp_path):
 def test_what_another_process_copies_is_left_to_it_and_looked_for_again(store, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "RETRY_S", 0.01)
     staged = StagedStore(store, str(tmp_path))
-    unfinished = staged.copies / "cases/case-000/1.00"
-    unfinished = unfinished.with_name(".writing-1.00")
-    unfinished.mkdir(parents=True)
-    lines: list[str] = []
-    copier = Copier(staged, staged.copies, lines.append)
-    with copier.at_work(EVERY_ARRAY):
-        with stage._lock(unfinished) as locked:
-            assert locked
-            with Copier(staged, staged.copies, lines.append).at_work(EVERY_ARRAY):
-                pass  # it leaves, although it is not done
-            assert not (staged.copies / "cases/case-000/1.00").exists()
-        wait_until((staged.copies / "cases/case-000/1.00").exists)  # the lock's holder let go, or died
-    assert not unfinished.exists()
+    target = staged.copies / "cases/case-000/1.00"
+    target.with_name(".writing-1.00").mkdir(parents=True)
+    with ExitStack() as another:
+        assert another.enter_context(stage._lock(target.with_name(".writing-1.00")))
+        with Copier(staged, staged.copies, print).at_work(EVERY_ARRAY[:1]):
+            pass  # it leaves, although it is not done
+        with Copier(staged, staged.copies, print).at_work(EVERY_ARRAY):
+            wait_until(lambda: len(list(staged.copies.glob("cases/*/?.??"))) == len(EVERY_ARRAY) - 1)
+            assert not target.exists()
+            another.close()  # as if it had died
+            wait_until(target.exists)
+    assert not list(staged.copies.rglob(".writing-*"))
