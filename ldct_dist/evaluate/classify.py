@@ -43,7 +43,7 @@ class Training:
 
     folds: int = 5
     epochs: int = 30
-    lr: float = 2e-3
+    lr: float = 3e-3
     seed: int = 0
 
 

@@ -109,8 +109,10 @@ def lesion_task(count: int, dose: float, seed: int = 0) -> tuple[Volume, Volume,
     slices = []
     for label in labels:
         filled = [Disc(0, 0, rng.uniform(82, 88), 60.0)]
-        for angle in rng.uniform(0, 2 * np.pi, 3):
-            filled.append(Disc(30 * np.cos(angle), 30 * np.sin(angle), rng.uniform(3, 5), 140.0))
+        filled += [
+            Disc(30 * np.cos(angle), 30 * np.sin(angle), rng.uniform(3, 5), 140.0)
+            for angle in rng.uniform(0, 2 * np.pi, 3)
+        ]
         if label:
             x, y = rng.uniform(-6, 6, 2)
             filled.append(Disc(x, y, rng.uniform(5, 8), 20.0))

@@ -229,8 +229,14 @@ def test_inserted_noise_has_the_texture_of_the_scan_s_own():
     own, inserted = (
         noise_power(np.stack([hu[region] for region in regions]), full.spacing[1:]) for hu in (full.hu, added)
     )
-    assert inserted.variance == pytest.approx(3 * own.variance, rel=0.25)
-    assert inserted.mean_frequency == pytest.approx(own.mean_frequency, rel=0.15)
+    assert inserted.variance == pytest.approx(3 * own.variance, rel=0.1)
+
+    def mean_frequency(nps):
+        """Above 0.08 per mm: below it, the liver's own structure adds to the scan's power."""
+        f, power = (values[nps.radial()[0] > 0.08] for values in nps.radial())
+        return (f * power).sum() / power.sum()
+
+    assert mean_frequency(inserted) == pytest.approx(mean_frequency(own), rel=0.1)
 
 
 @pytest.mark.parametrize("fraction", [0, -0.25, 1.5, 25, float("nan")])

@@ -15,7 +15,8 @@ from ldct_dist.errors import UserError
 
 _REGION_MM = 22.0  # fits into a liver, and tells frequencies 0.05 / mm apart
 _LEAST_VOXELS = 12
-_FILLED = 0.97  # share of a region that must be homogeneous
+_FILLED = 0.95  # share of a region that must hold noise alone
+_LOUD = 1.4  # of the volume's noise: what varies more in a window holds an edge, too
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,12 @@ def flat_regions(volume: Volume) -> list[tuple[int, slice, slice]]:
     """
     size = max(_LEAST_VOXELS, round(_REGION_MM / max(volume.spacing[1:])))
     moments = noise.local_moments(volume.hu, volume.spacing)
+    homogeneous = noise.homogeneous(moments)
+    if homogeneous is None:
+        return []
     low, high = noise.SOFT_TISSUE_HU
-    soft = (moments.mean > low) & (moments.mean < high) & moments.flat
+    loud = _LOUD * noise.noise_std(moments, homogeneous)
+    soft = (moments.mean > low) & (moments.mean < high) & (moments.variance + moments.slope <= loud**2)
     # Inclusive sums, so that every square's share is four look-ups.
     sums = np.pad(soft, ((0, 0), (1, 0), (1, 0))).cumsum(1).cumsum(2)
     filled = sums[:, size:, size:] - sums[:, :-size, size:] - sums[:, size:, :-size] + sums[:, :-size, :-size]

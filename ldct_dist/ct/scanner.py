@@ -1,0 +1,124 @@
+"""The scanner that low dose is simulated on: its geometry, what of its photons arrives, and its noise in HU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.nn import functional
+
+from ldct_dist.config import Config
+from ldct_dist.ct.projector import Beam, Scan, filtered_backprojection, forward
+from ldct_dist.ct.volume import Volume
+
+_SOURCE_MM = 595.0
+
+
+class DoseConfig(Config):
+    """The scanner that the simulation assumes.
+
+    beam: "fan" over 360 degrees on an equiangular detector, or "parallel" over 180 degrees.
+    views, columns: projections, and detector columns over the slice's diagonal. None: two for each voxel of the
+        longer side, near what scanners of a 512 matrix have. Fewer carry the same dose with more photons each.
+    source_mm: source to isocentre, mm. None: what the volume's tags say, or 595.
+    bowtie_mm: radius of the water cylinder around the isocentre that the bow-tie filter evens out, so that all rays
+        would leave it alike; outside it, as at its rim. None: no filter.
+    modulation: the tube current follows attenuation over the angles, as (its largest in the view)^modulation; the
+        rotation's mean stays. 0: constant; 0.5: the least noise for the dose (Gies et al., Med Phys 26 (1999)).
+    blur_columns: sigma of the light that a detector column shares with its neighbours, in columns: noise is correlated
+        along a view (the electronic part with it). 0: none.
+    photons: per ray at full dose, before the patient. None: so many that a full-dose scan of this volume would
+        be as noisy as the volume is, so that a quarter is a quarter of this scan's own dose.
+    cutoff_per_mm: where the kernel's Hann window reaches zero, cycles/mm. None: such that the noise of in-plane
+        neighbours correlates as it does in the volume.
+    electronic_noise: standard deviation of the detector's own noise, in photons.
+    water_per_mm: attenuation of water, 1/mm; 0.0192 at the mean energy of 120 kVp, about 70 keV.
+    """
+
+    beam: Beam = "fan"
+    views: int | None = Field(None, ge=16)
+    columns: int | None = Field(None, ge=16)
+    source_mm: float | None = Field(None, gt=0)
+    bowtie_mm: float | None = Field(None, gt=0)
+    modulation: float = Field(0.0, ge=0, le=1)
+    blur_columns: float = Field(0.0, ge=0)
+    photons: float | None = Field(None, gt=0)
+    cutoff_per_mm: float | None = Field(None, gt=0)
+    electronic_noise: float = Field(5.0, ge=0)
+    water_per_mm: float = Field(0.0192, gt=0)
+
+
+def scan_of(volume: Volume, config: DoseConfig) -> Scan:
+    """The scan of one slice of `volume` that `config` describes."""
+    matrix = max(volume.shape[1:])
+    return Scan(
+        beam=config.beam,
+        views=config.views or 2 * matrix,
+        columns=config.columns or 2 * matrix,
+        source_mm=config.source_mm or volume.acquisition.source_mm or _SOURCE_MM,
+        shape=volume.shape[1:],
+        spacing=volume.spacing[1:],
+    )
+
+
+def line_integrals(
+    hu: np.ndarray, scan: Scan, config: DoseConfig, device: torch.device | str
+) -> torch.Tensor:
+    """p of every ray, (slices, views, columns), for slices (slices, y, x) in HU.
+
+    Projected at some 128 views and half of the columns, then interpolated: only the variance comes from p, and p is
+    smooth.
+    """
+    mu = (torch.from_numpy(hu).to(device).float() / 1000 + 1).clamp(min=0) * config.water_per_mm
+    coarse = forward(mu, scan.coarse(max(1, scan.views // 128), 2), step_mm=2 * min(scan.spacing))
+    size = (scan.views, scan.columns)
+    return functional.interpolate(coarse[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def transmission(integrals: torch.Tensor, scan: Scan, config: DoseConfig) -> torch.Tensor:
+    """Share of `config.photons` that arrives, for line integrals (slices, views, columns): through the patient, the
+    bow-tie filter, and more of them where the tube is turned up."""
+    arriving = torch.exp(-integrals)
+    if config.bowtie_mm is not None:
+        _, t = scan.rays()
+        chord = 2 * (config.bowtie_mm**2 - t.square()).clamp(min=0).sqrt()
+        filtered = torch.exp(config.water_per_mm * (chord - 2 * config.bowtie_mm))
+        arriving = arriving * filtered.to(arriving)
+    if config.modulation:
+        current = torch.exp(config.modulation * integrals.amax(dim=2, keepdim=True))
+        arriving = arriving * (current / current.mean(dim=1, keepdim=True))
+    return arriving
+
+
+def white(
+    key: tuple[int, ...], slices: Iterable[int], scan: Scan, device: torch.device | str
+) -> torch.Tensor:
+    """Standard normal sinograms, (slices, views, columns); slice i's is a function of (key, i).
+
+    Drawn on the CPU, so that CUDA gets the same noise.
+    """
+    drawn = []
+    for i in slices:
+        state = np.random.SeedSequence([*key, int(i)]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        drawn.append(torch.randn(scan.views, scan.columns, generator=generator))
+    return torch.stack(drawn).to(device)
+
+
+def hu_noise(sinogram: torch.Tensor, scan: Scan, config: DoseConfig) -> np.ndarray:
+    """Noise in line integrals, (slices, views, columns) -> noise in HU, (slices, y, x) float32."""
+    mu = filtered_backprojection(shared(sinogram, config.blur_columns), scan, config.cutoff_per_mm)
+    return (mu * (1000 / config.water_per_mm)).cpu().numpy()
+
+
+def shared(sinogram: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Every column's signal spread over its neighbours along the view, `sigma` columns wide."""
+    if not sigma:
+        return sinogram
+    reach = math.ceil(4 * sigma)
+    line = torch.exp(-(torch.arange(-reach, reach + 1, device=sinogram.device) ** 2) / (2 * sigma**2))
+    views = sinogram.flatten(0, 1)[:, None]
+    return functional.conv1d(views, (line / line.sum())[None, None], padding=reach).reshape(sinogram.shape)
