@@ -24,6 +24,7 @@ _HOME = {
     "denoise_volume": "denoise.tiles",
     "evaluate_volume": "evaluate.metrics",
     "RunConfig": "train.config",
+    "submit": "cluster.submit",
 }
 __all__ = sorted(_HOME)
 

@@ -281,7 +281,7 @@ def doctor(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG] [--SRUN-OPTION=VALUE]...",
+            metavar="[CONFIG] [--SRUN-OPTION VALUE]...",
             help="The run's YAML, to check the time to save and the room it needs; for --nodes, options of srun",
         ),
     ] = None,
@@ -289,35 +289,36 @@ def doctor(
         int | None, typer.Option(help="As a job on so many nodes; without it, this machine alone")
     ] = None,
     tasks: Annotated[int, typer.Option(help="Ranks a node: as many as it has GPUs")] = 2,
+    site: Annotated[str | None, typer.Option(help="A profile in configs/sites, or a path to one")] = None,
     runs: Annotated[Path | None, typer.Option(help="The folder of runs; else the config's, or runs/")] = None,
-    grace: Annotated[float, typer.Option(help="Seconds between the warning and the end of a job")] = 300.0,
     write_mib: Annotated[int, typer.Option(help="MiB a rank writes to measure the speed")] = 64,
 ) -> None:
     """Is this site fit for a run? One line a check, green or what to do. Run it before the first big job.
 
-    Example: ldct-dist doctor configs/mayo2016_unet3d.yaml --nodes 2 --tasks 4 --partition=gpu --gpus-per-node=4
+    Example: ldct-dist doctor configs/mayo2016_unet3d.yaml --nodes 2 --tasks 4 --gpus-per-node 4 --partition gpu
     """
     from ldct_dist import config as configs
-    from ldct_dist.cluster.doctor import launch
+    from ldct_dist.cluster.command import split
+    from ldct_dist.cluster.doctor import launch_here, launch_job
     from ldct_dist.train.config import RunConfig
 
-    given = arguments or []
-    paths, options = [a for a in given if a[0] != "-"], [a for a in given if a[0] == "-"]
-    if len(paths) > 1 or (options and nodes is None):
+    words, options = split(arguments or [])
+    if len(words) > 1 or (nodes is None and (options or site)):
         raise UserError(
-            f"doctor {' '.join(given)}: one CONFIG, and options of srun (--KEY=VALUE) with --nodes"
+            f"doctor {' '.join(arguments or [])}: one CONFIG; options of srun and --site go with --nodes"
         )
-    for path in paths:
-        configs.read(RunConfig, Path(path))  # a mistake in it is said once, not by every rank
-    passed_on = [f"--grace={grace:g}", f"--write-mib={write_mib}", *paths]
-    passed_on += [f"--runs={runs}"] if runs is not None else []
-    raise typer.Exit(launch(passed_on, nodes, tasks, options))
+    run = configs.read(RunConfig, Path(words[0])) if words else None
+    folder = runs or (run.runs if run is not None else Path("runs"))
+    passed_on = [f"--write-mib={write_mib}", f"--runs={folder}", *words]
+    if nodes is None:
+        raise typer.Exit(launch_here(passed_on, tasks))
+    raise typer.Exit(launch_job(passed_on, folder, nodes, tasks, site, options))
 
 
 @app.command("doctor-rank", hidden=True)
 def doctor_rank(
     config: Annotated[Path | None, typer.Argument()] = None,
-    runs: Annotated[Path | None, typer.Option()] = None,
+    runs: Annotated[Path, typer.Option()] = Path("runs"),
     grace: Annotated[float, typer.Option()] = 300.0,
     write_mib: Annotated[int, typer.Option()] = 64,
 ) -> None:
@@ -333,8 +334,7 @@ def doctor_rank(
         console.print(f"{finding.name:<14}  {finding.text}", markup=False, highlight=False)
 
     run = configs.read(RunConfig, config) if config is not None else None
-    folder = runs or (run.runs if run is not None else Path("runs"))
-    raise typer.Exit(0 if rank(folder, run, grace, write_mib, report) else 1)
+    raise typer.Exit(0 if rank(runs, run, grace, write_mib, report) else 1)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -23,7 +23,7 @@ def look_interface(_: Probe) -> tuple[str, list[str]]:
     """(interface towards rank 0, settings that name an interface which this node lacks)."""
     there = [name for _, name in socket.if_nameindex()]
     settings = {v: os.environ[v] for v in VARIABLES if v in os.environ}
-    return _interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")), [
+    return interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")), [
         f"{variable}={value}" for variable, value in settings.items() if not _names_one_of(value, there)
     ]
 
@@ -114,7 +114,8 @@ def _address_towards(host: str) -> str:
         return s.getsockname()[0]
 
 
-def _interface_towards(host: str) -> str:
+def interface_towards(host: str) -> str:
+    """The network interface of this machine by which `host` is reached. Raises OSError if there is none."""
     wanted = socket.inet_aton(_address_towards(host))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():

@@ -91,6 +91,7 @@ class Cluster:
     def power_off(self, node: int) -> None:
         """Every process of the node dies at once."""
         self._end(f"machine-node{node}")
+        self._end(f"slurmd-node{node}")
 
     def power_on(self, node: int) -> None:
         name = f"node{node}"

@@ -1,0 +1,62 @@
+"""The words of `ldct-dist submit`: which are overrides of the run, and which are options of sbatch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from submitit import Job
+
+from ldct_dist import config as configs
+from ldct_dist.cluster.submit import Request
+from ldct_dist.errors import UserError
+from ldct_dist.train.config import RunConfig
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
+
+
+def parse(arguments: Sequence[str], site: str | None, allow_new_data: bool) -> Request:
+    """`CONFIG key=value ... --option value --option=value --flag` as a request; UserError for anything else."""
+    words, options = split(arguments)
+    if not words:
+        raise UserError("submit: name the run's YAML, such as configs/mayo2016_unet3d.yaml")
+    config, *overrides = words
+    return Request(configs.read(RunConfig, Path(config), overrides), options, site, allow_new_data)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:
+    """(words that are no options, options of sbatch by their long names).
+
+    What follows an option is its value, unless it is an option or an override itself: `--exclusive seed=3`.
+    """
+    words: list[str] = []
+    options: dict[str, str | bool] = {}
+    flag = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            options[key] = value if equals else True
+            flag = None if equals else key
+        elif argument.startswith("-"):
+            raise UserError(
+                f"{argument}: write options of sbatch by their long names, such as --partition=gpu"
+            )
+        elif flag is not None and not _OVERRIDE.fullmatch(argument):
+            options[flag] = argument
+            flag = None
+        else:
+            words.append(argument)
+            flag = None
+    return words, options
+
+
+def announce(request: Request, job: Job[int], cluster: str) -> Iterator[str]:
+    """What to tell a person who has just submitted a run."""
+    logs = f"{request.folder}/{job.job_id}"
+    yield f"job      {job.job_id}"
+    yield f"run      {request.run}"
+    if cluster != "debug":
+        yield f"log      {logs}.log" if cluster == "slurm" else f"logs     {logs}_*_log.out, {logs}_*_log.err"
+    yield f"status   ldct-dist status {request.run}"
+    yield f"figures  tensorboard --logdir {request.run.parent}"

@@ -1,0 +1,80 @@
+"""What a rank does before it trains, whichever way it was started, and what submitit starts on every rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit import JobEnvironment
+from submitit.slurm.slurm import SlurmJobEnvironment
+
+from ldct_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Train:
+    """The function that submitit pickles: trains the run that the config describes, as one of its ranks.
+
+    Returns 0 when the run is done; ends the process with the exit code of `ldct-dist train` otherwise.
+    """
+
+    config: Path
+    allow_new_data: bool = False
+
+    def __call__(self) -> int:
+        # What this rank left when the job ran before must not be taken for its result now.
+        JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
+        _join_as_submitit_says()
+        try:
+            code = train(self.config, [], self.allow_new_data)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            code = 2
+        if code != 0:
+            # Not a return: submitit would take it for a success, and the job script for the end of the run.
+            raise SystemExit(code)
+        return 0
+
+
+def train(config: Path, overrides: list[str], allow_new_data: bool = False) -> int:
+    """Train as one rank of those that the launcher started; the exit code."""
+    from ldct_dist import config as configs
+    from ldct_dist.train.config import RunConfig
+    from ldct_dist.train.trainer import train as run
+
+    name_interface()
+    return int(run(configs.read(RunConfig, config, overrides), allow_new_data))
+
+
+def name_interface() -> None:
+    """Under srun on several nodes, tell gloo the interface between them, unless the environment names one.
+
+    By itself gloo takes the one that the node's own name stands for: on Debian that may be the loopback.
+    """
+    nodes = SlurmJobEnvironment().hostnames
+    if "SLURM_STEP_ID" not in os.environ or len(nodes) < 2 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    from ldct_dist.cluster.checks.network import interface_towards
+
+    other = next(node for node in nodes if node != os.environ["SLURMD_NODENAME"])
+    try:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(other)
+    except OSError as e:
+        raise UserError(
+            f"{os.environ['SLURMD_NODENAME']}: no way to {other} ({e}); name the interface between the nodes in "
+            "GLOO_SOCKET_IFNAME, or as `interface` in the site profile"
+        ) from e
+
+
+def _join_as_submitit_says() -> None:
+    """On this machine, ranks are numbered by submitit; the parent's pid keeps two such jobs apart."""
+    if "SUBMITIT_LOCAL_NTASKS" not in os.environ:
+        return
+    env = JobEnvironment()
+    os.environ |= {
+        **{"RANK": str(env.global_rank), "WORLD_SIZE": str(env.num_tasks)},
+        **{"LOCAL_RANK": str(env.local_rank), "LOCAL_WORLD_SIZE": str(env.num_tasks)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + int(env.job_id) % 20000)},
+    }

@@ -1,0 +1,206 @@
+"""Job scripts as text: a pure function of what is asked for. Every value is quoted, or refused."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldct_dist.cluster.site import Site
+from ldct_dist.errors import UserError
+
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_OURS = ("output", "error", "open-mode", "chdir", "wrap", "array", "parsable", "export")
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a job script says. Paths are absolute.
+
+    command: what a rank's Python runs: ["-m", "ldct_dist", "train", "config.yaml"].
+    code: holds the package that is to run. folder: where logs go, and for training slurm/ of the run's folder.
+    options: of sbatch, by their long names; true for those without a value.
+    parts: None for training, by srun, one task a rank; else the number of tasks of an array, each of which runs
+    the command once, with --part i/n.
+    """
+
+    name: str
+    command: Sequence[str]
+    code: Path
+    folder: Path
+    workdir: Path
+    python: str
+    options: Mapping[str, str | bool] = field(default_factory=dict)
+    site: Site = field(default_factory=Site)
+    parts: int | None = None
+
+
+def render(script: Script) -> str:
+    """The text of the job script. Raises UserError for a value that it cannot hold safely."""
+    body = _RANKS if script.parts is None else _PART
+    blocks = [
+        "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script)),
+        "set -u\n" + _environment(script),
+        body.replace("{again}", _again(script))
+        .replace("{srun}", _srun_options(script.site))
+        .replace("{launch}", _launch(script)),
+    ]
+    return "\n".join(blocks)
+
+
+def rank_alone(script: Script) -> list[str]:
+    """The command of one rank in the environment of the job script, for srun to start by itself."""
+    return ["bash", "-c", f"{_environment(script)}exec {_launch(script)}"]
+
+
+def check_options(options: Mapping[str, str | bool]) -> None:
+    """Raises UserError for an option that cannot be one of sbatch's, or that submit itself sets."""
+    for key, value in options.items():
+        if not _OPTION.fullmatch(key):
+            raise UserError(f"--{key}: not an option of sbatch; write --long-name=value")
+        if key in _OURS:
+            raise UserError(f"--{key}: submit sets this itself; leave it out")
+        _one_line(f"--{key}", str(value))
+
+
+def _directives(script: Script) -> list[str]:
+    """Options of sbatch, one a line, in an order that does not depend on how they were given."""
+    given = {**script.site.sbatch_options(), **script.options}
+    check_options(given)
+    log = "%j.log" if script.parts is None else "%A_%a.log"
+    fixed: dict[str, str | bool] = {
+        "job-name": script.name,
+        "chdir": str(script.workdir),
+        # Slurm reads % in file names as its own.
+        "output": f"{script.folder}/".replace("%", "%%") + log,
+        "open-mode": "append",
+    }
+    if script.parts is None:
+        fixed["signal"] = f"USR2@{script.site.warn_s}"
+    else:
+        fixed["array"] = f"0-{script.parts - 1}"
+    if script.site.requeue and "no-requeue" not in given:
+        fixed["requeue"] = True
+    return [_directive(key, value) for key, value in sorted({**fixed, **given}.items()) if value is not False]
+
+
+def _directive(key: str, value: str | bool) -> str:
+    if value is True:
+        return f"--{key}"
+    return f"--{key}={_quoted(_one_line(f'--{key}', str(value)))}"
+
+
+def _quoted(value: str) -> str:
+    """For sbatch, which reads #SBATCH lines itself: in double quotes, a backslash keeps what follows it."""
+    if re.fullmatch(r"[A-Za-z0-9._/:,@%+=-]+", value):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def _one_line(what: str, value: str) -> str:
+    if _CONTROL.search(value):
+        raise UserError(f"{what}: {value!r} has a line break or another control character in it; take it out")
+    return value
+
+
+def _environment(script: Script) -> str:
+    """Shell lines that make the software of the site ready, and put the snapshot of the code before it."""
+    site = script.site
+    lines = [f"module load {shlex.join(shlex.split(words))}" for words in site.modules]
+    if site.venv is not None:
+        lines.append(f"source {shlex.quote(site.venv + '/bin/activate')}")
+    if site.conda is not None:
+        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {shlex.quote(site.conda)}"]
+    variables = dict(site.env)
+    if site.interface is not None:
+        variables |= {"GLOO_SOCKET_IFNAME": site.interface, "NCCL_SOCKET_IFNAME": site.interface}
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
+    code = shlex.quote(_one_line("the folder of the run", str(script.code)))
+    lines += [
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1   # the snapshot of the code, not what lies in the working directory",
+        "export PYTHONUNBUFFERED=1",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _launch(script: Script) -> str:
+    """The command of one rank, or of one part."""
+    return " ".join(shlex.quote(word) for word in [*_python(script), *script.command])
+
+
+def _python(script: Script) -> list[str]:
+    site = script.site
+    if site.container is not None:
+        box = site.container
+        binds = [*box.binds, str(script.workdir), str(script.folder.parent), str(script.code)]
+        flags = [*(["--nv"] if box.nv else []), *(f"--bind={bind}" for bind in binds)]
+        return [box.command, "exec", *flags, box.image, box.python]
+    return ["python" if site.venv or site.conda else script.python]
+
+
+def _again(script: Script) -> str:
+    """How a run that is not done goes on: the same job once more, or the next one chained to it."""
+    if script.parts is not None or (script.site.requeue and "no-requeue" not in script.options):
+        return _REQUEUE
+    return _CHAIN.replace("{folder}", shlex.quote(str(script.folder)))
+
+
+def _srun_options(site: Site) -> str:
+    return f" --gpu-bind={shlex.quote(site.gpu_bind)}" if site.gpu_bind is not None else ""
+
+
+_RANKS = """\
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
+export MASTER_ADDR MASTER_PORT
+export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run heeds signals by itself
+
+trap : TERM USR1 USR2   # this shell outlives the ranks
+
+# One task a rank. Since Slurm 22.05, srun does not take over sbatch's --cpus-per-task. Ranks that stop together
+# need not leave together, and if a node is lost, Slurm is to find that out first: so none is killed because another
+# has left. A signal that comes before a rank can heed it must not kill it either.
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=0 --wait=0{srun} \\
+  bash -c 'trap "" TERM USR1 USR2; exec "$@"' -- \\
+  {launch}
+code=$?
+
+# 75: all ranks stopped at one step, and its checkpoint is committed. Leaving now would count as finished.
+if [ "$code" -eq 75 ]; then
+{again}fi
+exit "$code"
+"""
+_PART = """\
+{launch} --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+code=$?
+
+# Killed, for want of memory or otherwise: once more, up to three times. What is written stays.
+if [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
+{again}fi
+exit "$code"
+"""
+_REQUEUE = """\
+  job=$SLURM_JOB_ID
+  # The number of an array's last task is that of the whole array.
+  [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  for pause in 0 5 15 30; do   # Slurm may not answer at once; asked twice, it still requeues once
+    sleep "$pause"
+    answer=$(scontrol requeue "$job" 2>&1) && exit 75
+    case $answer in *disabled*) break ;; esac
+  done
+  echo "not requeued: $answer" >&2
+"""
+_CHAIN = """\
+  # Requeuing is not allowed: the next job is chained to this one, unless a person has cancelled the run.
+  cd {folder} || exit
+  if [ "$(cat cancelled 2>/dev/null)" != "$SLURM_JOB_ID" ]; then
+    next=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" job.sbatch) || exit
+    next=${next%%;*}
+    [ ! -e "${SLURM_JOB_ID}_submitted.pkl" ] || cp "${SLURM_JOB_ID}_submitted.pkl" "${next}_submitted.pkl"
+    printf '{"job": "%s"}' "$next" > job.json
+  fi
+"""

@@ -1,0 +1,86 @@
+"""What is particular to a site: written once in configs/sites/NAME.yaml, chosen by --site NAME."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, StringConstraints, model_validator
+
+from ldct_dist import config as configs
+from ldct_dist.config import Config
+from ldct_dist.errors import UserError
+
+Word = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""Anything but control characters: those, a line break among them, could end a line of the job script."""
+Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
+FOLDERS = (Path("configs/sites"),)
+
+
+class Container(Config):
+    """An Apptainer (Singularity) image that every rank runs in."""
+
+    image: Word
+    binds: list[Word] = Field(default_factory=list)
+    """SOURCE[:TARGET[:ro]]; the working directory and the run's folder are bound anyhow"""
+    nv: bool = True
+    """bring the node's NVIDIA driver along"""
+    python: Word = "python3"
+    """the interpreter inside, which has this package's dependencies"""
+    command: Word = "apptainer"
+
+
+class Site(Config):
+    """Defaults for jobs at one site; what the command line says goes before."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    options: dict[Option, Word | bool] = Field(default_factory=dict)
+    """further options of sbatch, by their long names without dashes; true for those without a value"""
+    cpus_per_task: int | None = Field(None, gt=0)
+    warn_s: int = Field(300, gt=0)
+    """how long before the time limit, and at preemption, Slurm asks the ranks to save and stop"""
+    requeue: bool = True
+    """false where jobs may not be requeued: the next job is then chained to this one"""
+    gpu_bind: Word | None = None
+    """srun's --gpu-bind, such as per_task:1 or none"""
+    modules: list[Word] = Field(default_factory=list)
+    """arguments of `module load`, a line each"""
+    venv: Word | None = None
+    conda: Word | None = None
+    """name or path of an environment; `conda` must be on the PATH, by a module or otherwise"""
+    container: Container | None = None
+    env: dict[Variable, Word] = Field(default_factory=dict)
+    """such as NCCL_IB_HCA: mlx5"""
+    interface: Word | None = None
+    """network interface between the nodes, for gloo and NCCL; without it, each rank finds its own"""
+
+    @model_validator(mode="after")
+    def _one_python(self) -> Site:
+        chosen = [name for name in ("venv", "conda", "container") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)}: a rank runs in one of them")
+        return self
+
+    def sbatch_options(self) -> dict[str, str | bool]:
+        """All options of sbatch that the profile sets, by their long names."""
+        named = {key: getattr(self, key) for key in ("partition", "account", "qos", "constraint")}
+        if self.cpus_per_task is not None:
+            named["cpus-per-task"] = str(self.cpus_per_task)
+        return {key: value for key, value in named.items() if value is not None} | self.options
+
+
+def read_site(name: str | None, folders: tuple[Path, ...] = FOLDERS) -> Site:
+    """The profile NAME of configs/sites, or at a path that ends in .yaml; None: an empty one."""
+    if name is None:
+        return Site()
+    if name.endswith(".yaml"):
+        return configs.read(Site, Path(name))
+    known = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if name not in known:
+        there = ", ".join(known) or "none"
+        raise UserError(f"--site {name}: no {folders[0]}/{name}.yaml here (there are: {there})")
+    return configs.read(Site, known[name])

@@ -1,0 +1,48 @@
+"""The code as it was when a job was submitted: what a requeue runs, whatever has become of the checkout."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ldct_dist
+from ldct_dist.errors import UserError
+
+_LEFT_OUT = ("__pycache__", "demo_data")
+
+
+def snapshot_code(into: Path) -> Path:
+    """Copy this package below `into`; the folder to put on the Python path.
+
+    It is named by the hash of what it holds, so a job that still waits keeps the code it was submitted with.
+    """
+    package = Path(ldct_dist.__file__).parent
+    files = list(_files(package))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(package)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    target = into / digest.hexdigest()[:16]
+    if target.exists():
+        return target
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".code-", dir=into))
+        for path in files:
+            copy = partial / package.name / path.relative_to(package)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        os.chmod(partial, 0o755)
+        partial.rename(target)
+    except OSError as e:
+        raise UserError(f"{into}: {e.strerror}; choose another folder with runs=FOLDER") from e
+    return target
+
+
+def _files(package: Path) -> Iterator[Path]:
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and not any(part in _LEFT_OUT for part in path.relative_to(package).parts):
+            yield path

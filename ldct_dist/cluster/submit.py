@@ -1,0 +1,244 @@
+"""Give a run to Slurm, by submitit: from Python, or by `ldct-dist submit`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit import AutoExecutor
+from submitit import Job as AnyJob
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+
+from ldct_dist import config as configs
+from ldct_dist.cluster import jobs
+from ldct_dist.cluster.rank import Train
+from ldct_dist.cluster.record import CONFIG, JOB, job_of
+from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.site import read_site
+from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.config import to_yaml
+from ldct_dist.errors import UserError
+from ldct_dist.train.config import RunConfig
+
+CLUSTERS = ("slurm", "local", "debug")
+Options = Mapping[str, str | bool]
+SCRIPT = "job.sbatch"
+_ASK_S = 3.0  # between two questions to Slurm
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run, and the job that is to train it. options: of sbatch, by their long names; `true` without a value."""
+
+    config: RunConfig
+    options: Options
+    site: str | None = None
+    allow_new_data: bool = False
+
+    @property
+    def run(self) -> Path:
+        return (self.config.runs / self.config.name).resolve()
+
+    @property
+    def folder(self) -> Path:
+        """Of the run's folder, what belongs to its jobs."""
+        return self.run / JOB.parent
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks a node: one a GPU."""
+        gpus = str(self.options.get("gpus-per-node", 1)).rpartition(":")[2]  # 4, or a100:4
+        return _number("ntasks-per-node", str(self.options.get("ntasks-per-node", gpus)))
+
+    @property
+    def tasks(self) -> int:
+        return _number("nodes", str(self.options.get("nodes", 1))) * self.tasks_per_node
+
+    def script(self, code: Path) -> Script:
+        """The job script, for a snapshot of the code in `code`."""
+        site = read_site(self.site)
+        return Script(
+            name=self.config.name,
+            command=["-m", "submitit.core._submit", str(self.folder)],
+            code=code,
+            folder=self.folder,
+            workdir=Path.cwd(),
+            python=sys.executable,
+            options={
+                "nodes": "1",
+                **site.sbatch_options(),
+                **self.options,
+                "ntasks-per-node": str(self.tasks_per_node),
+            },
+            site=site,
+        )
+
+
+def submit(
+    config: RunConfig | Path | str,
+    *overrides: str,
+    cluster: str = "slurm",
+    site: str | None = None,
+    allow_new_data: bool = False,
+    **options: str | int | bool,
+) -> AnyJob[int]:
+    """Train `config` as a job: nodes=2, gpus_per_node=4, time="24:00:00", and any other option of sbatch.
+
+    cluster: slurm; local: this machine, in the background; debug: this process, once the result is asked for.
+    site: a profile in configs/sites. The code and the config are copied into the run's folder; requeues run these
+    copies. The same call again, after the job has ended, goes on with the run.
+
+    Returns a submitit Job: `job.results()` waits through all requeues and raises if the run was not finished.
+    Raises UserError for a mistake in the config or the options, and if the run is in the queue already.
+    """
+    read = configs.read(RunConfig, Path(config), overrides) if not isinstance(config, RunConfig) else config
+    given = {key.replace("_", "-"): value if value is True else str(value) for key, value in options.items()}
+    return start(Request(read, given, site, allow_new_data), cluster)
+
+
+def dry_run(request: Request) -> str:
+    """The job script that would be submitted. Writes nothing: the snapshot's place stands for its folder."""
+    return render(request.script(request.folder / "code" / "SNAPSHOT"))
+
+
+def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
+    """Submit the request; see `submit`."""
+    if cluster not in CLUSTERS:
+        raise UserError(f"--cluster {cluster}: one of {', '.join(CLUSTERS)}")
+    dry_run(request)  # a mistake is said before anything is written
+    _refuse_twice(request)
+    if cluster == "slurm" and shutil.which("srun") is None:
+        raise UserError(
+            "no srun on the PATH of this machine: submit from a login node, or with --cluster local"
+        )
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        config = request.run / CONFIG
+        config.write_text(to_yaml(request.config))
+    except OSError as e:
+        raise UserError(f"run folder {request.run}: {e.strerror}; choose another with runs=FOLDER") from e
+    function = Train(config, request.allow_new_data)
+    if cluster != "slurm":
+        return _executor_here(request, cluster).submit(function)
+    text = render(request.script(snapshot_code(request.folder / "code")))
+    (request.folder / SCRIPT).write_text(text)
+    try:
+        job = Executor(request.folder, text, request.tasks).submit(function)
+    except (FailedJobError, FailedSubmissionError) as e:
+        raise UserError(f"sbatch: {_last_words(e)}") from e
+    (request.run / JOB).write_text(json.dumps({"job": job.job_id}))
+    return job
+
+
+class SlurmRun(SlurmJob[int]):
+    """submitit's handle on the job of a run, which follows it through requeues and chained jobs."""
+
+    _asked = 0.0
+    _known: jobs.Job | None = None
+
+    @property
+    def run(self) -> Path:
+        return self._paths._folder.parent
+
+    @property
+    def job_id(self) -> str:
+        return job_of(self.run) or self._job_id
+
+    @property
+    def paths(self) -> JobPaths:
+        return JobPaths(self._paths._folder, self.job_id, self.task_id)
+
+    @property
+    def log(self) -> Path:
+        """What all ranks print, through all requeues."""
+        return self._paths._folder / f"{self.job_id}.log"
+
+    @property
+    def state(self) -> str:
+        """In Slurm's words. Not from sacct, which calls a lost node the end of a job that Slurm runs again."""
+        self.done(force_check=True)
+        return self._known.state if self._known is not None else "UNKNOWN"
+
+    def done(self, force_check: bool = False) -> bool:
+        """Whether Slurm neither runs the job nor is going to: a result may be there and the job be run again."""
+        if time.monotonic() - self._asked < _ASK_S and not force_check:
+            return False
+        job_id = self.job_id
+        known, fault = jobs.ask({job_id})
+        if fault is not None:
+            return False
+        self._asked, self._known = time.monotonic(), known.get(job_id)
+        gone = self._known is None or not self._known.active
+        return gone and job_id == self.job_id  # else the next one was chained meanwhile
+
+    def stdout(self) -> str | None:
+        return self.log.read_text(errors="replace") if self.log.exists() else None
+
+    def stderr(self) -> str | None:
+        return self.stdout()
+
+
+class Executor(SlurmExecutor):
+    """submitit's, with this package's job script."""
+
+    job_class = SlurmRun
+
+    def __init__(self, folder: Path, text: str, tasks: int) -> None:
+        super().__init__(folder)
+        self._text, self._tasks = text, tasks
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._text
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", str(self.folder / SCRIPT)]
+
+    def _num_tasks(self) -> int:
+        return self._tasks
+
+
+def _executor_here(request: Request, cluster: str) -> Any:
+    if str(request.options.get("nodes", 1)) != "1":
+        raise UserError(f"--cluster {cluster}: this machine is one node; leave --nodes out")
+    executor = AutoExecutor(request.folder, cluster=cluster)
+    if cluster == "local":
+        gpus = str(request.options.get("gpus-per-node", 0)).rpartition(":")[2]
+        executor.update_parameters(
+            tasks_per_node=request.tasks_per_node,
+            gpus_per_node=_number("gpus-per-node", gpus),
+            timeout_min=60 * 24 * 365,  # a run ends by itself, or by time_limit_s
+        )
+    return executor
+
+
+def _refuse_twice(request: Request) -> None:
+    job = job_of(request.run) if request.run.is_dir() else None
+    if job is None:
+        return
+    known, fault = jobs.ask({job})
+    if fault is not None:
+        raise UserError(f"{fault}; nothing was submitted")
+    if job in known and known[job].active:
+        raise UserError(
+            f"{request.run}: in the queue already, job {job} ({known[job].state}); to end it first: "
+            f"ldct-dist cancel {request.run}"
+        )
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"--{option}={text}: give a number")
+    return int(text)
+
+
+def _last_words(error: Exception) -> str:
+    """What sbatch itself said, of all that submitit reports."""
+    lines = [line for line in str(error).splitlines() if "sbatch: " in line]
+    return "; ".join(line.partition("sbatch: ")[2] for line in lines) or " ".join(str(error).split())
