@@ -1,4 +1,4 @@
-"""The command line in a process of its own, and a run small enough for a test."""
+"""The command line in a process of its own, a run small enough for a test, and stand-ins for Slurm's commands."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess:
         env={**os.environ, "COLUMNS": "200"},
         check=False,
     )
+
+
+def commands_on_path(folder: Path, **scripts: str) -> str:
+    """A PATH on which each named command is this shell script."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"

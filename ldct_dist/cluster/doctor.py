@@ -8,14 +8,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from submitit.slurm.slurm import SlurmJobEnvironment
 
+import ldct_dist
 from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
 from ldct_dist.cluster.local import LocalRanks
+from ldct_dist.cluster.rank import name_interface
+from ldct_dist.cluster.sbatch import Script, check_options, rank_alone
+from ldct_dist.cluster.site import read_site
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
@@ -26,27 +31,48 @@ STATE_BYTES = 16  # a parameter of a checkpoint: the weights, their average, Ada
 Report = Callable[[Finding], None]
 
 
-def launch(arguments: Sequence[str], nodes: int | None, tasks: int, options: Sequence[str]) -> int:
-    """Start `doctor-rank` with `arguments` on every rank and wait: here, or by srun on `nodes` nodes.
+def launch_here(arguments: Sequence[str], tasks: int) -> int:
+    """Examine this machine with `tasks` ranks; the exit code: 0 all is well, 1 not."""
+    _quieten()
+    with LocalRanks(["doctor-rank", *arguments], tasks) as ranks:
+        return ranks.wait()
 
-    options: further ones for srun, such as --partition=gpu. Returns the exit code: 0 all is well, 1 not.
+
+def launch_job(
+    arguments: Sequence[str],
+    runs: Path,
+    nodes: int,
+    tasks: int,
+    site: str | None,
+    options: Mapping[str, str | bool],
+) -> int:
+    """The same on `nodes` nodes by srun, in the environment that the site profile gives to the runs in `runs`.
+
+    options: further ones of srun, by their long names. Waits for the nodes, as srun does.
     """
-    command = ["doctor-rank", *arguments]
+    if shutil.which("srun") is None:
+        raise UserError(
+            f"--nodes={nodes}: there is no srun on this machine; leave it out to check this machine alone"
+        )
+    profile = read_site(site)
+    package = Path(ldct_dist.__file__).parent.parent
+    inside = runs.resolve() / "doctor"  # a container is given the folder that it lies in
+    command = ["-m", "ldct_dist", "doctor-rank", f"--grace={profile.warn_s}", *arguments]
+    script = Script("ldct-doctor", command, package, inside, Path.cwd(), sys.executable, site=profile)
+    given = {"job-name": script.name, "time": "10", **profile.sbatch_options(), **options}
+    check_options(given)
+    words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items() if value]
+    shape = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--kill-on-bad-exit=0"]
+    _quieten()
+    return subprocess.run(["srun", *shape, *words, *rank_alone(script)], check=False).returncode
+
+
+def _quieten() -> None:
     os.environ.setdefault(
         "TORCH_CPP_LOG_LEVEL", "ERROR"
     )  # it warns of names that it looks up for its logs alone
     if sys.stdout.isatty():
         os.environ.setdefault("FORCE_COLOR", "1")  # srun's tasks write into a pipe
-    if nodes is None:
-        with LocalRanks(command, tasks) as ranks:
-            return ranks.wait()
-    if shutil.which("srun") is None:
-        raise UserError(
-            f"--nodes={nodes}: there is no srun on this machine; leave it out to check this machine alone"
-        )
-    srun = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--kill-on-bad-exit=0"]
-    srun += ["--job-name=ldct-doctor", "--time=10", *options]
-    return subprocess.run([*srun, sys.executable, "-m", "ldct_dist", *command], check=False).returncode
 
 
 def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, report: Report) -> bool:
@@ -121,25 +147,20 @@ def _preemption_grace() -> dict[str, float]:
     partition = os.environ.get("SLURM_JOB_PARTITION")
     if partition is None:
         return {}
-    return parse_partition(_scontrol("show", "partition", partition))
+    command = ["scontrol", "show", "partition", partition]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        raise UserError(f"{' '.join(command)}: {e}; Slurm's commands are needed on the nodes, too") from e
+    return parse_partition(told)
 
 
 def _meeting_point() -> None:
     """Under srun: the first node, and a port that follows from the job, unless the environment names them."""
-    if "SLURM_STEP_NODELIST" not in os.environ or "MASTER_ADDR" in os.environ:
-        return
-    os.environ["MASTER_ADDR"] = _scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
-    os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
-
-
-def _scontrol(*arguments: str) -> str:
-    command = ["scontrol", *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError) as e:
-        raise UserError(
-            f"{' '.join(command)} on {os.uname().nodename}: {e}; install Slurm's commands there"
-        ) from e
+    name_interface()
+    if "SLURM_STEP_NODELIST" in os.environ and "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = SlurmJobEnvironment().hostnames[0]
+        os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
 
 
 def _fresh_folder(runs: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from commands import commands_on_path
 from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.jobs import Job, parse_sacct, parse_squeue
@@ -62,19 +63,10 @@ def test_the_accounting_is_read_with_the_lives_of_a_job():
     assert known["8"] == known["5_0"]
 
 
-def fake(folder: Path, **commands: str) -> str:
-    """A PATH on which each named command is this shell script."""
-    folder.mkdir()
-    for name, script in commands.items():
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-    return f"{folder}:/usr/bin:/bin"
-
-
 def test_slurm_is_asked_once_for_all_and_only_about_what_it_forgot_a_second_time(tmp_path, monkeypatch):
     calls = tmp_path / "calls"
     script = f'echo "$0 $*" >> {calls}; '
-    path = fake(
+    path = commands_on_path(
         tmp_path / "bin",
         squeue=script + f"cat <<'E'\n{SQUEUE[-1]}\nE",
         sacct=script + f"cat <<'E'\n{SACCT[1]}\nE",
@@ -98,7 +90,7 @@ def test_slurm_is_asked_once_for_all_and_only_about_what_it_forgot_a_second_time
     ],
 )
 def test_a_slurm_that_does_not_answer_is_one_line(tmp_path, monkeypatch, squeue, words):
-    monkeypatch.setenv("PATH", fake(tmp_path / "bin", squeue=squeue))
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", squeue=squeue))
     known, fault = jobs.ask({"1"}, timeout_s=0.2)
     assert known == {}
     assert words in fault
@@ -161,7 +153,7 @@ def test_an_event_file_cut_short_anywhere_is_read_as_far_as_it_goes(tmp_path):
     run = make_run(tmp_path / "x")
     (events,) = (run / "tensorboard").iterdir()
     whole = events.read_bytes()
-    for size in range(0, len(whole), 7):
+    for size in range(0, len(whole), 41):
         events.write_bytes(whole[:size])
         read_progress(run)
     events.write_bytes(b"\xff" * 300)
@@ -215,7 +207,7 @@ def test_what_failed_is_told_with_the_last_line_of_its_error(tmp_path, monkeypat
     (run / "slurm" / "2.log").write_text(
         "step 40\nerror: x.zarr: not a store; make one\nsrun: error: node1: task 0: Exited with exit code 2\n"
     )
-    monkeypatch.setenv("PATH", fake(tmp_path / "bin", squeue=f"echo '{SQUEUE[2]}'"))
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", squeue=f"echo '{SQUEUE[2]}'"))
     ((row,), _) = status([run])
     assert row.state == "failed"
     assert row.notes[:2] == ["job 2, failed, NonZeroExitCode", "error: x.zarr: not a store; make one"]

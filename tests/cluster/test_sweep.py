@@ -13,7 +13,9 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
-from commands import write_config
+from commands import commands_on_path, write_config
+from ldct_dist.cluster.array import submit_array
+from ldct_dist.cluster.record import job_of
 from ldct_dist.cluster.sweep import dotted, plan, run_here
 from ldct_dist.errors import UserError
 from stores import make_store
@@ -114,3 +116,38 @@ def test_a_sweep_trains_what_is_not_done_past_what_fails_and_shows_in_one_hparam
     assert run_here(sweep, config, ranks=1, say=said.append) == 1
     assert said[2] == "split-train (2/2): done already"
     assert (folder / "split-train" / "losses.jsonl").read_text() == losses
+
+
+SBATCH = """\
+echo "$@" >> {calls}
+echo 7
+"""
+
+
+def test_an_array_holds_the_runs_that_are_neither_done_nor_queued(config, tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    squeue = "echo '7|7_0|PENDING|Resources|0|N/A|'; echo '7|7_1|CANCELLED|None|0|N/A|'"
+    path = commands_on_path(tmp_path / "bin", sbatch=SBATCH.format(calls=calls), squeue=squeue)
+    monkeypatch.setenv("PATH", path)
+    sweep, said = plan(config, ["seed=1,2"]), []
+    assert submit_array(sweep, {"gpus-per-node": "4"}, None, said.append) == "7"
+    script = (sweep.folder / "slurm" / "job.sbatch").read_text()
+    assert "#SBATCH --ntasks-per-node=4" in script
+    named = [line for line in script.splitlines() if "sweep-task" in line]
+    assert [words.split("/")[-3] for words in named[0].split()[-2:]] == ["seed-1", "seed-2"]
+    assert job_of(sweep.points[1].folder) == "7_1"
+
+    assert submit_array(sweep, {}, None, said.append) == "7"
+    assert said == ["seed-1: in the queue already, job 7_0"]
+    first, second = calls.read_text().splitlines()
+    assert "--array=0-1" in first
+    assert "--array=0-0" in second
+    assert job_of(sweep.points[1].folder) == "7_0"  # the only task of the second array
+
+
+def test_a_sweep_that_slurm_would_refuse_leaves_nothing_behind(config, tmp_path):
+    sweep = plan(config, ["seed=1,2"])
+    for options, words in (({"no-requeue": True}, "requeuing"), ({"array": "0-9"}, "submit sets this")):
+        with pytest.raises(UserError, match=words):
+            submit_array(sweep, options, None)
+    assert list(tmp_path.iterdir()) == [config]

@@ -134,7 +134,7 @@ def test_doctor_names_what_is_wrong_and_where(machines, run, config, tmp_path):
     wrapper.chmod(0o755)
     done = run(
         *("srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", wrapper),
-        *(sys.executable, "-m", "ldct_dist", "doctor-rank", "--write-mib=1", config),
+        *(sys.executable, "-m", "ldct_dist", "doctor-rank", "--write-mib=1", f"--runs={runs}", config),
     )
     assert done.returncode == 1, done.stdout + done.stderr
     bad = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("BAD")}
