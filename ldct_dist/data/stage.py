@@ -58,7 +58,7 @@ class StagedStore(Store):
             out = np.empty([s.stop - s.start for s in region], np.int16)
         if self.copies is not None:
             copy = self.copies / CASES / case / dose
-            if copy not in self._spoiled and copy.exists():
+            if copy not in self._spoiled and os.path.exists(copy):  # False too where one may not look
                 try:
                     self.array(self.copies, case, dose).read(region, out)
                     return out

@@ -145,7 +145,12 @@ def test_what_is_damaged_in_the_store_is_not_copied_and_is_named_where_it_is_rea
 
 @pytest.mark.parametrize(
     ("disk", "reason"),
-    [("/no/such/disk", "No such file"), ("$NO_SUCH_VARIABLE", "No such file"), ("/proc", "")],
+    [
+        ("/no/such/disk", "No such file"),
+        ("$NO_SUCH_VARIABLE", "No such file"),
+        ("/proc", ""),
+        (f"/tmp/{'x' * 300}", "File name too long"),
+    ],
 )
 def test_a_disk_that_is_absent_or_cannot_be_written_costs_one_line(store, disk, reason):
     staged, lines = copied(store, disk)
