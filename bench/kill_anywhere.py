@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in (".", "train")]
-from killer import IN_A_SAVE, PHASES, KilledRun, leftovers
-from runs import CONFIG, final_state, losses, train, write_config
-from stores import make_store
+from forked import fork  # noqa: E402
+from killer import IN_A_SAVE, PHASES, KilledRun, leftovers  # noqa: E402
+from runs import CONFIG, final_state, losses, write_config  # noqa: E402
+from stores import make_store  # noqa: E402
 
 TARGETS = (*PHASES, "train", "train")
 """What is aimed at, in turn; within a step, where a run spends its time, three times as often."""
@@ -36,7 +37,7 @@ def main() -> None:
     store = make_store(folder / "store", [(16, 40, 40)] * 3, ["train", "train", "val"]).path
     text = CONFIG.replace("steps: 8", f"steps: {options.steps}").replace("every: 3", "every: 2")
     (folder / "unbroken").mkdir()
-    assert train(write_config(folder / "unbroken", store, text), ranks=2) == 0
+    assert fork(write_config(folder / "unbroken", store, text)) == [0, 0]
     reference = folder / "unbroken" / "runs" / "run"
 
     draw, phases = random.Random(0), Counter[str]()

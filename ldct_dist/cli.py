@@ -142,24 +142,29 @@ def simulate(
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="A store, or the folder of a run")]) -> None:
-    """Check every byte of a store, or of a run's checkpoints, against the checksums written with it.
+def verify(
+    path: Annotated[Path, typer.Argument(help="A store, the folder of a run, or a weights file")],
+) -> None:
+    """Check every byte of a store, a run's checkpoints or a weights file against the checksums written with it.
 
     Names each fault, with its case and array, and ends with exit code 1 if there are any.
 
     Example: ldct-dist verify /scratch/ct.zarr
     """
     from ldct_dist.checkpoint.load import verify_run
+    from ldct_dist.models.weights import verify_weights
     from ldct_dist.store.verify import verify as verify_store
 
-    if (path / "checkpoints").is_dir():
+    if path.is_file():
+        faults = verify_weights(path)
+    elif (path / "checkpoints").is_dir():
         faults = verify_run(path / "checkpoints")
     elif (path / "cases").is_dir() or (path / "zarr.json").exists():
         with _progress() as bar:
             task = bar.add_task("verify", total=None)
             faults = verify_store(path, lambda done, total: bar.update(task, completed=done, total=total))
     else:
-        raise UserError(f"{path}: neither a store (zarr.json) nor a run (checkpoints/)")
+        raise UserError(f"{path}: neither a store (zarr.json), a run (checkpoints/) nor a weights file")
     for fault in faults:
         console.print(fault, markup=False)
     if faults:
@@ -201,7 +206,7 @@ def submit(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="CONFIG [KEY=VALUE]... [--SBATCH-OPTION VALUE]...",
+            metavar="CONFIG|ingest ...|denoise ... [KEY=VALUE]... [--SBATCH-OPTION VALUE]...",
             help="The run's YAML, overrides, and options of sbatch: --nodes 2 --gpus-per-node 4 --time 24:00:00",
         ),
     ],
@@ -210,6 +215,9 @@ def submit(
     ] = "slurm",
     site: Annotated[str | None, typer.Option(help="A profile in configs/sites, or a path to one")] = None,
     allow_new_data: Annotated[bool, typer.Option("--allow-new-data", help="See train")] = False,
+    parts: Annotated[
+        int | None, typer.Option(help="Tasks of an array: 8 for ingest, as many as cases for denoise")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, submit nothing")] = False,
 ) -> None:
     """Train as a job: saved and requeued at the time limit, on preemption and after a node failure.
@@ -217,13 +225,26 @@ def submit(
     The code and the config are copied into the run's folder, and requeues run these copies. One rank a GPU; on
     CPUs, --ntasks-per-node says how many.
 
+    `submit ingest SOURCE STORE` and `submit denoise WEIGHTS COHORT OUT`, a folder of cases, are arrays.
+
     Example: ldct-dist submit configs/mayo2016_unet3d.yaml optim.lr=3e-4 --nodes 2 --gpus-per-node 4
     --time 24:00:00 --partition gpu
     """
-    from ldct_dist.cluster.command import announce, parse
+    from ldct_dist.cluster.command import announce, parse, parse_parts
+    from ldct_dist.cluster.parts import submit_parts
+    from ldct_dist.cluster.sbatch import render as render_parts
     from ldct_dist.cluster.submit import dry_run as render
     from ldct_dist.cluster.submit import start
 
+    if arguments[0] in ("ingest", "denoise"):
+        script, then = parse_parts(arguments, site, parts)
+        if dry_run:
+            print(render_parts(script), end="")
+            return
+        for job in submit_parts(script, then):
+            console.print(f"job      {job}", highlight=False)
+        console.print(f"logs     {script.folder}", markup=False, highlight=False)
+        return
     request = parse(arguments, site, allow_new_data)
     if dry_run:
         print(render(request), end="")
@@ -397,13 +418,26 @@ def denoise(
     weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
     source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],
     out: Annotated[Path, typer.Argument(help="New folder for the derived series")],
+    part: Annotated[
+        str | None,
+        typer.Option(help="i/n: SOURCE holds a folder a case; every n-th of them from the i-th (from 0)"),
+    ] = None,
 ) -> None:
     """Denoise DICOM series into derived DICOM series.
 
     Example: ldct-dist denoise runs/mayo/ /data/patient-7 /data/patient-7-denoised
     """
+    from ldct_dist.denoise.cohort import denoise_cohort
     from ldct_dist.denoise.volumes import denoise_series
 
+    if part is not None:
+        report = denoise_cohort(_weights(weights), source, out, _part(part))
+        console.print(
+            f"{len(report.written)} cases denoised, {len(report.skipped)} were there already -> {out}"
+        )
+        for refusal in report.refused:
+            console.print(f"  refused: {refusal}", markup=False)
+        raise typer.Exit(1 if report.refused else 0)
     with _progress() as bar:
         task = bar.add_task("denoise", total=1.0)
         files = denoise_series(

@@ -11,7 +11,8 @@ from killer import IN_A_SAVE, KilledRun, leftovers
 from stores import make_store
 
 sys.path.append(str(Path(__file__).parent / "train"))
-from runs import CONFIG, final_state, losses, train, write_config
+from forked import fork
+from runs import CONFIG, final_state, losses, write_config
 
 
 @pytest.mark.filterwarnings("ignore:.*forkserver.*")
@@ -21,7 +22,7 @@ def test_killed_in_a_step_and_in_every_phase_of_a_save_it_ends_as_the_unbroken_r
     for name in ("unbroken", "killed"):
         (tmp_path / name).mkdir()
     unbroken = write_config(tmp_path / "unbroken", store, text)
-    assert train(unbroken, ranks=2) == 0
+    assert fork(unbroken) == [0, 0]
     config = write_config(tmp_path / "killed", store, text)
     killed, draw = KilledRun(config, tmp_path / "killed/runs/run"), random.Random(0)
     met = [killed.strike(target, draw) for target in ("write", "rename", "renamed", "train", "commit")]

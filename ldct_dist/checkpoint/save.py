@@ -22,6 +22,7 @@ from ldct_dist.checkpoint import generation as generations
 from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.manifest import Manifest, file_sha256, sync_directory
 from ldct_dist.checkpoint.retention import CheckpointConfig
+from ldct_dist.models.weights import sealed
 from ldct_dist.world import World
 
 
@@ -171,17 +172,20 @@ def share_out(parts: dict[str, Part], ranks: int) -> dict[str, int]:
 def _stage(parts: dict[str, Part], world: World) -> dict[str, Part]:
     owner = share_out(parts, world.size)
     return {
-        name: Part(
-            {k: t.detach().to("cpu", copy=True).contiguous() for k, t in part.tensors.items()}, part.facts
-        )
+        name: Part({k: _on_cpu(t) for k, t in part.tensors.items()}, part.facts)
         for name, part in parts.items()
         if owner[name] == world.rank
     }
 
 
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in plain layout, made in one go: memory has room for one."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
 def _write(path: Path, part: Part) -> tuple[int, str]:
     """Write one file to disk for good; its size and sha256."""
-    save_file(part.tensors, path, metadata=part.facts or None)
+    save_file(part.tensors, path, metadata=sealed(part.facts, part.tensors) if part.facts else None)
     with open(path, "rb") as f:
         os.fsync(f.fileno())
     return path.stat().st_size, file_sha256(path)

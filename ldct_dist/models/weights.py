@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser, ModelConfig, build
 
 KIND = "ldct_dist denoiser"
+SEAL = "sha256"
 
 
 def weights_facts(config: ModelConfig, **facts: str) -> dict[str, str]:
@@ -23,12 +25,17 @@ def weights_facts(config: ModelConfig, **facts: str) -> dict[str, str]:
     return {"kind": KIND, "model": config.model_dump_json(), "version": ldct_dist.__version__, **facts}
 
 
+def sealed(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """`facts` with the sha256 of them and of the tensors, which tells a damaged copy of the file from a sound one."""
+    return {**facts, SEAL: _digest(facts, tensors)}
+
+
 def save_weights(path: Path, model: Denoiser, **facts: str) -> None:
     """Write the network's weights, whole or not at all. Raises UserError where they cannot be written."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata=weights_facts(model.config, **facts))
+        save_file(tensors, temporary, metadata=sealed(weights_facts(model.config, **facts), tensors))
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
@@ -59,14 +66,36 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Denoiser:
     return model.to(device).eval()
 
 
+def verify_weights(path: Path) -> list[str]:
+    """What is wrong with the file, in one line; empty if every byte is as it was written."""
+    try:
+        load_weights(path)
+    except UserError as e:
+        return [str(e)]
+    return []
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  no dict
+            facts = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  no dict
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such weights file; a run's are in checkpoints/<step>/") from e
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); copy it again") from e
+    seal = facts.pop(SEAL, None)
+    if facts.get("kind") == KIND and seal != _digest(facts, tensors):
+        raise UserError(f"{path}: damaged, it does not match its own sha256; copy it again")
+    return facts, tensors
+
+
+def _digest(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def weights_hash(path: Path) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from safetensors.torch import save_file
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
-from ldct_dist.models.weights import load_weights, save_weights, weights_facts, weights_hash
+from ldct_dist.models.weights import (
+    load_weights,
+    save_weights,
+    sealed,
+    verify_weights,
+    weights_facts,
+    weights_hash,
+)
 from networks import random_network
 
 
@@ -39,6 +47,18 @@ def test_the_hash_tells_weights_apart(path):
         next(model.parameters())[0, 0] += 1
     save_weights(path, model)
     assert weights_hash(path) != first
+
+
+def test_any_changed_byte_of_a_copied_file_is_found(path):
+    save_weights(path, random_network("redcnn3d"), step="7")
+    whole, draw = path.read_bytes(), random.Random(0)
+    header = int.from_bytes(whole[:8], "little")
+    assert verify_weights(path) == []
+    for place in [*range(8), *draw.sample(range(8, 8 + header), 60), *draw.sample(range(len(whole)), 60)]:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        assert len(verify_weights(path)) == 1, place
 
 
 def truncate(path):
@@ -80,7 +100,8 @@ def garbled_config(path):
 
 def rewrite(path, model: str):
     tensors = dict(build(ModelConfig(size="xs")).named_parameters())
-    save_file(tensors, path, metadata=weights_facts(ModelConfig()) | {"model": model})
+    facts = weights_facts(ModelConfig()) | {"model": model}
+    save_file(tensors, path, metadata=sealed(facts, tensors))
 
 
 @pytest.mark.parametrize(
