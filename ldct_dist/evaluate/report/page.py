@@ -93,7 +93,7 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
         bias=_bias(study),
         tests=[_tests(study, p.name) for p in study.protocols],
         per_case=_per_case(study),
-        classification=_classification(classification) if classification else None,
+        classification=_classification(classification) if classification else [],
         curves=_curves(study),
         pictures={"cases": pictures.cases, "low": LOW, "full": FULL},
         shown=[m for m in study.methods if m != LOW],
@@ -179,16 +179,28 @@ def _per_case(study: Study) -> Table:
     return Table(caption, ["case", "method", *named, *(f"bias, {t}" for t in tissues)], rows)
 
 
-def _classification(found: dict[str, Any]) -> Table:
+def _classification(found: dict[str, Any]) -> list[Table]:
+    measures = ("auc", "accuracy", "sensitivity", "specificity")
     rows = [
-        [Cell(name, name), *(_interval(row[k]) for k in ("auc", "accuracy", "sensitivity", "specificity"))]
-        for name, row in found["images"].items()
+        [Cell(name, name), *(_interval(row[k]) for k in measures)] for name, row in found["images"].items()
     ]
     caption = (
-        f"The same CNN trained on each image, patients kept apart over {found['folds']} folds; {found['samples']} "
-        f"samples of {found['patients']} patients, 95 % bootstrap intervals."
+        f"The same CNN trained on each kind of image, patients kept apart over {found['folds']} folds; "
+        f"{found['samples']} samples of {found['patients']} patients, 95 % bootstrap intervals over patients."
     )
-    return Table(caption, ["images", "AUC", "accuracy", "sensitivity", "specificity"], rows)
+    pairs = [
+        [
+            Cell(f"{t['a']} − {t['b']}", f"{t['a']} {t['b']}"),
+            _number(t["auc_difference"], 3, sign=True),
+            *(_number(t[key], 4) for key in ("delong_p", "delong_p_holm", "mcnemar_p", "mcnemar_p_holm")),
+        ]
+        for t in found["tests"]
+    ]
+    columns = ["pair", "AUC difference", "p, DeLong", "corrected", "p, McNemar", "corrected"]
+    return [
+        Table(caption, ["images", "AUC", "accuracy", "sensitivity", "specificity"], rows),
+        Table("Paired tests on the same samples, Holm-corrected for all pairs.", columns, pairs),
+    ]
 
 
 def _curves(study: Study) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,6 +18,10 @@ from typer.testing import CliRunner
 from ldct_dist.cli import app
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.evaluate.report.page import prepare, write_report
+from ldct_dist.evaluate.report.pictures import Pictures
+from ldct_dist.evaluate.study import Row, Study
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
 from networks import random_network
@@ -157,6 +162,38 @@ def test_nothing_but_tables_scrolls_sideways(report, tmp_path, width):
     wide, smallest = map(float, re.search(r'<pre id="told">(.*?)</pre>', dom)[1].split(","))
     assert wide <= width
     assert smallest >= 12
+
+
+@pytest.fixture
+def equal_images():
+    """A study whose one method gives the full dose itself."""
+    protocol = protocol_named("ldctbench-abdomen")
+    perfect = {"rmse_hu": 0.0, "psnr_db": math.inf, "ssim": 1.0}
+    row = Row("case", "patient", "oracle", {protocol.name: perfect}, {"soft": -0.0})
+    return Study("store", "0" * 64, 0.25, (protocol,), [row], notes=["nothing to note"])
+
+
+def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
+    prepare(tmp_path)
+    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert found["cases"][0]["figures"]["ldctbench-abdomen"]["psnr_db"] is None
+    page = (tmp_path / "index.html").read_text()
+    assert "nothing to note" in page
+    assert "−0.0" not in page
+    assert "inf" not in re.sub(r"<style>.*?</style>|<script.*?</script>", "", page, flags=re.S).lower()
+
+
+def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
+    row = {key: [0.875, 0.75, 0.95] for key in ("auc", "accuracy", "sensitivity", "specificity")}
+    ps = dict.fromkeys(("delong_p", "delong_p_holm", "mcnemar_p", "mcnemar_p_holm"), 0.0321)
+    found = {"folds": 5, "samples": 40, "patients": 20, "images": {"low dose": row, "full dose": row}}
+    found["tests"] = [{"a": "low dose", "b": "full dose", "auc_difference": -0.125, **ps}]
+    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]), found)
+    page = (tmp_path / "index.html").read_text()
+    for words in ("0.875 [0.750, 0.950]", "−0.125", "0.0321", "40 samples of 20 patients"):
+        assert words in page
+    assert json.loads((tmp_path / "results.json").read_text())["classification"] == found
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
