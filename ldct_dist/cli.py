@@ -241,8 +241,8 @@ def submit(
         if dry_run:
             print(render_parts(script), end="")
             return
-        for job in submit_parts(script, then):
-            console.print(f"job      {job}", highlight=False)
+        for number in submit_parts(script, then):
+            console.print(f"job      {number}", highlight=False)
         console.print(f"logs     {script.folder}", markup=False, highlight=False)
         return
     request = parse(arguments, site, allow_new_data)

@@ -9,7 +9,10 @@ from pathlib import Path
 from submitit import Job
 
 from ldct_dist import config as configs
+from ldct_dist.cluster.parts import array_script
+from ldct_dist.cluster.sbatch import Script
 from ldct_dist.cluster.submit import Request
+from ldct_dist.denoise.cohort import cases_of
 from ldct_dist.errors import UserError
 from ldct_dist.train.config import RunConfig
 
@@ -23,6 +26,23 @@ def parse(arguments: Sequence[str], site: str | None, allow_new_data: bool) -> R
         raise UserError("submit: name the run's YAML, such as configs/mayo2016_unet3d.yaml")
     config, *overrides = words
     return Request(configs.read(RunConfig, Path(config), overrides), options, site, allow_new_data)
+
+
+def parse_parts(
+    arguments: Sequence[str], site: str | None, parts: int | None
+) -> tuple[Script, list[str] | None]:
+    """`ingest SOURCE STORE ...` or `denoise WEIGHTS COHORT OUT` as an array; and the command that ends it."""
+    (verb, *words), options = split(arguments)
+    folders = [word for word in words if not _OVERRIDE.fullmatch(word)]
+    if len(folders) != (2 if verb == "ingest" else 3):
+        raise UserError(
+            f"submit {verb}: give what `ldct-dist {verb} --help` asks for, before the options of sbatch"
+        )
+    out = Path(folders[-1]).absolute()
+    if verb == "denoise":
+        parts = parts or len(cases_of(Path(folders[1])))
+    script = array_script(verb, [verb, *words], out.with_name(f"{out.name}.jobs"), parts or 8, options, site)
+    return script, ["finalise", folders[-1]] if verb == "ingest" else None
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ldct_dist.cluster.site import Site
 from ldct_dist.errors import UserError
@@ -23,8 +24,8 @@ class Script:
     command: what a rank's Python runs: ["-m", "ldct_dist", "train", "config.yaml"].
     code: holds the package that is to run. folder: where logs go, and for training slurm/ of the run's folder.
     options: of sbatch, by their long names; true for those without a value.
-    parts: None for training, by srun, one task a rank; else the number of tasks of an array, each of which runs
-    the command once, with --part i/n.
+    kind: ranks are started by srun, one task each; parts are the tasks of an array, each of which runs the command
+    with --part i/n, n being `parts`; single runs it once.
     """
 
     name: str
@@ -35,17 +36,19 @@ class Script:
     python: str
     options: Mapping[str, str | bool] = field(default_factory=dict)
     site: Site = field(default_factory=Site)
-    parts: int | None = None
+    kind: Literal["ranks", "parts", "single"] = "ranks"
+    parts: int = 1
 
 
 def render(script: Script) -> str:
     """The text of the job script. Raises UserError for a value that it cannot hold safely."""
-    body = _RANKS if script.parts is None else _PART
+    body = {"ranks": _RANKS, "parts": _PART, "single": _SINGLE}[script.kind]
     blocks = [
         "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script)),
         "set -u\n" + _environment(script),
         body.replace("{again}", _again(script))
         .replace("{srun}", _srun_options(script.site))
+        .replace("{parts}", str(script.parts))
         .replace("{launch}", _launch(script)),
     ]
     return "\n".join(blocks)
@@ -70,7 +73,7 @@ def _directives(script: Script) -> list[str]:
     """Options of sbatch, one a line, in an order that does not depend on how they were given."""
     given = {**script.site.sbatch_options(), **script.options}
     check_options(given)
-    log = "%j.log" if script.parts is None else "%A_%a.log"
+    log = "%A_%a.log" if script.kind == "parts" else "%j.log"
     fixed: dict[str, str | bool] = {
         "job-name": script.name,
         "chdir": str(script.workdir),
@@ -78,9 +81,9 @@ def _directives(script: Script) -> list[str]:
         "output": f"{script.folder}/".replace("%", "%%") + log,
         "open-mode": "append",
     }
-    if script.parts is None:
+    if script.kind == "ranks":
         fixed["signal"] = f"USR2@{script.site.warn_s}"
-    else:
+    if script.kind == "parts":
         fixed["array"] = f"0-{script.parts - 1}"
     if script.site.requeue and "no-requeue" not in given:
         fixed["requeue"] = True
@@ -144,7 +147,7 @@ def _python(script: Script) -> list[str]:
 
 def _again(script: Script) -> str:
     """How a run that is not done goes on: the same job once more, or the next one chained to it."""
-    if script.parts is not None or (script.site.requeue and "no-requeue" not in script.options):
+    if script.kind != "ranks" or (script.site.requeue and "no-requeue" not in script.options):
         return _REQUEUE
     return _CHAIN.replace("{folder}", shlex.quote(str(script.folder)))
 
@@ -156,7 +159,9 @@ def _srun_options(site: Site) -> str:
 _RANKS = """\
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
-export MASTER_ADDR MASTER_PORT
+# Slurm says so itself from 23.02 on; seconds since the epoch, empty without a time limit.
+: "${SLURM_JOB_END_TIME=$(date -d "$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}"
+export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
 export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run heeds signals by itself
 
 trap : TERM USR1 USR2   # this shell outlives the ranks
@@ -175,7 +180,7 @@ if [ "$code" -eq 75 ]; then
 exit "$code"
 """
 _PART = """\
-{launch} --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+{launch} --part "$SLURM_ARRAY_TASK_ID/{parts}"
 code=$?
 
 # Killed, for want of memory or otherwise: once more, up to three times. What is written stays.
@@ -183,6 +188,7 @@ if [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
 {again}fi
 exit "$code"
 """
+_SINGLE = "{launch}\n"
 _REQUEUE = """\
   job=$SLURM_JOB_ID
   # The number of an array's last task is that of the whole array.

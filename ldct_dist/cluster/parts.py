@@ -1,0 +1,74 @@
+"""Work over many cases as an array job: ingest, then the catalogue; or denoising a cohort."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.site import read_site
+from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.errors import UserError
+
+Options = Mapping[str, str | bool]
+
+
+def array_script(
+    name: str, command: Sequence[str], folder: Path, parts: int, options: Options, site: str | None
+) -> Script:
+    """The script of an array: task i runs `ldct-dist COMMAND --part i/parts`. folder: for its logs and scripts."""
+    if parts < 1:
+        raise UserError(f"--parts {parts}: at least one")
+    return Script(
+        name=f"ldct-{name}",
+        command=["-m", "ldct_dist", *command],
+        code=folder / "code" / "SNAPSHOT",
+        folder=folder,
+        workdir=Path.cwd(),
+        python=sys.executable,
+        options=options,
+        site=read_site(site),
+        kind="parts",
+        parts=parts,
+    )
+
+
+def submit_parts(script: Script, then: Sequence[str] | None = None) -> list[str]:
+    """Submit the array, and after it, once all tasks have ended, `ldct-dist THEN` as a job of its own.
+
+    Returns the job ids. Raises UserError if Slurm refuses.
+    """
+    render(script)  # a mistake is said before anything is written
+    try:
+        script.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{script.folder}: {e.strerror}; choose a place that can be written") from e
+    script = replace(script, code=snapshot_code(script.folder / "code"))
+    ids = [_sbatch(script, "array.sbatch")]
+    if then is not None:
+        last = replace(
+            script,
+            command=["-m", "ldct_dist", *then],
+            name=f"{script.name}-end",
+            kind="single",
+            options={k: v for k, v in script.options.items() if not k.startswith("gpus")},
+        )
+        ids.append(_sbatch(last, "end.sbatch", f"--dependency=afterany:{ids[0]}"))
+    return ids
+
+
+def _sbatch(script: Script, name: str, *options: str) -> str:
+    path = script.folder / name
+    path.write_text(render(script))
+    command = ["sbatch", "--parsable", *options, str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as e:
+        raise UserError("no sbatch on the PATH of this machine: submit from a login node") from e
+    if done.returncode != 0:
+        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]

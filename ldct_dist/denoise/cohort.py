@@ -1,0 +1,57 @@
+"""A folder of cases, each denoised whole or not at all: safe to kill and to start again, in parts or at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldct_dist.denoise.volumes import denoise_series
+from ldct_dist.errors import UserError
+
+
+@dataclass
+class CohortReport:
+    written: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """cases that were there already"""
+    refused: list[str] = field(default_factory=list)
+    """one line a case that could not be denoised"""
+
+
+def cases_of(source: Path) -> list[Path]:
+    """The folders right below `source`, a case each, in the order of their names. Raises UserError without any."""
+    cases = sorted(p for p in source.iterdir() if p.is_dir()) if source.is_dir() else []
+    if not cases:
+        raise UserError(f"{source}: no folder in it; a cohort is a folder that holds a folder a case")
+    return cases
+
+
+def denoise_cohort(
+    weights: Path,
+    source: Path,
+    out: Path,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[str], None] = lambda case: None,
+) -> CohortReport:
+    """Denoise each case of `source` into a folder of its name in `out`; what is there already stays.
+
+    part: (i, n) takes every n-th case from the i-th. A case that is refused does not stop the others.
+    """
+    report = CohortReport()
+    for case in cases_of(source)[part[0] :: part[1]]:
+        target, partial = out / case.name, out / f".{case.name}.partial"
+        if target.exists():
+            report.skipped.append(case.name)
+            continue
+        shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
+        try:
+            denoise_series(weights, case, partial)
+            partial.rename(target)
+        except UserError as e:
+            report.refused.append(f"{case.name}: {e}")
+            continue
+        report.written.append(case.name)
+        progress(case.name)
+    return report
