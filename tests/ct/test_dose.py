@@ -222,6 +222,7 @@ def test_inserted_noise_has_the_texture_of_the_scan_s_own():
     """In a real scan, at the same places: what was put in against what was there."""
     scan = read_series(one_series(DEMO / "CRLM-CT-1004"))
     full = replace(scan, hu=scan.hu[12:20])
+    assert scan_of(full, DoseConfig()).source_mm == 541  # this scanner's, by its tags
     low = simulate_low_dose(full, 0.25, seed=1)
     regions = flat_regions(full)
     assert len(regions) >= 8
