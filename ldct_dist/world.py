@@ -35,7 +35,7 @@ class World:
         Raises UserError when the launcher promised a rank but not where to meet.
         """
         rank, size, local_rank, local_size = _launcher()
-        device = _device(local_rank)
+        device = _device(local_rank, local_size)
         share = max(1, len(os.sched_getaffinity(0)) // local_size) if device.type == "cpu" else 1
         torch.set_num_threads(threads or share)
         if size > 1:
@@ -132,14 +132,23 @@ def _launcher() -> tuple[int, int, int, int]:
     return 0, 1, 0, 1
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+def _device(local_rank: int, local_size: int) -> torch.device:
+    """This rank's own. Raises UserError unless there is one GPU a rank, where Slurm gave GPUs to the job."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if "SLURM_STEP_ID" in os.environ else 0
     # A site's Slurm shows a task either all GPUs of the node or its own alone, as device 0.
-    index = 0 if torch.cuda.device_count() == 1 else local_rank
-    if index >= torch.cuda.device_count():
+    if given and (given != local_size or visible not in (1, given)):
         raise UserError(
-            f"local rank {local_rank} on {socket.gethostname()} sees {torch.cuda.device_count()} GPUs: "
+            f"{local_size} ranks on {socket.gethostname()}, {given} GPUs there from Slurm, {visible} seen by local "
+            f"rank {local_rank}: start one task per GPU (--gpus-per-node = --ntasks-per-node)"
+            + ("" if visible else "; none at all means torch without CUDA, or a node without driver")
+        )
+    if not visible:
+        return torch.device("cpu")
+    index = 0 if visible == 1 else local_rank
+    if index >= visible:
+        raise UserError(
+            f"local rank {local_rank} on {socket.gethostname()} sees {visible} GPUs: "
             "start one task per GPU (--gpus-per-node = --ntasks-per-node)"
         )
     torch.cuda.set_device(index)

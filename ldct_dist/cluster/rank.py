@@ -25,7 +25,8 @@ class Train:
 
     def __call__(self) -> int:
         # What this rank left when the job ran before must not be taken for its result now.
-        JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
+        if "SUBMITIT_FOLDER" in os.environ:  # not in submitit's debug mode
+            JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
         _join_as_submitit_says()
         try:
             code = train(self.config, [], self.allow_new_data)

@@ -45,7 +45,7 @@ def render(script: Script) -> str:
     body = {"ranks": _RANKS, "parts": _PART, "single": _SINGLE}[script.kind]
     blocks = [
         "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script)),
-        "set -u\n" + _environment(script),
+        _environment(script),
         body.replace("{again}", _again(script))
         .replace("{srun}", _srun_options(script.site))
         .replace("{parts}", str(script.parts))
@@ -112,11 +112,11 @@ def _one_line(what: str, value: str) -> str:
 def _environment(script: Script) -> str:
     """Shell lines that make the software of the site ready, and put the snapshot of the code before it."""
     site = script.site
-    lines = [f"module load {shlex.join(shlex.split(words))}" for words in site.modules]
+    lines = [f"module load {shlex.join(words.split())} || exit" for words in site.modules]
     if site.venv is not None:
-        lines.append(f"source {shlex.quote(site.venv + '/bin/activate')}")
+        lines.append(f"source {shlex.quote(site.venv + '/bin/activate')} || exit")
     if site.conda is not None:
-        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {shlex.quote(site.conda)}"]
+        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {shlex.quote(site.conda)} || exit"]
     variables = dict(site.env)
     if site.interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": site.interface, "NCCL_SOCKET_IFNAME": site.interface}

@@ -112,7 +112,7 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
     """Submit the request; see `submit`."""
     if cluster not in CLUSTERS:
         raise UserError(f"--cluster {cluster}: one of {', '.join(CLUSTERS)}")
-    dry_run(request)  # a mistake is said before anything is written
+    tasks, _ = request.tasks, dry_run(request)  # a mistake is said before anything is written
     _refuse_twice(request)
     if cluster == "slurm" and shutil.which("srun") is None:
         raise UserError(
@@ -130,7 +130,7 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
     text = render(request.script(snapshot_code(request.folder / "code")))
     (request.folder / SCRIPT).write_text(text)
     try:
-        job = Executor(request.folder, text, request.tasks).submit(function)
+        job = Executor(request.folder, text, tasks).submit(function)
     except (FailedJobError, FailedSubmissionError) as e:
         raise UserError(f"sbatch: {_last_words(e)}") from e
     (request.run / JOB).write_text(json.dumps({"job": job.job_id}))

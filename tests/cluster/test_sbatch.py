@@ -1,0 +1,199 @@
+"""Job scripts as text: the recorded ones, and that no value does anything but be a value."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from commands import command, write_config
+from ldct_dist import submit
+from ldct_dist.cluster.command import parse, split
+from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.site import Site, read_site
+from ldct_dist.cluster.submit import start
+from ldct_dist.errors import UserError
+from stores import make_store
+
+RECORDED = Path(__file__).with_name("scripts")
+ROOT = Path(__file__).parents[2]
+TRAIN = Script(
+    name="mayo",
+    command=["-m", "submitit.core._submit", "/scratch/runs/mayo/slurm"],
+    code=Path("/scratch/runs/mayo/slurm/code/0123456789abcdef"),
+    folder=Path("/scratch/runs/mayo/slurm"),
+    workdir=Path("/home/me/ct"),
+    python="/home/me/.venv/bin/python",
+    options={"nodes": "2", "gpus-per-node": "4", "ntasks-per-node": "4", "time": "24:00:00"},
+)
+ARRAY = Script(
+    name="ldct-ingest",
+    command=["-m", "ldct_dist", "ingest", "/data/my dicom", "/scratch/ct.zarr", "dose=0.25"],
+    code=Path("/scratch/ct.zarr.jobs/code/0123456789abcdef"),
+    folder=Path("/scratch/ct.zarr.jobs"),
+    workdir=Path("/home/me/ct"),
+    python="/home/me/.venv/bin/python",
+    options={"mem": "16G"},
+    kind="parts",
+    parts=8,
+)
+
+
+def variant(script: Script, **changes: object) -> Script:
+    return Script(**{**vars(script), **changes})
+
+
+SCRIPTS = {
+    "train": TRAIN,
+    "train_site": variant(TRAIN, site=read_site(str(ROOT / "configs/sites/example.yaml"))),
+    "train_apptainer": variant(TRAIN, site=read_site(str(ROOT / "configs/sites/apptainer.yaml"))),
+    "train_no_requeue": variant(TRAIN, site=Site(requeue=False)),
+    "ingest": ARRAY,
+    "finalise": variant(ARRAY, command=["-m", "ldct_dist", "finalise", "/scratch/ct.zarr"], kind="single"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_those_recorded(name):
+    """After a change that is meant: LDCT_RECORD=1 pytest tests/cluster/test_sbatch.py, and read the diff."""
+    path = RECORDED / f"{name}.sbatch"
+    if os.environ.get("LDCT_RECORD") == "1":
+        path.write_text(render(SCRIPTS[name]))
+    assert render(SCRIPTS[name]) == path.read_text()
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+HOSTILE = "a b'c\"$(touch pwned)`touch pwned`;touch pwned;#%j\\"
+STANDIN = """\
+#!{python}
+import json, os, sys
+with open({log!r}, "a") as f:
+    f.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+if "srun" in sys.argv[0]:
+    os.execvp(sys.argv[sys.argv.index("bash")], sys.argv[sys.argv.index("bash"):])
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Programs in place of Slurm's, that note what they are called with; the environment of a job with them."""
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "scontrol", "sbatch", "squeue", "rank", "apptainer"):
+        program = tmp_path / "bin" / name
+        program.write_text(STANDIN.format(python=sys.executable, log=str(tmp_path / "calls")))
+        program.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "3"}
+
+
+def calls(tmp_path: Path) -> dict[str, list[str]]:
+    return {words[0]: words[1:] for words in map(json.loads, (tmp_path / "calls").read_text().splitlines())}
+
+
+def test_whatever_values_hold_they_reach_the_rank_as_they_are(slurm, tmp_path):
+    container = {"image": HOSTILE, "binds": [HOSTILE], "python": "rank", "command": "apptainer"}
+    site = Site.model_validate({"container": container, "gpu_bind": HOSTILE, "env": {"NCCL_IB_HCA": HOSTILE}})
+    script = Script(
+        name="run",
+        command=["-m", HOSTILE],
+        code=Path("/code") / HOSTILE.replace("/", ""),
+        folder=tmp_path / HOSTILE,
+        workdir=Path("/"),
+        python="unused",
+        options={"comment": HOSTILE},
+        site=site,
+    )
+    done = subprocess.run(
+        ["bash", "-c", render(script)], env=slurm, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    seen = calls(tmp_path)
+    assert f"--gpu-bind={HOSTILE}" in seen["srun"]
+    assert "--cpus-per-task=3" in seen["srun"]
+    assert seen["apptainer"][-3:] == ["rank", "-m", HOSTILE]
+    assert f"--bind={HOSTILE}" in seen["apptainer"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bin", "calls"]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text(min_size=1))
+def test_an_option_is_one_line_of_the_script_or_refused(value):
+    script = variant(TRAIN, options={"comment": value})
+    if any(ord(c) < 32 or ord(c) == 127 for c in value):
+        with pytest.raises(UserError, match="control character"):
+            render(script)
+    else:
+        assert render(script).count("\n") == render(variant(TRAIN, options={"comment": "x"})).count("\n")
+
+
+@pytest.mark.parametrize(
+    "options", [{"array": "1"}, {"output": "x"}, {"-x": "1"}, {"a b": "1"}, {"A=b": "1"}]
+)
+def test_options_that_submit_sets_or_sbatch_cannot_have_are_refused(options):
+    with pytest.raises(UserError):
+        render(variant(TRAIN, options=options))
+
+
+def test_words_of_the_command_line_are_told_apart():
+    words = [
+        "c.yaml",
+        "optim.lr=1",
+        "--nodes",
+        "2",
+        "--gres=gpu:4",
+        "--exclusive",
+        "seed=3",
+        "--comment",
+        "a b",
+    ]
+    assert split(words) == (
+        ["c.yaml", "optim.lr=1", "seed=3"],
+        {"nodes": "2", "gres": "gpu:4", "exclusive": True, "comment": "a b"},
+    )
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
+    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    done = command("submit", config, "--nodes", "2", "--gpus-per-node", "a100:4", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --ntasks-per-node=4\n" in done.stdout
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "two"], "--nodes=two: give a number"),
+        (["--comment", "a\nb"], "control character"),
+        (["name=$(touch pwned)"], "name: "),
+        (["name=a b"], "name: "),
+        (["-N2"], "long names"),
+    ],
+)
+def test_a_mistake_is_refused_and_nothing_is_written(tmp_path, words, message):
+    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    with pytest.raises(UserError, match=message):
+        start(parse([str(config), *words], None, False))
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_a_site_or_a_cluster_that_is_not_there_is_refused(tmp_path):
+    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    with pytest.raises(UserError, match=r"no configs/sites/nowhere\.yaml here"):
+        submit(config, site="nowhere")
+    with pytest.raises(UserError, match="one of slurm, local, debug"):
+        submit(config, cluster="pbs")
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_here_and_now_it_is_the_same_run(tmp_path, capfd):
+    make_store(tmp_path / "ct.zarr", [(10, 40, 40), (8, 32, 40)], ["train", "val"])
+    job = submit(write_config(tmp_path, tmp_path / "ct.zarr"), cluster="debug")
+    assert job.results() == [0]
+    assert "done: 4 steps" in capfd.readouterr().out

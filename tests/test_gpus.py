@@ -1,0 +1,45 @@
+"""One GPU a rank, or one clear line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldct_dist.errors import UserError
+from ldct_dist.world import _device
+
+
+@pytest.fixture
+def node(monkeypatch):
+    """A node where Slurm gave the job `given` GPUs, of which each task sees `visible`."""
+
+    def make(given: int | None, visible: int) -> None:
+        monkeypatch.setenv("SLURM_STEP_ID", "0")
+        if given is not None:
+            monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(given))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+
+    return make
+
+
+@pytest.mark.parametrize(("visible", "index"), [(4, 3), (1, 0)])
+def test_a_rank_takes_its_own_gpu_whether_slurm_shows_it_all_or_one(node, visible, index):
+    node(4, visible)
+    assert _device(3, 4) == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "ranks"), [(4, 2, 4), (4, 4, 2), (2, 2, 4), (1, 1, 2), (4, 0, 4)]
+)
+def test_a_wrong_number_of_gpus_is_one_line(node, given, visible, ranks):
+    node(given, visible)
+    with pytest.raises(UserError, match=f"{ranks} ranks on .*, {given} GPUs .* {visible} seen") as refused:
+        _device(1, ranks)
+    assert ("torch without CUDA" in str(refused.value)) == (visible == 0)
+
+
+def test_without_gpus_from_slurm_it_is_the_cpu(node):
+    node(None, 0)
+    assert _device(1, 4) == torch.device("cpu")
