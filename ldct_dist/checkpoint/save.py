@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ldct_dist.checkpoint import generation as generations
@@ -64,6 +65,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
+        self._bug: BaseException | None = None
         self.last: Outcome | None = None
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any]) -> None:
@@ -74,7 +76,7 @@ class Saver:
         """
         self.finish()
         self._copied.clear()
-        self._thread = threading.Thread(target=self._save, args=(step, parts, state), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(step, parts, state), name="checkpoint")
         self._thread.start()
 
     def staged(self) -> None:
@@ -82,15 +84,28 @@ class Saver:
         self._copied.wait()
 
     def finish(self) -> Outcome | None:
-        """Wait for the save under way, if any, and tell how the latest one ended."""
+        """Wait for the save under way, if any, and tell how the latest one ended.
+
+        A bug in the save is raised here: a run must not go on, or end well, that cannot save.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._bug is not None:
+            raise self._bug
         return self.last
 
     @property
     def fenced(self) -> bool:
         return self.last is not None and self.last.fenced
+
+    def _run(self, *given: Any) -> None:
+        try:
+            self._save(*given)
+        except BaseException as e:  # noqa: BLE001  finish() raises it
+            self._bug = e
+        finally:
+            self._copied.set()
 
     def _save(self, step: int, parts: dict[str, Part], state: dict[str, Any]) -> None:
         start = time.monotonic()
@@ -143,7 +158,7 @@ class Saver:
             result = phase()
         except generations.Fenced as e:
             error, fenced = str(e), True
-        except (OSError, RuntimeError, ValueError, MemoryError) as e:
+        except (OSError, SafetensorError, RuntimeError, ValueError, MemoryError) as e:
             error = f"{self.world.name}: {e}"
         answers = self.world.gather((result, error, fenced), self._group)
         errors = [e for _, e, _ in answers if e is not None]

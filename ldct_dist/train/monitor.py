@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TextIO
@@ -63,6 +65,7 @@ class Monitor(Mute):
         self.every, self.images = config.log.every, config.log.images
         self.protocol = protocol_named(config.validation.protocol)
         self._losses: TextIO | None = None
+        self._warned = False
 
     def rewind(self, step: int) -> None:
         self.close()
@@ -75,17 +78,18 @@ class Monitor(Mute):
     def step(self, figures: StepFigures) -> None:
         assert self._losses is not None
         line = {k: v for k, v in asdict(figures).items() if k not in ("wait_s", "seconds")}
-        self._losses.write(
-            json.dumps(line | {"loss": _finite(figures.loss), "grad_norm": _finite(figures.grad_norm)}) + "\n"
-        )
+        line |= {"loss": _finite(figures.loss), "grad_norm": _finite(figures.grad_norm)}
+        with self._whatever_the_disk():
+            self._losses.write(json.dumps(line) + "\n")  # what does not fit stays in the buffer until it does
         self._since.append(figures)
         if figures.step % self.every == 0 or figures.step == self.total:
             self._report()
 
     def validation(self, step: int, done: Validated) -> None:
         protocol = self.protocol
-        for name, value in done.figures.items():
-            self._board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
+        with self._whatever_the_disk():
+            for name, value in done.figures.items():
+                self._board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
         told = "  ".join(f"{k} {v:.4g}" for k, v in done.figures.items())
         for case in done.failed:
             told += f"  {case}: the network's answer is not finite"
@@ -95,15 +99,30 @@ class Monitor(Mute):
 
     def close(self) -> None:
         if self._losses is not None:
-            self._losses.close()
-            self._board.close()
+            with self._whatever_the_disk():
+                self._losses.close()
+            with self._whatever_the_disk():
+                self._board.close()
+
+    @contextmanager
+    def _whatever_the_disk(self) -> Iterator[None]:
+        """A full disk costs figures, and one line that says so; the weights are in memory, so training goes on."""
+        try:
+            yield
+        except OSError as e:
+            if not self._warned:
+                self._say(
+                    f"warning: {self.folder.path}: figures cannot be written ({e.strerror or e}); training goes on"
+                )
+            self._warned = True
 
     def _image(self, step: int, images: dict[str, Volume], window: tuple[float, float]) -> None:
         """Three planes of each image, and of the difference of the last two, in a window of HU."""
         from ldct_dist.evaluate.figures import planes_strip  # its imports cost a second, for this rank alone
 
         picture = planes_strip(images, window)
-        self._board.add_image("validation/" + ", ".join([*images, "difference"]), picture, step)
+        with self._whatever_the_disk():
+            self._board.add_image("validation/" + ", ".join([*images, "difference"]), picture, step)
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
@@ -122,9 +141,10 @@ class Monitor(Mute):
             "speed/crops_per_s": rate,
             "speed/data_wait_percent": wait,
         }
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, last.step)
-        self._board.flush()
+        with self._whatever_the_disk():
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, last.step)
+            self._board.flush()
         done = last.step - self._first
         eta = (time.monotonic() - self._start) / done * (self.total - last.step)
         self._say(

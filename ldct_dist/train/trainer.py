@@ -240,8 +240,9 @@ class Trainer:
             self._say(str(outcome.error))
             return Ending.FENCED
         if outcome is not None and outcome.error is not None:
-            raise UserError(
-                f"the last checkpoint of {self.folder.path} could not be written: {outcome.error}"
+            self.world.refuse(
+                f"the last checkpoint of {self.folder.path} could not be written ({outcome.error}); make room and "
+                "start the same command again"
             )
         self._say(f"done: {self.state.step} steps, weights in {self.folder.checkpoint(self.state.step)}")
         return Ending.DONE

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldct_dist.checkpoint.load import newest_valid, verify_run
+from ldct_dist.checkpoint.save import Saver
+from ldct_dist.world import World
+from stores import make_store
+
+sys.path.append(str(Path(__file__).parents[1] / "train"))
+from forked import fork
+from runs import final_state, losses, write_config
+
+NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_PRIVATE = 0x20000, 1, 32, 4096, 1 << 18 | 16384
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    shapes = [(16, 40, 40)] * 3
+    return make_store(tmp_path_factory.mktemp("disks") / "ct.zarr", shapes, ["train", "train", "val"]).path
+
+
+@pytest.fixture(scope="module")
+def unbroken(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert fork(write_config(folder, store)) == [0, 0]
+    return folder / "runs" / "run"
+
+
+def after_the_first_save(spoil) -> None:
+    """In a training process: `spoil` the disk when the second save begins."""
+    save = Saver.save
+
+    def spoilt(self, step, parts, state):
+        if step > 3:
+            spoil()
+        save(self, step, parts, state)
+
+    Saver.save = spoilt
+
+
+def full(rank: int) -> None:
+    """A disk that takes no more than 100 kB a file: enough for losses, too little for weights."""
+    after_the_first_save(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+
+
+def read_only(run: Path, rank: int) -> None:
+    """The run's folder becomes read-only to this process, as on a file system remounted after an error."""
+    after_the_first_save(partial(make_read_only, run))
+
+
+def make_read_only(folder: Path) -> None:
+    if os.geteuid() != 0:
+        (folder / "checkpoints").chmod(0o555)
+        return
+    libc, place = ctypes.CDLL(None, use_errno=True), os.fsencode(folder)
+    steps = (
+        lambda: libc.unshare(NEWNS),
+        lambda: libc.mount(b"none", b"/", None, MS_PRIVATE, None),
+        lambda: libc.mount(place, place, None, MS_BIND, None),
+        lambda: libc.mount(b"none", place, None, MS_BIND | MS_REMOUNT | MS_RDONLY, None),
+    )
+    for step in steps:
+        if step() != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def goes_on_once_the_disk_is_well(config: Path, run: Path, unbroken: Path) -> None:
+    assert fork(config) == [0, 0]
+    assert f"resumed at step 3 from {run}" in config.with_suffix(".log").read_text()
+    assert losses(run) == losses(unbroken)
+    after, before = final_state(run), final_state(unbroken)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_on_a_full_disk_training_ends_in_one_line_and_the_last_good_checkpoint_stays(
+    store, tmp_path, unbroken
+):
+    config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
+    assert fork(config, plant=full) == [2, 2]
+    said = config.with_suffix(".log").read_text()
+    assert "Traceback" not in said
+    assert "warning: a checkpoint was not written" in said
+    assert said.count("error: the last checkpoint of") == 1
+    assert "training goes on, the last good one stays" in said
+    assert newest_valid(run / "checkpoints", World()).manifest.step == 3
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert verify_run(run / "checkpoints") == []
+    goes_on_once_the_disk_is_well(config, run, unbroken)
+
+
+def test_in_a_folder_that_became_read_only_nothing_is_lost(store, tmp_path, unbroken):
+    config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
+    codes = fork(config, plant=partial(read_only, run))
+    said = config.with_suffix(".log").read_text()
+    if "Operation not permitted" in said:
+        pytest.skip("root without the right to mount: no folder is read-only to it")
+    assert codes == [2, 2]
+    assert "Traceback" not in said
+    assert "Read-only file system" in said or "Permission denied" in said
+    assert said.count("error: the last checkpoint of") == 1
+    if os.geteuid() != 0:
+        (run / "checkpoints").chmod(0o755)
+    assert newest_valid(run / "checkpoints", World()).manifest.step == 3
+    goes_on_once_the_disk_is_well(config, run, unbroken)
