@@ -157,10 +157,13 @@ def _srun_options(site: Site) -> str:
 
 
 _RANKS = """\
+# The number of an array's last task is that of the whole array, so a task goes by this name.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
 # Slurm says so itself from 23.02 on; seconds since the epoch, empty without a time limit.
-: "${SLURM_JOB_END_TIME=$(date -d "$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}"
+: "${SLURM_JOB_END_TIME=$(date -d "$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)" +%s 2>/dev/null)}"
 export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
 export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run heeds signals by itself
 
@@ -180,6 +183,7 @@ if [ "$code" -eq 75 ]; then
 exit "$code"
 """
 _PART = """\
+job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 {launch} --part "$SLURM_ARRAY_TASK_ID/{parts}"
 code=$?
 
@@ -190,9 +194,6 @@ exit "$code"
 """
 _SINGLE = "{launch}\n"
 _REQUEUE = """\
-  job=$SLURM_JOB_ID
-  # The number of an array's last task is that of the whole array.
-  [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   for pause in 0 5 15 30; do   # Slurm may not answer at once; asked twice, it still requeues once
     sleep "$pause"
     answer=$(scontrol requeue "$job" 2>&1) && exit 75
@@ -208,5 +209,6 @@ _CHAIN = """\
     next=${next%%;*}
     [ ! -e "${SLURM_JOB_ID}_submitted.pkl" ] || cp "${SLURM_JOB_ID}_submitted.pkl" "${next}_submitted.pkl"
     printf '{"job": "%s"}' "$next" > job.json
+    echo "$next" > next.tmp && mv next.tmp "$SLURM_JOB_ID.next"
   fi
 """

@@ -144,12 +144,12 @@ class SlurmRun(SlurmJob[int]):
     _known: jobs.Job | None = None
 
     @property
-    def run(self) -> Path:
-        return self._paths._folder.parent
-
-    @property
     def job_id(self) -> str:
-        return job_of(self.run) or self._job_id
+        """Of the latest job in the chain, where the site forbids requeuing."""
+        job = self._job_id
+        while (following := self._paths._folder / f"{job}.next").exists():
+            job = following.read_text().strip()
+        return job
 
     @property
     def paths(self) -> JobPaths:

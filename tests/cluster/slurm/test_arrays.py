@@ -1,0 +1,80 @@
+"""Ingest and denoising as array jobs: a task that is killed runs again, and what comes after waits for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs_of import field, wait
+
+from ldct_dist.models.registry import ModelConfig, build
+from ldct_dist.models.weights import save_weights
+from ldct_dist.store.ingest import IngestConfig, ingest
+from ldct_dist.store.reader import Store
+from stores import smooth_volume
+from synthetic_dicom import Options, write_series
+
+pytestmark = pytest.mark.slurm
+CASES = 3
+
+
+@pytest.fixture(scope="module")
+def dicom(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dicom")
+    for i in range(CASES):
+        hu = np.clip(smooth_volume((4, 64, 64), seed=i), -1000, 1000)
+        write_series(folder / f"case-{i}", hu, Options(patient=f"P{i}", seed=str(i)))
+    return folder
+
+
+def submitted(cluster, folder: Path, *words: str | Path) -> list[str]:
+    """Numbers of the jobs that a submission says it made."""
+    command = [sys.executable, "-m", "ldct_dist", "submit", *map(str, words)]
+    done = subprocess.run(
+        command, cwd=folder, env=cluster.user(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("job ")]
+
+
+def process(*words: str) -> int | None:
+    """The process whose command line holds all these words."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile
+            continue
+        if all(word.encode() in line for word in words):
+            return int(folder.name)
+    return None
+
+
+def test_a_part_of_an_ingest_is_killed_and_the_store_is_as_if_it_had_not(cluster, dicom, tmp_path):
+    store = tmp_path / "my store.zarr"
+    array, end = submitted(cluster, tmp_path, "ingest", dicom, store, "workers=1", "--parts", CASES)
+    part = str(store), "--part", f"1/{CASES}"
+    wait(lambda: process(*part), "a part runs")
+    os.kill(process(*part), signal.SIGKILL)
+    wait(lambda: field(cluster, end, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"), "the end")
+    logs = "".join(path.read_text() for path in Path(f"{store}.jobs").glob("*.log"))
+    assert field(cluster, end, "JobState") == "COMPLETED", logs
+    assert [field(cluster, f"{array}_{i}", "Restarts") for i in range(CASES)] == ["0", "1", "0"]
+    whole = tmp_path / "whole.zarr"
+    whole.with_name("whole.zarr.key").write_bytes(store.with_name("my store.zarr.key").read_bytes())
+    ingest(dicom, whole, IngestConfig(workers=1))
+    assert Store(store).fingerprint == Store(whole).fingerprint
+
+
+def test_a_cohort_is_denoised_by_parts_each_case_whole(cluster, dicom, tmp_path):
+    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
+    out = tmp_path / "out"
+    (array,) = submitted(cluster, tmp_path, "denoise", tmp_path / "w.safetensors", dicom, out, "--parts", 2)
+    done = ("COMPLETED", "FAILED")
+    wait(lambda: all(field(cluster, f"{array}_{i}", "JobState") in done for i in range(2)), "both parts")
+    assert sorted(p.name for p in out.iterdir()) == [f"case-{i}" for i in range(CASES)]
+    assert all(len(list(case.iterdir())) == 4 for case in out.iterdir())
