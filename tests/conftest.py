@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+# Before anything imports torch, and for every process a test starts: workers that each take all cores wait
+# for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
