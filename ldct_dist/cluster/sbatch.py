@@ -160,7 +160,8 @@ _RANKS = """\
 # The number of an array's last task is that of the whole array, so a task goes by this name.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# This shell runs on the node of rank 0. Its address as Slurm itself uses it: a node's name need not be in the DNS.
+MASTER_ADDR=$(scontrol show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
 # Slurm says so itself from 23.02 on; seconds since the epoch, empty without a time limit.
 : "${SLURM_JOB_END_TIME=$(date -d "$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)" +%s 2>/dev/null)}"

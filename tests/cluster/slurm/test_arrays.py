@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jobs_of import field, wait
 
+from ldct_dist import config as configs
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store.ingest import IngestConfig, ingest
@@ -21,6 +22,7 @@ from synthetic_dicom import Options, write_series
 
 pytestmark = pytest.mark.slurm
 CASES = 3
+SETTINGS = ("workers=1", "simulation.photons=1e5", "simulation.cutoff_per_mm=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def process(*words: str) -> int | None:
 
 def test_a_part_of_an_ingest_is_killed_and_the_store_is_as_if_it_had_not(cluster, dicom, tmp_path):
     store = tmp_path / "my store.zarr"
-    array, end = submitted(cluster, tmp_path, "ingest", dicom, store, "workers=1", "--parts", CASES)
+    array, end = submitted(cluster, tmp_path, "ingest", dicom, store, *SETTINGS, "--parts", CASES)
     part = str(store), "--part", f"1/{CASES}"
     wait(lambda: process(*part), "a part runs")
     os.kill(process(*part), signal.SIGKILL)
@@ -66,7 +68,7 @@ def test_a_part_of_an_ingest_is_killed_and_the_store_is_as_if_it_had_not(cluster
     assert [field(cluster, f"{array}_{i}", "Restarts") for i in range(CASES)] == ["0", "1", "0"]
     whole = tmp_path / "whole.zarr"
     whole.with_name("whole.zarr.key").write_bytes(store.with_name("my store.zarr.key").read_bytes())
-    ingest(dicom, whole, IngestConfig(workers=1))
+    ingest(dicom, whole, configs.read(IngestConfig, None, SETTINGS))
     assert Store(store).fingerprint == Store(whole).fingerprint
 
 
