@@ -45,14 +45,16 @@ def main() -> None:
         CheckpointConfig(keep_last=1),
         World(),
     )
+    with Peak() as usual:
+        training.step()
     sync, stalls, during, extra = [], [], [], []
     for turn in range(options.repeats):
         sync.append(timed(lambda: save_synchronously(training.parts())))
         stall, slower, memory = save_beside(training, saver, turn + 1, step_s)
         stalls.append(stall)
         during.append(slower)
-        extra.append(memory)
-        print(f"sync {sync[-1]:.2f} s, stall {stall:.3f} s, extra {memory / 2**20:.0f} MiB", flush=True)
+        extra.append(memory - usual.bytes)
+        print(f"sync {sync[-1]:.2f} s, stall {stall:.3f} s, extra {extra[-1] / 2**20:.0f} MiB", flush=True)
     shutil.rmtree(CACHE)
     print(
         json.dumps(
@@ -97,11 +99,9 @@ class Training:
         return {"weights.safetensors": Part(weights), "optimizer.safetensors": Part(optimizer)}
 
 
-def save_beside(training: Training, saver: Saver, step: int, step_s: float) -> tuple[float, float, float]:
-    """(seconds the training thread waited, steps' time while saving over that of others, bytes held above other steps' most)."""
+def save_beside(training: Training, saver: Saver, step: int, step_s: float) -> tuple[float, float, int]:
+    """(seconds the training thread waited, steps' time while saving over that of others, most bytes held)."""
     last = saver.last
-    with Peak() as usual:
-        training.step()
     stall = timed(lambda: saver.save(step, training.parts(), {"validation": None}))
     times = []
     with Peak() as peak:
@@ -115,7 +115,7 @@ def save_beside(training: Training, saver: Saver, step: int, step_s: float) -> t
     outcome = saver.finish()
     assert outcome is not None, "nothing was saved"
     assert outcome.error is None, outcome.error
-    return stall, statistics.median(times) / step_s, peak.bytes - usual.bytes
+    return stall, statistics.median(times) / step_s, peak.bytes
 
 
 def save_synchronously(parts: dict[str, Part]) -> None:

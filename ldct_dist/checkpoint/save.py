@@ -53,7 +53,7 @@ class Saver:
     """Writes checkpoints of one generation into `root`, one at a time, on a thread of its own.
 
     The training thread calls `save`, then `staged` before it next changes a tensor of the state, and
-    `finish` when it needs the outcome. Memory: at most one copy of what this rank writes.
+    `finish` when it needs the outcome. Memory: one copy of what this rank writes, from the first save on.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
+        self._memory: dict[tuple[str, str], torch.Tensor] = {}
         self._bug: BaseException | None = None
         self.last: Outcome | None = None
 
@@ -115,7 +116,7 @@ class Saver:
 
         def stage() -> None:
             try:
-                mine.update(_stage(parts, self.world))
+                mine.update(self._stage(parts))
             finally:
                 self._copied.set()
 
@@ -151,6 +152,23 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)  # the next save must find its place free
             self.last = Outcome(None, time.monotonic() - start, error=str(e), fenced=e.fenced)
 
+    def _stage(self, parts: dict[str, Part]) -> dict[str, Part]:
+        """Copies of the parts that this rank writes, in memory kept from save to save: to take it anew each time
+        costs more than the copying."""
+        owner = share_out(parts, self.world.size)
+        mine = {name: part for name, part in parts.items() if owner[name] == self.world.rank}
+        before, self._memory = self._memory, {}
+        for name, part in mine.items():
+            for key, tensor in part.tensors.items():
+                place = before.pop((name, key), None)
+                if place is None or (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+                    place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._memory[name, key] = place.copy_(tensor.detach())
+        return {
+            name: Part({key: self._memory[name, key] for key in part.tensors}, part.facts)
+            for name, part in mine.items()
+        }
+
     def _together(self, phase: Callable[[], Any]) -> list[Any]:
         """Run a phase on every rank; all ranks get all results, or all raise _Failed."""
         result, error, fenced = None, None, False
@@ -182,20 +200,6 @@ def share_out(parts: dict[str, Part], ranks: int) -> dict[str, int]:
         owner[name] = rank
         load[rank] += part.nbytes
     return owner
-
-
-def _stage(parts: dict[str, Part], world: World) -> dict[str, Part]:
-    owner = share_out(parts, world.size)
-    return {
-        name: Part({k: _on_cpu(t) for k, t in part.tensors.items()}, part.facts)
-        for name, part in parts.items()
-        if owner[name] == world.rank
-    }
-
-
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in plain layout, made in one go: memory has room for one."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _write(path: Path, part: Part) -> tuple[int, str]:
