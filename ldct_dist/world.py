@@ -139,8 +139,8 @@ def _device(local_rank: int, local_size: int) -> torch.device:
     # A site's Slurm shows a task either all GPUs of the node or its own alone, as device 0.
     if given and (given != local_size or visible not in (1, given)):
         raise UserError(
-            f"{local_size} ranks on {socket.gethostname()}, {given} GPUs there from Slurm, {visible} seen by local "
-            f"rank {local_rank}: start one task per GPU (--gpus-per-node = --ntasks-per-node)"
+            f"{local_size} ranks on {socket.gethostname()}, {given} GPUs there from Slurm, {visible} seen by "
+            f"each: start one task per GPU (--gpus-per-node = --ntasks-per-node)"
             + ("" if visible else "; none at all means torch without CUDA, or a node without driver")
         )
     if not visible:
