@@ -64,8 +64,13 @@ def ingest(
 
         def announce(survey: Survey) -> None:
             console.print(
-                f"{survey.cases} cases to write: about {survey.files} files, {survey.bytes / 2**30:.2f} GiB (estimate)"
+                f"{survey.cases} cases to write: {survey.files} files, about {survey.bytes / 2**30:.2f} GiB "
+                f"({survey.free / 2**30:.1f} GiB are free there, unless a quota leaves less)"
             )
+            if survey.bytes > survey.free:
+                _notice(
+                    "warning: the disk will probably be full before the end; cases that are whole by then stay"
+                )
             bar.update(task, total=survey.cases)
 
         report = run(

@@ -57,19 +57,21 @@ ReadHeaders = Callable[[Sequence[Path]], Iterable[Header | UserError | None]]
 
 
 def find_series(
-    folder: Path | str, read_headers: ReadHeaders = read_headers
+    folder: Path | str,
+    read_headers: ReadHeaders = read_headers,
+    skip: Callable[[str], bool] = lambda name: False,
 ) -> tuple[list[Series], list[UserError]]:
     """The usable CT series anywhere below `folder`, and one UserError for each series or file refused.
 
     Only headers are read, by `read_headers` if that is given, such as in several processes. Files that are
-    not DICOM are passed over. Both lists are in order of path. Raises UserError if `folder` is no folder.
+    not DICOM are passed over, and so are folders whose name `skip` knows. Both lists are in order of path. Raises UserError if `folder` is no folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
-    for outcome in read_headers(list(_files(folder, refused))):
+    for outcome in read_headers(list(_files(folder, refused, skip))):
         if isinstance(outcome, UserError):
             refused.append(outcome)
         elif outcome is not None:
@@ -135,7 +137,7 @@ def read_slices(series: Series) -> Iterator[tuple[Dataset, Slice]]:
         yield ds, slice_
 
 
-def _files(folder: Path, refused: list[UserError]) -> Iterator[Path]:
+def _files(folder: Path, refused: list[UserError], skip: Callable[[str], bool]) -> Iterator[Path]:
     def refuse(e: OSError) -> None:
         refused.append(UserError(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
 
@@ -146,7 +148,7 @@ def _files(folder: Path, refused: list[UserError]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not skip(name))
         yield from (path for name in sorted(names) if (path := Path(parent, name)).is_file())
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +51,8 @@ class Survey:
     cases: int
     files: int
     bytes: int
+    free: int
+    """bytes free on the store's file system; a quota may leave fewer"""
 
 
 @dataclass
@@ -93,7 +97,7 @@ def ingest(
                 layout.create(out)
                 parts.begin(out, part)
                 tasks = _tasks(out, pairs, splits, key, config, part)
-                report = _make(tasks, workers, announce, progress)
+                report = _make(out, tasks, workers, announce, progress)
                 report.rejected[:0] = refused if part[0] == 0 else []
                 report.rejected_csv = _write_rejected(out, part, report.rejected)
                 if part[1] > 1:
@@ -127,6 +131,7 @@ def finalise(out: Path | str) -> int:
 
 
 def _make(
+    out: Path,
     tasks: Sequence[Task],
     workers: Workers,
     announce: Callable[[Survey], None],
@@ -135,7 +140,7 @@ def _make(
     """Make the cases that are not there yet; the report of that."""
     report = IngestReport(skipped=[t.name for t in tasks if t.is_done])
     todo = [t for t in tasks if t.name not in set(report.skipped)]
-    announce(_survey(todo))
+    announce(_survey(out, todo))
     for done, refusal in workers.make(todo):
         if refusal is None:
             report.written.append(done.name)
@@ -211,10 +216,12 @@ def _whose(pair: Pair) -> set[str]:
     return {pair.patient, *filter(None, studies)}
 
 
-def _survey(tasks: Sequence[Task]) -> Survey:
-    voxels = sum(z * y * x for z, y, x in (t.pair.full.shape for t in tasks))
-    # a case is its record, and for each dose the array's metadata and one shard
-    return Survey(len(tasks), 5 * len(tasks), round(2 * 2 * voxels / TYPICAL_RATIO))
+def _survey(out: Path, tasks: Sequence[Task]) -> Survey:
+    shapes = [t.pair.full.shape for t in tasks]
+    # a case is its record, and for each of its two doses the array's metadata and its shards
+    files = sum(1 + 2 * (1 + layout.shard_count(shape)) for shape in shapes)
+    size = round(2 * 2 * sum(map(math.prod, shapes)) / TYPICAL_RATIO)
+    return Survey(len(tasks), files, size, shutil.disk_usage(out).free)
 
 
 def _check_shares(config: IngestConfig) -> None:

@@ -51,7 +51,9 @@ CASES_METADATA = group_metadata({})  # the zarr.json of the group of all cases
 
 
 def dose_name(dose: float) -> str:
-    return f"{dose:.2f}"
+    """The fraction with two decimals, or with up to four where it has them: 0.25, 0.125."""
+    text = f"{dose:.4f}"
+    return text.removesuffix("00") if text.endswith("00") else text.rstrip("0")
 
 
 def chunk_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -235,10 +237,22 @@ _SCHEMA = pa.schema(
 )
 
 
-def _write_array(group: zarr.Group, name: str, hu: np.ndarray, chunk: tuple[int, int, int]) -> None:
-    grid = [-(-size // c) for size, c in zip(hu.shape, chunk, strict=True)]
+def shard_count(shape: tuple[int, int, int]) -> int:
+    """Shard files of an array: one up to SHARD_CAP."""
+    chunk = chunk_shape(shape)
+    layers, grid = _shard_layers(shape, chunk)
+    return -(-grid[0] // layers)
+
+
+def _shard_layers(shape: Sequence[int], chunk: tuple[int, int, int]) -> tuple[int, list[int]]:
+    """Layers of chunks in a shard, and the chunk grid."""
+    grid = [-(-size // c) for size, c in zip(shape, chunk, strict=True)]
     layer = 2 * chunk[0] * grid[1] * chunk[1] * grid[2] * chunk[2]  # bytes of one layer of chunks
-    layers = max(1, min(grid[0], SHARD_CAP // layer))
+    return max(1, min(grid[0], SHARD_CAP // layer)), grid
+
+
+def _write_array(group: zarr.Group, name: str, hu: np.ndarray, chunk: tuple[int, int, int]) -> None:
+    layers, grid = _shard_layers(hu.shape, chunk)
     array = group.create_array(
         name,
         shape=hu.shape,

@@ -112,6 +112,11 @@ def _tcia_place(series: Series) -> Place | None:
     return None
 
 
+def _is_projections(folder: str) -> bool:
+    """LDCT-and-Projection-data keeps tens of thousands of projections beside a patient's images."""
+    return re.search(r"(full|low) dose projections", folder, re.IGNORECASE) is not None
+
+
 def _tcia_dose(patient: str) -> float:
     """Chests (C...) at 10 %, abdomens (L...) and heads (N...) at 25 %: Moen et al., Med Phys 48 (2021)."""
     return 0.10 if patient.upper().startswith("C") else 0.25
@@ -132,7 +137,7 @@ _FOLDERS = {
 def _by_folders(
     source: Path, config: PairingConfig, read_headers: ReadHeaders
 ) -> tuple[list[Pair], list[Refusal]]:
-    series, errors = find_series(source, read_headers)
+    series, errors = find_series(source, read_headers, _is_projections)
     layout = _recognised(series, source) if config.layout == "auto" else config.layout
     refused = [Refusal(str(source), str(e)) for e in errors]
     if not series and not refused:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from ldct_dist.store.layout import SHARD_CAP, chunk_shape, dose_name, shard_count
 from ldct_dist.store.reader import Store
 from stores import SPACING, make_store, smooth_volume
 
@@ -202,3 +204,20 @@ def test_unknown_cases_doses_and_splits_are_said(tmp_path):
         store.volume("case-000", "0.10")
     with pytest.raises(UserError, match="no case in split 'test'; its splits are: train"):
         store.split("test")
+
+
+@pytest.mark.parametrize(
+    ("dose", "name"), [(1.0, "1.00"), (0.25, "0.25"), (0.1, "0.10"), (0.125, "0.125"), (1 / 3, "0.3333")]
+)
+def test_doses_that_differ_have_names_that_differ(dose, name):
+    assert dose_name(dose) == name
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(shape=st.tuples(*[st.integers(1, 3000)] * 3))
+def test_the_shards_of_an_array_hold_all_its_chunks_under_the_cap(shape):
+    chunk = chunk_shape(shape)
+    padded = [-(-n // c) * c for n, c in zip(shape, chunk, strict=True)]
+    count = shard_count(shape)
+    assert count == 1 or 2 * math.prod(padded) > SHARD_CAP
+    assert 2 * math.prod(padded) <= count * SHARD_CAP

@@ -47,6 +47,9 @@ def tcia(root, patient):
     write_pair(
         study / "1.000000-Full Dose Images-1", study / "2.000000-Low Dose Images-2", Options(patient=patient)
     )
+    projections = study / "3.000000-Full Dose Projections-3"
+    projections.mkdir()
+    (projections / "1-00001.dcm").write_bytes(b"raw data of another kind")
 
 
 def test_a_series_of_any_other_folder_is_one_full_dose_to_simulate_from(tmp_path):
