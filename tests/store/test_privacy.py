@@ -5,7 +5,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
+from pydicom.datadict import DicomDictionary
 
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
@@ -65,6 +66,35 @@ def test_no_byte_of_a_store_tells_who_the_patient_is(tmp_path, threads):
     assert len(files) > 6
     told = [text for text in (*MARKERS, *uids) if any(tells(path, text) for path in files)]
     assert told == []
+
+
+FREE_TEXT = ("AE", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT")
+GEOMETRY = ("RescaleType",)
+"""Text that a reader must find as it is."""
+
+
+def test_no_text_element_of_any_kind_reaches_a_store(tmp_path, threads):
+    """Every element of DICOM that may hold free text holds the patient's name, and so do items and private ones."""
+    source = tmp_path / "Zwiebel"
+    named = 0
+    for path in write_series(source, anatomy(), Options(patient="ZWIEBEL")):
+        ds = dcmread(path)
+        for tag, (vr, _, _, retired, keyword) in DicomDictionary.items():
+            if vr in FREE_TEXT and keyword and keyword not in GEOMETRY and not retired and tag >> 16 > 2:
+                ds.add_new(tag, vr, "Zwiebel")
+                named += 1
+        item = Dataset()
+        item.PatientName = item.InstitutionName = "Zwiebel"
+        ds.ReferencedPatientSequence = [item]
+        ds.private_block(0x0029, "Zwiebel", create=True).add_new(1, "UT", "Zwiebel")
+        ds.save_as(path)
+    assert named > 3000
+    report = ingest(source, tmp_path / "ct.zarr", CONFIG)
+    assert len(report.written) == 1
+    assert [p for p in (tmp_path / "ct.zarr").rglob("*") if p.is_file() and tells(p, "Zwiebel")] == []
+    assert not any(
+        "zwiebel" in str(p.relative_to(tmp_path)).lower() for p in (tmp_path / "ct.zarr").rglob("*")
+    )
 
 
 def tells(path: Path, text: str) -> bool:
