@@ -90,9 +90,10 @@ def flip(folder: Path, draw: random.Random) -> None:
 def change_header(folder: Path, draw: random.Random) -> None:
     """Remove an element, or give it any bytes under any VR, in one slice or in all."""
     ds = dcmread(files(folder)[0])
+    tags = [*ds.keys(), *map(Tag, ("GantryDetectorTilt", "PixelPaddingValue", "NumberOfFrames"))]
     tag = draw.choice(
-        [*ds.keys(), Tag("GantryDetectorTilt"), Tag("PixelPaddingValue"), Tag("NumberOfFrames")]
-    )
+        [tag for tag in tags if tag != Tag("SpecificCharacterSet")]
+    )  # pydicom writes no absurd one
     vr, raw = draw.choice(VRS), draw.choice(RAW)
     removed = draw.random() < 0.3
     for path in files(folder) if draw.random() < 0.5 else [draw.choice(files(folder))]:
