@@ -64,7 +64,8 @@ def find_series(
     """The usable CT series anywhere below `folder`, and one UserError for each series or file refused.
 
     Only headers are read, by `read_headers` if that is given, such as in several processes. Files that are
-    not DICOM are passed over, and so are folders whose name `skip` knows. Both lists are in order of path. Raises UserError if `folder` is no folder.
+    not DICOM are passed over, and so are folders whose name `skip` knows. Both lists are in order of path.
+    Raises UserError if `folder` is no folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -188,19 +189,16 @@ def _series(headers: Sequence[Header]) -> Series:
 
 
 def _refuse_other_than_ct(headers: Sequence[Header]) -> None:
+    natures = [_other_nature(h) for h in headers]
+    others = [nature for nature in natures if nature is not None]
+    if others:
+        # One stray image in a series of CT slices is a mistake to correct; the slices must not go unseen with it.
+        raise (NotAVolume if len(others) == len(headers) else UserError)(others[0])
     for h in headers:
-        if h.modality != "CT":
-            raise NotAVolume(
-                f"not CT (Modality {h.modality or 'missing'}); nothing to do unless it should be"
-            )
+        if h.modality is None:
+            raise UserError(f"{h.path.name}: not CT (Modality missing); export the original CT images")
         if (h.frames or 1) > 1 or "Enhanced" in _sop_class_name(h):
             raise UserError("enhanced (multi-frame) CT is not supported; convert it to one file a slice")
-        if h.sop_class != CTImageStorage:
-            raise NotAVolume(
-                f"{h.path.name} is no CT image ({_sop_class_name(h)}); export the original CT images"
-            )
-        if "LOCALIZER" in (h.image_type or "").split("\\"):
-            raise NotAVolume(f"{h.path.name} is a localizer (scout view); give the axial slices alone")
         if h.tilt and abs(h.tilt) > 0.1:
             raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
         if h.rescale_type not in (None, "HU"):
@@ -208,6 +206,17 @@ def _refuse_other_than_ct(headers: Sequence[Header]) -> None:
                 f"RescaleType {h.rescale_type}: its values are not HU; give the HU reconstruction"
             )
         rescale(h.path.name, h.slope, h.intercept)
+
+
+def _other_nature(header: Header) -> str | None:
+    """What the file is instead of a slice of CT; None if it is one, or a multi-frame CT."""
+    if header.modality not in ("CT", None):
+        return f"not CT (Modality {header.modality}); nothing to do unless it should be"
+    if header.sop_class != CTImageStorage and "Enhanced" not in _sop_class_name(header):
+        return f"{header.path.name} is no CT image ({_sop_class_name(header)}); export the original CT images"
+    if "LOCALIZER" in (header.image_type or "").split("\\"):
+        return f"{header.path.name} is a localizer (scout view); give the axial slices alone"
+    return None
 
 
 def _sop_class_name(header: Header) -> str:

@@ -105,6 +105,16 @@ def test_a_scout_beside_the_series_is_passed_over_and_named(identity, tmp_path):
     assert ["not CT (Modality SR)" in notices[0], "is a localizer" in notices[1]] == [True, True]
 
 
+def test_one_stray_image_in_a_series_does_not_hide_the_series(identity, tmp_path):
+    write_series(tmp_path / "in" / "good", phantom())
+    stray = write_series(tmp_path / "in" / "mixed", phantom(), Options(seed="mixed"))[2]
+    ds = pydicom.dcmread(stray)
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    ds.save_as(stray)
+    with pytest.raises(UserError, match=r"slice-002.dcm is a localizer.*\(1 other series are sound"):
+        denoise_series(identity, tmp_path / "in", tmp_path / "out")
+
+
 def test_a_folder_without_ct_is_one_line(identity, tmp_path):
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match="no CT series"):
