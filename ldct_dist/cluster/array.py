@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +41,8 @@ def submit_array(
         config.write_text(to_yaml(point.config))
     text = render(_script(points[0], folder, configs, options, site, snapshot_code(folder / "code")))
     (folder / SCRIPT).write_text(text)
-    job = _sbatch(folder, len(points))
+    log = f"{folder}/".replace("%", "%%") + "%A_%a.log"
+    job = jobs.sbatch(folder / SCRIPT, f"--array=0-{len(points) - 1}", f"--output={log}")
     for i, point in enumerate(points):
         record = {"job": f"{job}_{i}", "log": str(folder / f"{job}_{i}.log")}
         (point.folder / JOB).write_text(json.dumps(record))
@@ -79,19 +79,6 @@ def _script(
         options={"nodes": "1", **profile.sbatch_options(), **options, "ntasks-per-node": ranks},
         site=profile,
     )
-
-
-def _sbatch(folder: Path, tasks: int) -> str:
-    """The job id of the array."""
-    log = f"{folder}/".replace("%", "%%") + "%A_%a.log"
-    command = ["sbatch", "--parsable", f"--array=0-{tasks - 1}", f"--output={log}", str(folder / SCRIPT)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as e:
-        raise UserError("no sbatch on the PATH of this machine: sweep with --cluster local") from e
-    if done.returncode != 0:
-        raise UserError(f"sbatch: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().split(";")[0]  # job id, and on some sites the cluster's name
 
 
 def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[Point]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from ldct_dist.errors import UserError
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
 _SQUEUE = ("JobID", "JobArrayID", "State", "Reason", "RestartCnt", "StartTime")
@@ -55,6 +59,18 @@ def ask(ids: Collection[str], timeout_s: float = 10.0) -> tuple[dict[str, Job], 
         past, fault = _lines(command, timeout_s, harmless="accounting storage is disabled")
         jobs = parse_sacct(past) | jobs
     return jobs, fault
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submit a job script; the job's id, an array's own. Raises UserError if Slurm is not here, or refuses."""
+    command = ["sbatch", "--parsable", *options, str(script)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as e:
+        raise UserError("no sbatch on the PATH of this machine: submit from a login node") from e
+    if done.returncode != 0:
+        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]  # job id, and on some sites the cluster's name
 
 
 def parse_squeue(lines: Sequence[str]) -> dict[str, Job]:

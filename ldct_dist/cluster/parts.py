@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ldct_dist.cluster import jobs
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
@@ -48,7 +47,7 @@ def submit_parts(script: Script, then: Sequence[str] | None = None) -> list[str]
     except OSError as e:
         raise UserError(f"{script.folder}: {e.strerror}; choose a place that can be written") from e
     script = replace(script, code=snapshot_code(script.folder / "code"))
-    ids = [_sbatch(script, "array.sbatch")]
+    ids = [_submit(script, "array.sbatch")]
     if then is not None:
         last = replace(
             script,
@@ -57,18 +56,11 @@ def submit_parts(script: Script, then: Sequence[str] | None = None) -> list[str]
             kind="single",
             options={k: v for k, v in script.options.items() if not k.startswith("gpus")},
         )
-        ids.append(_sbatch(last, "end.sbatch", f"--dependency=afterany:{ids[0]}"))
+        ids.append(_submit(last, "end.sbatch", f"--dependency=afterany:{ids[0]}"))
     return ids
 
 
-def _sbatch(script: Script, name: str, *options: str) -> str:
+def _submit(script: Script, name: str, *options: str) -> str:
     path = script.folder / name
     path.write_text(render(script))
-    command = ["sbatch", "--parsable", *options, str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as e:
-        raise UserError("no sbatch on the PATH of this machine: submit from a login node") from e
-    if done.returncode != 0:
-        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().split(";")[0]
+    return jobs.sbatch(path, *options)
