@@ -1,0 +1,18 @@
+"""The command line: one thin function a verb, which parses, calls and prints."""
+
+from __future__ import annotations
+
+import sys
+
+from ldct_dist.cli import data, runs, slurm  # noqa: F401  they register their verbs
+from ldct_dist.cli.common import app
+from ldct_dist.errors import UserError
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

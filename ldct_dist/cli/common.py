@@ -1,0 +1,59 @@
+"""What the verbs share. Heavy modules are imported inside the verbs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ldct_dist.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Low-dose CT to full-dose quality with 3-D CNNs: DICOM in, training on any number of nodes, DICOM out.",
+)
+console = Console(soft_wrap=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optim.lr=3e-4 data.crop=[32,96,96]"),
+]
+Site = Annotated[str | None, typer.Option(help="A profile in configs/sites, or a path to one")]
+
+
+def notice(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def weights_file(path: Path) -> Path:
+    """The weights file that a run, a checkpoint or a file name stands for."""
+    from ldct_dist.checkpoint.load import weights_of
+
+    return weights_of(path)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError as e:
+        raise UserError(f"--part {text}: write it as i/n, such as 0/8") from e
+    if not 0 <= i < n:
+        raise UserError(f"--part {text}: i counts from 0 and stays below n")
+    return i, n
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

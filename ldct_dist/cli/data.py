@@ -1,0 +1,155 @@
+"""Verbs about DICOM and stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress
+from ldct_dist.errors import UserError
+
+
+@app.command()
+def ingest(
+    source: Annotated[
+        Path, typer.Argument(help="Folder with the DICOM files, nested as it may be, or a manifest (CSV)")
+    ],
+    store: Annotated[Path, typer.Argument(help="The store to write, or to go on with")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with these settings")] = None,
+    part: Annotated[
+        str, typer.Option(help="i/n: every n-th case from the i-th (from 0), for array jobs")
+    ] = "0/1",
+) -> None:
+    """DICOM to a Zarr store; what is refused is listed and does not stop the others.
+
+    Example: ldct-dist ingest /data/dicom /scratch/ct.zarr dose=0.25 splits='{train: 0.8, val: 0.1, test: 0.1}'
+    """
+    from ldct_dist import config as configs
+    from ldct_dist.store.ingest import IngestConfig, Survey
+    from ldct_dist.store.ingest import ingest as run
+
+    settings = configs.read(IngestConfig, config, overrides or [])
+    with progress() as bar:
+        task = bar.add_task("ingest", total=None)
+
+        def announce(survey: Survey) -> None:
+            console.print(
+                f"{survey.cases} cases to write: {survey.files} files, about {survey.bytes / 2**30:.2f} GiB "
+                f"({survey.free / 2**30:.1f} GiB are free there, unless a quota leaves less)"
+            )
+            if survey.bytes > survey.free:
+                notice(
+                    "warning: the disk will probably be full before the end; cases that are whole by then stay"
+                )
+            bar.update(task, total=survey.cases)
+
+        report = run(
+            source,
+            store,
+            settings,
+            part=part_of(part),
+            announce=announce,
+            progress=lambda _: bar.advance(task),
+        )
+    console.print(
+        f"{len(report.written)} cases written, {len(report.skipped)} were there already, "
+        f"{len(report.rejected)} refused -> {store}"
+    )
+    for refusal in report.rejected[:20]:
+        console.print(f"  refused: {refusal.reason}", markup=False)
+    if report.rejected:
+        console.print(f"  all refusals: {report.rejected_csv}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def finalise(store: Annotated[Path, typer.Argument(help="The store whose parts are all written")]) -> None:
+    """Write a store's catalogue, once every task of an array job has done its --part of the ingest.
+
+    Example: ldct-dist finalise /scratch/ct.zarr
+    """
+    from ldct_dist.store.ingest import finalise as run
+
+    console.print(f"{run(store)} cases -> {store}")
+
+
+@app.command()
+def info(
+    store: Annotated[Path, typer.Argument(help="A store")],
+    cases: Annotated[bool, typer.Option("--cases", help="Also list every case")] = False,
+) -> None:
+    """What a store holds: cases, doses, spacing, noise, splits, size.
+
+    Example: ldct-dist info /scratch/ct.zarr
+    """
+    from ldct_dist.store.reader import Store
+    from ldct_dist.store.summary import listing, rows, summary
+
+    opened = Store(store)
+    with console.status("adding up files"):
+        found = rows(opened)
+    console.print(f"{store}, fingerprint {opened.fingerprint[:16]}", markup=False)
+    console.print(summary(found))
+    console.print("noise: standard deviation in soft tissue at full dose, HU; spacing in mm")
+    if cases:
+        console.print(listing(found))
+    else:
+        console.print(f"each case: ldct-dist info {store} --cases", markup=False)
+
+
+@app.command()
+def simulate(
+    source: Annotated[Path, typer.Argument(help="Folder with one full-dose DICOM series")],
+    out: Annotated[Path, typer.Argument(help="New folder for the low-dose series")],
+    dose: Annotated[float, typer.Option(help="Fraction of the dose to keep")] = 0.25,
+    seed: Annotated[int, typer.Option(help="Same seed, same noise")] = 0,
+) -> None:
+    """A DICOM series as it would look at a lower dose.
+
+    Example: ldct-dist simulate full/ quarter/ --dose 0.25
+    """
+    from ldct_dist.ct.derived import write_derived
+    from ldct_dist.ct.dicom import one_series, read_series
+    from ldct_dist.ct.dose import simulate_low_dose
+
+    series = one_series(source, notice)
+    with console.status("simulating"):
+        low = simulate_low_dose(read_series(series), dose, seed)
+    files = write_derived(
+        series, low.hu, out, f"Simulated at {dose:g} of the dose by ldct_dist (projection domain)"
+    )
+    console.print(f"{len(files)} slices -> {out}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A store, the folder of a run, or a weights file")],
+) -> None:
+    """Check every byte of a store, a run's checkpoints or a weights file against the checksums written with it.
+
+    Names each fault, with its case and array, and ends with exit code 1 if there are any.
+
+    Example: ldct-dist verify /scratch/ct.zarr
+    """
+    from ldct_dist.checkpoint.load import verify_run
+    from ldct_dist.models.weights import verify_weights
+    from ldct_dist.store.verify import verify as verify_store
+
+    if path.is_file():
+        faults = verify_weights(path)
+    elif (path / "checkpoints").is_dir():
+        faults = verify_run(path / "checkpoints")
+    elif (path / "cases").is_dir() or (path / "zarr.json").exists():
+        with progress() as bar:
+            task = bar.add_task("verify", total=None)
+            faults = verify_store(path, lambda done, total: bar.update(task, completed=done, total=total))
+    else:
+        raise UserError(f"{path}: neither a store (zarr.json), a run (checkpoints/) nor a weights file")
+    for fault in faults:
+        console.print(fault, markup=False)
+    if faults:
+        raise typer.Exit(1)
+    console.print(f"{path}: every byte is as it was written")

@@ -1,0 +1,142 @@
+"""Verbs that train a network, and that use one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress, weights_file
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML; see configs/")],
+    overrides: Overrides = None,
+    allow_new_data: Annotated[
+        bool,
+        typer.Option(
+            "--allow-new-data",
+            help="Go on with a run although its store changed: weights, optimizer and step stay, samples are "
+            "other ones from here on, and patients held out now may have been trained on",
+        ),
+    ] = False,
+) -> None:
+    """Train, or go on with a run that was stopped: the same command does both.
+
+    One process alone, or many under torchrun or srun. USR1, USR2, TERM and INT stop it with a checkpoint; a second
+    INT stops it at once.
+
+    Exit codes: 0 done; 75 stopped with a checkpoint, start again to go on; 76 a rank stopped answering, start again
+    to go on; 70 taken over by a newer start; 65 losses out of hand, the line names the samples; 2 a mistake in what
+    was given.
+
+    Example: ldct-dist train configs/mayo2016_unet3d.yaml store=/scratch/ct.zarr optim.lr=3e-4
+    """
+    from ldct_dist.cluster.rank import train as run
+
+    raise typer.Exit(run(config, overrides or [], allow_new_data))
+
+
+@app.command()
+def denoise(
+    weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
+    source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],
+    out: Annotated[Path, typer.Argument(help="New folder for the derived series")],
+    part: Annotated[
+        str | None,
+        typer.Option(help="i/n: SOURCE holds a folder a case; every n-th of them from the i-th (from 0)"),
+    ] = None,
+) -> None:
+    """Denoise DICOM series into derived DICOM series.
+
+    Example: ldct-dist denoise runs/mayo/ /data/patient-7 /data/patient-7-denoised
+    """
+    from ldct_dist.denoise.cohort import denoise_cohort
+    from ldct_dist.denoise.volumes import denoise_series
+
+    if part is not None:
+        report = denoise_cohort(weights_file(weights), source, out, part_of(part))
+        console.print(
+            f"{len(report.written)} cases denoised, {len(report.skipped)} were there already -> {out}"
+        )
+        for refusal in report.refused:
+            console.print(f"  refused: {refusal}", markup=False)
+        raise typer.Exit(1 if report.refused else 0)
+    with progress() as bar:
+        task = bar.add_task("denoise", total=1.0)
+        files = denoise_series(
+            weights_file(weights),
+            source,
+            out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            notice=notice,
+        )
+    console.print(f"{len(files)} slices -> {out}")
+
+
+@app.command()
+def evaluate(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="WEIGHTS... STORE",
+            help="Any number of weights.safetensors, checkpoints or runs; last, a store",
+        ),
+    ],
+    split: Annotated[str, typer.Option(help="Which cases")] = "test",
+    protocol: Annotated[
+        str, typer.Option(help="Window, data range, averaging and dose, by name")
+    ] = "ldctbench-abdomen",
+    dose: Annotated[
+        float | None, typer.Option(help="Dose fraction of the input; without it, the protocol's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a report: HTML, JSON, CSV")] = None,
+    baselines: Annotated[
+        str, typer.Option(help="Filters that the report compares, tuned on another split; '' for none")
+    ] = "gaussian,bilateral,nlm,tv",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="name=module:function, a function of a Volume that gives HU")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV (case,label or case,slice,label): the report classifies, too")
+    ] = None,
+    cases_shown: Annotated[int, typer.Option(help="Cases of which the report holds images")] = 3,
+    lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions")] = 6.0,
+    lesion_hu: Annotated[float, typer.Option(help="Contrast of the model observer's lesions")] = 25.0,
+) -> None:
+    """Low dose against denoised on a store's held-out cases: a table, and with --out a whole report.
+
+    Example: ldct-dist evaluate runs/a/ runs/b/ /scratch/ct.zarr --out report/
+    """
+    from ldct_dist.evaluate.run import evaluate as run
+
+    *weights, store = paths
+    named = {_name_of(path, weights): weights_file(path) for path in weights}
+    options = {
+        "split": split,
+        "protocol": protocol,
+        "dose": dose,
+        "lesion_mm": lesion_mm,
+        "lesion_hu": lesion_hu,
+    }
+    filters = [name.strip() for name in baselines.split(",") if name.strip()]
+    run(named, store, options, out, filters, peer or [], labels, cases_shown, console)
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Argument(help="The demo's YAML")] = Path("configs/demo.yaml"),
+    overrides: Overrides = None,
+) -> None:
+    """The main job on real CT in a few minutes: ingest, train, kill, resume, denoise, compare."""
+    from ldct_dist.demo import run
+
+    run(config, overrides or [], console)
+
+
+def _name_of(path: Path, among: list[Path]) -> str:
+    """What a table calls these weights: a run's name where that tells them apart, else the whole path."""
+    same = [other for other in among if other.resolve().name == path.resolve().name]
+    return path.resolve().name if len(same) == 1 and path.is_dir() else str(path)

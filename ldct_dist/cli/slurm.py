@@ -1,0 +1,224 @@
+"""Verbs for runs on a cluster, or many at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldct_dist.cli.common import Site, app, console
+from ldct_dist.errors import UserError
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|ingest ...|denoise ... [KEY=VALUE]... [--SBATCH-OPTION VALUE]...",
+            help="The run's YAML, overrides, and options of sbatch: --nodes 2 --gpus-per-node 4 --time 24:00:00",
+        ),
+    ],
+    cluster: Annotated[
+        str, typer.Option(help="slurm; local: here, in the background; debug: here, in this process")
+    ] = "slurm",
+    site: Site = None,
+    allow_new_data: Annotated[bool, typer.Option("--allow-new-data", help="See train")] = False,
+    parts: Annotated[
+        int | None, typer.Option(help="Tasks of an array: 8 for ingest, as many as cases for denoise")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, submit nothing")] = False,
+) -> None:
+    """Train as a job: saved and requeued at the time limit, on preemption and after a node failure.
+
+    The code and the config are copied into the run's folder, and requeues run these copies. One rank a GPU; on
+    CPUs, --ntasks-per-node says how many.
+
+    `submit ingest SOURCE STORE` and `submit denoise WEIGHTS COHORT OUT`, a folder of cases, are arrays.
+
+    Example: ldct-dist submit configs/mayo2016_unet3d.yaml optim.lr=3e-4 --nodes 2 --gpus-per-node 4
+    --time 24:00:00 --partition gpu
+    """
+    from ldct_dist.cluster.command import announce, parse, parse_parts
+    from ldct_dist.cluster.parts import submit_parts
+    from ldct_dist.cluster.sbatch import render as render_parts
+    from ldct_dist.cluster.submit import dry_run as render
+    from ldct_dist.cluster.submit import start
+
+    if arguments[0] in ("ingest", "denoise"):
+        script, then = parse_parts(arguments, site, parts)
+        if dry_run:
+            print(render_parts(script), end="")
+            return
+        for number in submit_parts(script, then):
+            console.print(f"job      {number}", highlight=False)
+        console.print(f"logs     {script.folder}", markup=False, highlight=False)
+        return
+    request = parse(arguments, site, allow_new_data)
+    if dry_run:
+        print(render(request), end="")
+        return
+    job = start(request, cluster)
+    for line in announce(request, job, cluster):
+        console.print(line, markup=False, highlight=False)
+    if cluster == "debug":
+        job.results()
+
+
+@app.command()
+def status(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Runs, or folders of runs; without any: runs/")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: a list of objects")] = False,
+) -> None:
+    """How runs are: their state in Slurm, step, loss, speed, last checkpoint and its age, time to go.
+
+    Works without Slurm, too. Example: ldct-dist status runs/mayo runs/sweep
+    """
+    import json
+    import time
+
+    from ldct_dist.cluster.status import render
+    from ldct_dist.cluster.status import status as read
+
+    rows, fault = read(runs or [Path("runs")])
+    now = time.time()
+    if as_json:
+        print(json.dumps([row.as_json(now) for row in rows], indent=1))
+    else:
+        print(render(rows, now, console.width if console.is_terminal else None))
+    if fault is not None:
+        print(f"{fault}; this is what the run folders say", file=sys.stderr)
+
+
+@app.command()
+def cancel(
+    run: Annotated[Path, typer.Argument(help="The folder of a run")],
+    grace: Annotated[float, typer.Option(help="Seconds that saving and stopping may take")] = 600.0,
+) -> None:
+    """Stop a run, saving a checkpoint first; no requeue follows. Starting it again goes on from there.
+
+    Example: ldct-dist cancel runs/mayo
+    """
+    from ldct_dist.cluster.cancel import cancel as run_cancel
+
+    run_cancel(run, grace, say=lambda line: console.print(line, markup=False))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def doctor(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [--SRUN-OPTION VALUE]...",
+            help="The run's YAML, to check the time to save and the room it needs; for --nodes, options of srun",
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="As a job on so many nodes; without it, this machine alone")
+    ] = None,
+    tasks: Annotated[int, typer.Option(help="Ranks a node: as many as it has GPUs")] = 2,
+    site: Site = None,
+    runs: Annotated[Path | None, typer.Option(help="The folder of runs; else the config's, or runs/")] = None,
+    write_mib: Annotated[int, typer.Option(help="MiB a rank writes to measure the speed")] = 64,
+) -> None:
+    """Is this site fit for a run? One line a check, green or what to do. Run it before the first big job.
+
+    Example: ldct-dist doctor configs/mayo2016_unet3d.yaml --nodes 2 --tasks 4 --gpus-per-node 4 --partition gpu
+    """
+    from ldct_dist import config as configs
+    from ldct_dist.cluster.command import split
+    from ldct_dist.cluster.doctor import launch_here, launch_job
+    from ldct_dist.train.config import RunConfig
+
+    words, options = split(arguments or [])
+    if len(words) > 1 or (nodes is None and (options or site)):
+        raise UserError(
+            f"doctor {' '.join(arguments or [])}: one CONFIG; options of srun and --site go with --nodes"
+        )
+    run = configs.read(RunConfig, Path(words[0])) if words else None
+    folder = runs or (run.runs if run is not None else Path("runs"))
+    passed_on = [f"--write-mib={write_mib}", f"--runs={folder}", *words]
+    if nodes is None:
+        raise typer.Exit(launch_here(passed_on, tasks))
+    raise typer.Exit(launch_job(passed_on, folder, nodes, tasks, site, options))
+
+
+@app.command("doctor-rank", hidden=True)
+def doctor_rank(
+    config: Annotated[Path | None, typer.Argument()] = None,
+    runs: Annotated[Path, typer.Option()] = Path("runs"),
+    grace: Annotated[float, typer.Option()] = 300.0,
+    write_mib: Annotated[int, typer.Option()] = 64,
+) -> None:
+    """What doctor starts on every rank, by srun or here."""
+    from ldct_dist import config as configs
+    from ldct_dist.cluster.checks import Finding
+    from ldct_dist.cluster.doctor import rank
+    from ldct_dist.train.config import RunConfig
+
+    def report(finding: Finding) -> None:
+        mark, colour = ("ok", "green") if finding.ok else ("BAD", "red")
+        console.print(f"{mark:<5}", style=colour, end="")
+        console.print(f"{finding.name:<14}  {finding.text}", markup=False, highlight=False)
+
+    run = configs.read(RunConfig, config) if config is not None else None
+    raise typer.Exit(0 if rank(runs, run, grace, write_mib, report) else 1)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def sweep(
+    config: Annotated[Path, typer.Argument(help="The YAML that the runs share")],
+    axes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE[,VALUE]... [--SBATCH-OPTION=VALUE]...",
+            help="Such as lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --partition=gpu",
+        ),
+    ],
+    cluster: Annotated[
+        str, typer.Option(help="slurm: one array job; local: here, one after the other")
+    ] = "slurm",
+    site: Site = None,
+) -> None:
+    """Train every combination of the given values; TensorBoard's HParams view holds them side by side.
+
+    A key is dotted (optim.lr) or its last part where only one ends so (lr); model=unet3d-s is a network and its
+    size. Options of sbatch are for each run. The same sweep again goes on with the runs that are neither done nor
+    queued.
+
+    Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --gpus-per-node 4
+    --time 24:00:00
+    """
+    from ldct_dist.cluster.array import submit_array
+    from ldct_dist.cluster.command import split
+    from ldct_dist.cluster.submit import Request
+    from ldct_dist.cluster.sweep import plan, run_here
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    words, options = split(axes)
+    planned = plan(config, words)
+    say(f"{len(planned.points)} runs -> {planned.folder}")
+    code = 0
+    if cluster == "local":
+        code = run_here(planned, config, Request(planned.points[0].config, options).tasks_per_node, say)
+    elif cluster == "slurm":
+        job = submit_array(planned, options, site, say)
+        say(f"job {job}; how it goes: ldct-dist status {planned.folder}" if job else "nothing is left to do")
+    else:
+        raise UserError(f"--cluster {cluster}: slurm or local")
+    say(f"side by side: tensorboard --logdir {planned.folder}, under HParams")
+    raise typer.Exit(code)
+
+
+@app.command("sweep-task", hidden=True)
+def sweep_task(configs: list[Path]) -> None:
+    """What a sweep's array job starts on every rank."""
+    from ldct_dist.cluster.array import train_task
+
+    raise typer.Exit(train_task(configs))
