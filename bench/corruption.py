@@ -27,10 +27,10 @@ from ldct_dist.store.reader import Store
 from ldct_dist.store.verify import verify as verify_store
 from ldct_dist.world import World
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in (".", "train")]
-from forked import fork  # noqa: E402
-from runs import write_config  # noqa: E402
-from stores import make_store  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from forked import fork
+from runs import write_config
+from stores import make_store
 
 
 def main() -> None:

@@ -16,13 +16,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in (".", "train")]
-from forked import fork  # noqa: E402
-from killer import IN_A_SAVE, PHASES, KilledRun, leftovers  # noqa: E402
-from runs import CONFIG, final_state, losses, write_config  # noqa: E402
-from stores import make_store  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from forked import fork
+from killer import IN_A_SAVE, PHASES, KilledRun, leftovers
+from runs import same, write_config
+from stores import make_store
 
 TARGETS = (*PHASES, "train", "train")
 """What is aimed at, in turn; within a step, where a run spends its time, three times as often."""
@@ -35,9 +33,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-anywhere-"))
     store = make_store(folder / "store", [(16, 40, 40)] * 3, ["train", "train", "val"]).path
-    text = CONFIG.replace("steps: 8", f"steps: {options.steps}").replace("every: 3", "every: 2")
+    longer = {"steps": options.steps, "checkpoint": {"every": 2}}
     (folder / "unbroken").mkdir()
-    assert fork(write_config(folder / "unbroken", store, text)) == [0, 0]
+    assert fork(write_config(folder / "unbroken", store, **longer)) == [0, 0]
     reference = folder / "unbroken" / "runs" / "run"
 
     draw, phases = random.Random(0), Counter[str]()
@@ -45,7 +43,7 @@ def main() -> None:
     while phases.total() < options.kills:
         home = folder / f"killed-{runs}"
         home.mkdir()
-        run = KilledRun(write_config(home, store, text), home / "runs" / "run")
+        run = KilledRun(write_config(home, store, **longer), home / "runs" / "run")
         while phases.total() < options.kills and run.newest_step() < options.steps:
             met = run.strike(TARGETS[phases.total() % len(TARGETS)], draw)
             if met is not None:
@@ -73,16 +71,6 @@ def main() -> None:
         shutil.rmtree(folder)
     else:
         sys.exit(f"what differs stays in {folder}")
-
-
-def same(run: Path, reference: Path) -> bool:
-    """Whether losses and all tensors of the final checkpoint are equal bit for bit."""
-    after, before = final_state(run), final_state(reference)
-    return (
-        losses(run) == losses(reference)
-        and after.keys() == before.keys()
-        and all(torch.equal(after[k], before[k]) for k in before)
-    )
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ import mmap
 import os
 import random
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
+from forked import ForkedRanks
 from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.save import Saver
 from ldct_dist.train.trainer import Trainer
-
-sys.path.append(str(Path(__file__).parent / "train"))
-from forked import ForkedRanks
 from runs import starts
 
 PHASES = ("start", "train", "stage", "prepare", "write", "commit", "rename", "renamed")
@@ -104,7 +101,7 @@ class KilledRun:
         return sound[0][1].step if sound else 0
 
     def _compare_start_with(self, newest: int) -> None:
-        recorded = starts(self.run) if (self.run / "environment.json").exists() else []
+        recorded = starts(self.run)
         if len(recorded) > self._recorded:  # killed early, it leaves no record
             self.lost += recorded[-1]["from_step"] != newest
         self._recorded = len(recorded)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from commands import command, write_config
+from commands import command
 from ldct_dist import config as configs
 from ldct_dist.cli import app
 from ldct_dist.cluster.checks import Check, Probe, examine, folder, network, nodes
@@ -17,6 +17,7 @@ from ldct_dist.cluster.doctor import checkpoint_bytes, parse_partition
 from ldct_dist.errors import UserError
 from ldct_dist.train.config import RunConfig
 from ldct_dist.world import World
+from runs import write_config
 
 GIB = 2**30
 

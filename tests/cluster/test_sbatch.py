@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commands import command, write_config
+from commands import command
 from ldct_dist import submit
 from ldct_dist.cluster.command import parse, split
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.site import Site, read_site
 from ldct_dist.cluster.submit import start
 from ldct_dist.errors import UserError
+from runs import write_config
 from stores import make_store
 
 RECORDED = Path(__file__).with_name("scripts")
@@ -159,7 +160,7 @@ def test_words_of_the_command_line_are_told_apart():
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
-    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4)
     done = command("submit", config, "--nodes", "2", "--gpus-per-node", "a100:4", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --ntasks-per-node=4\n" in done.stdout
@@ -177,14 +178,14 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
     ],
 )
 def test_a_mistake_is_refused_and_nothing_is_written(tmp_path, words, message):
-    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4)
     with pytest.raises(UserError, match=message):
         start(parse([str(config), *words], None, False))
     assert list(tmp_path.iterdir()) == [config]
 
 
 def test_a_site_or_a_cluster_that_is_not_there_is_refused(tmp_path):
-    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4)
     with pytest.raises(UserError, match=r"no configs/sites/nowhere\.yaml here"):
         submit(config, site="nowhere")
     with pytest.raises(UserError, match="one of slurm, local, debug"):
@@ -194,6 +195,6 @@ def test_a_site_or_a_cluster_that_is_not_there_is_refused(tmp_path):
 
 def test_here_and_now_it_is_the_same_run(tmp_path, capfd):
     make_store(tmp_path / "ct.zarr", [(10, 40, 40), (8, 32, 40)], ["train", "val"])
-    job = submit(write_config(tmp_path, tmp_path / "ct.zarr"), cluster="debug")
+    job = submit(write_config(tmp_path, tmp_path / "ct.zarr", steps=4), cluster="debug")
     assert job.results() == [0]
     assert "done: 4 steps" in capfd.readouterr().out

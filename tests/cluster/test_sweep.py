@@ -13,17 +13,18 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
-from commands import commands_on_path, write_config
+from commands import commands_on_path
 from ldct_dist.cluster.array import submit_array
 from ldct_dist.cluster.record import job_of
 from ldct_dist.cluster.sweep import dotted, plan, run_here
 from ldct_dist.errors import UserError
+from runs import write_config
 from stores import make_store
 
 
 @pytest.fixture
 def config(tmp_path):
-    return write_config(tmp_path, tmp_path / "ct.zarr")
+    return write_config(tmp_path, tmp_path / "ct.zarr", steps=4, log={"images": False})
 
 
 def test_every_combination_is_a_run_whose_name_follows_from_its_values(config, tmp_path):
@@ -99,7 +100,11 @@ def hparams_view(logdir: Path) -> dict[str, dict[str, float]]:
 
 def test_a_sweep_trains_what_is_not_done_past_what_fails_and_shows_in_one_hparams_view(tmp_path):
     make_store(tmp_path / "ct.zarr", [(10, 40, 40), (8, 32, 40)], ["train", "val"])
-    config, folder, said = write_config(tmp_path, tmp_path / "ct.zarr"), tmp_path / "runs" / "run-sweep", []
+    config, folder, said = (
+        write_config(tmp_path, tmp_path / "ct.zarr", steps=4, log={"images": False}),
+        tmp_path / "runs" / "run-sweep",
+        [],
+    )
     sweep = plan(config, ["data.split=nowhere,train"])
     assert run_here(sweep, config, ranks=1, say=said.append) == 1
     assert said == [

@@ -8,13 +8,12 @@ import signal
 from functools import partial
 
 import pytest
-import torch
+from plants import poisoned_average, spoilt, steep, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
 from ldct_dist.train.guard import WINDOW, Guard
-from plants import poisoned_average, spoilt, steep, together
-from runs import final_state, losses, write_config
+from runs import equal, final_state, losses, write_config
 from stores import make_store
 
 OPTIONS = ("data.crop=[4,16,16]", "checkpoint.every=2", "validation.every=100", "guard.patience=3")
@@ -87,8 +86,7 @@ def test_killed_after_going_back_it_is_bitwise_the_unbroken_run(store, unbroken,
     assert fork(config, *OPTIONS, f"steps={STEPS}", plant=planted) == [0, 0]
     assert losses(run) == losses(unbroken[0])
     assert counters(run) == counters(unbroken[0])
-    got, expected = final_state(run), final_state(unbroken[0])
-    assert all(torch.equal(got[k], expected[k]) for k in expected)
+    assert equal(final_state(run), final_state(unbroken[0]))
 
 
 def test_what_going_back_does_not_help_ends_the_run_with_the_samples_named(store, tmp_path):

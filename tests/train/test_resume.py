@@ -8,12 +8,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
+from plants import asked_to_stop_at_every_step, random_loss, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
-from plants import asked_to_stop_at_every_step, random_loss, together
-from runs import final_state, losses, starts, write_config
+from runs import equal, final_state, losses, starts, write_config
 from stores import make_store
 
 STEPS = 5
@@ -31,10 +30,6 @@ ELASTIC = ("data.batch=12", "data.crop=[4,8,8]", "validation.every=100", "checkp
 def store(tmp_path_factory):
     shapes = [(16, 96, 96)] * 4 + [(4, 32, 32)]
     return make_store(tmp_path_factory.mktemp("resume") / "ct.zarr", shapes, ["train"] * 4 + ["val"]).path
-
-
-def same(got: dict, expected: dict) -> bool:
-    return got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
 
 
 def validations(run) -> list[tuple[int, float]]:
@@ -65,7 +60,7 @@ def test_stopped_after_every_single_step_it_is_bitwise_the_unbroken_run(store, u
     assert [start["from_step"] for start in starts(run)] == list(range(STEPS + 1))
     assert losses(run) == losses(unbroken[ranks])
     assert len({line["loss"] for line in losses(run)}) == STEPS
-    assert same(final_state(run), final_state(unbroken[ranks]))
+    assert equal(final_state(run), final_state(unbroken[ranks]))
     assert validations(run) == validations(unbroken[ranks])
     assert "sums are added in another order" not in config.with_suffix(".log").read_text()
 
@@ -79,7 +74,7 @@ def test_killed_at_any_instant_it_is_bitwise_the_unbroken_run(store, unbroken, t
             assert running.wait() == [-9, -9]
     assert fork(config, *EXACT, plant=random_loss) == [0, 0]
     assert losses(run) == losses(unbroken[2])
-    assert same(final_state(run), final_state(unbroken[2]))
+    assert equal(final_state(run), final_state(unbroken[2]))
 
 
 @pytest.fixture(scope="module")

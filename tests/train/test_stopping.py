@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
+from plants import asked_to_stop_in_validation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
 from ldct_dist.train.stop import SIGNALS, Stop
-from plants import asked_to_stop_in_validation
 from runs import final_state, losses, write_config
 from stores import make_store
 
