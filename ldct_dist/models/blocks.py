@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Kernel = tuple[int, int, int]
 Widths = tuple[int, ...]  # channels, level by level
+
+
+def run(part: Callable[..., torch.Tensor], *inputs: Any, again: bool) -> torch.Tensor:
+    """part(*inputs); with `again`, what it keeps for the backward pass is computed again there."""
+    if again and torch.is_grad_enabled():
+        # No layer draws random numbers, whose state need not be kept then.
+        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return part(*inputs)
 
 
 def same_conv(channels_in: int, channels_out: int, kernel: Kernel, groups: int = 1) -> nn.Conv3d:
@@ -28,7 +40,8 @@ class ResidualBlock(nn.Module):
         self.second = same_conv(channels, channels, kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.second(F.leaky_relu(self.first(F.leaky_relu(x, 0.1)), 0.1))
+        # In place: its backward needs the answer alone, which the next convolution keeps anyhow.
+        return x + self.second(F.leaky_relu_(self.first(F.leaky_relu(x, 0.1)), 0.1))
 
 
 class ChannelNorm(nn.LayerNorm):

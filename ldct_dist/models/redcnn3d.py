@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from ldct_dist.models.blocks import Widths
+from ldct_dist.models.blocks import Widths, run
 
 
 class REDCNN3d(nn.Module):
@@ -19,7 +18,7 @@ class REDCNN3d(nn.Module):
 
     stride = (1, 1, 1)
 
-    def __init__(self, widths: Widths, flat: bool, recompute: bool) -> None:
+    def __init__(self, widths: Widths, flat: bool, recompute: int) -> None:
         super().__init__()
         (width,) = widths
         kernel = (1 if flat else 3, 5, 5)
@@ -34,23 +33,22 @@ class REDCNN3d(nn.Module):
         self.radius = tuple(10 * (k // 2) for k in kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = [*self.encoder, *self.decoder]
         shortcuts = []
-        for i, layer in enumerate(self.encoder):
-            x = F.relu(self._run(layer, x))
-            if i in (1, 3):
-                shortcuts.append(x)
-        for i, layer in enumerate(self.decoder):
-            x = self._run(layer, x)
-            if i in (0, 2):
-                x = x + shortcuts.pop()
-            if i < 4:  # the last shortcut, from the input, is the Denoiser's own residual
+        # Two and two: a layer alone keeps no more than its input, which is kept anyhow.
+        for i in range(0, 10, 2):
+            x = run(_pair, layers[i], layers[i + 1], x, again=self.recompute > 0)
+            if i < 4:
                 x = F.relu(x)
+                shortcuts.append(x)
+            elif i < 8:  # the last shortcut, from the input, is the Denoiser's own residual
+                x = F.relu(x + shortcuts.pop())
         return x
-
-    def _run(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        again = self.recompute and self.training and torch.is_grad_enabled()
-        return checkpoint(layer, x, use_reentrant=False) if again else layer(x)
 
     @property
     def last(self) -> nn.Module:
         return self.decoder[-1]
+
+
+def _pair(first: nn.Module, second: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return second(F.relu(first(x)))

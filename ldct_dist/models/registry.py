@@ -32,11 +32,14 @@ WIDTHS: dict[str, dict[str, Widths]] = {
         for size, w in {"xs": 16, "s": 40, "classic": 96, "m": 160, "l": 408, "xl": 704, "xxl": 1296}.items()
     },
 }
-NETWORKS: dict[str, Callable[[Widths, bool, bool], Any]] = {
+NETWORKS: dict[str, Callable[[Widths, bool, int], Any]] = {
     "unet3d": unet3d,
     "nafnet3d": nafnet3d,
     "redcnn3d": REDCNN3d,
 }
+
+RECOMPUTED = {"none": 0, "selective": 1, "full": 3}
+"""Levels, from the finest on, whose activations are computed again in the backward pass."""
 
 
 class ModelConfig(Config):
@@ -46,8 +49,9 @@ class ModelConfig(Config):
     size: str = "s"
     thick_slices: bool = False
     """kernels of 1 in z at the finest level, for slices much thicker than the pixels"""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: activations are computed again in the backward pass, for about a third more time"""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """which stages' activations are computed again in the backward pass: all, for a third more time; or (selective)
+    those of the finest level, which are most of the memory, for a seventh more. redcnn3d has no other level"""
 
 
 class Denoiser(nn.Module):
@@ -60,7 +64,7 @@ class Denoiser(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        recompute = config.activation_checkpointing == "full"
+        recompute = RECOMPUTED[config.activation_checkpointing]
         self.network = NETWORKS[config.name](_widths(config), config.thick_slices, recompute)
         nn.init.zeros_(self.network.last.weight)
         nn.init.zeros_(self.network.last.bias)

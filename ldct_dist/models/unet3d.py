@@ -11,48 +11,53 @@ from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ldct_dist.models.blocks import Kernel, NAFBlock, ResidualBlock, Widths, shuffle_plane, unshuffle_plane
+from ldct_dist.models.blocks import (
+    Kernel,
+    NAFBlock,
+    ResidualBlock,
+    Widths,
+    run,
+    shuffle_plane,
+    unshuffle_plane,
+)
 
 DOWN: Kernel = (1, 2, 2)
 
 
 class Stage(nn.Module):
-    """Blocks in a row; with `recompute`, their activations are computed again in the backward pass."""
+    """Blocks in a row."""
 
-    def __init__(
-        self, block: type[nn.Module], number: int, channels: int, kernel: Kernel, recompute: bool
-    ) -> None:
+    def __init__(self, block: type[nn.Module], number: int, channels: int, kernel: Kernel) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(block(channels, kernel) for _ in range(number))
-        self.recompute = recompute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            again = self.recompute and self.training and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = block(x)
         return x
 
 
 class UNet3d(nn.Module):
     """Three levels at strides 2, 4 and 8 in the plane, with `widths` channels.
 
-    (b, 2, z, y, x) to (b, 1, z, y, x); y and x are multiples of 8.
+    (b, 2, z, y, x) to (b, 1, z, y, x); y and x are multiples of 8. recompute: so many levels, from the finest on,
+    keep only what goes in and out of their stages.
     """
 
     stride = (1, 8, 8)
 
     def __init__(
-        self, widths: Widths, block: type[ResidualBlock | NAFBlock], number: int, flat: bool, recompute: bool
+        self, widths: Widths, block: type[ResidualBlock | NAFBlock], number: int, flat: bool, recompute: int
     ) -> None:
         super().__init__()
         # flat: where slices are thick, neighbours in z say little about fine structure
         kernels: list[Kernel] = [(1, 3, 3) if flat else (3, 3, 3), (3, 3, 3), (3, 3, 3)]
 
         def stage(level: int) -> Stage:
-            return Stage(block, number, widths[level], kernels[level], recompute)
+            return Stage(block, number, widths[level], kernels[level])
 
+        self.recompute = recompute
         self.head = nn.Conv3d(2 * 4, widths[0], 1)
         self.encoders = nn.ModuleList([stage(0), stage(1)])
         self.downs = nn.ModuleList(nn.Conv3d(a, b, DOWN, stride=DOWN) for a, b in pairwise(widths))
@@ -69,26 +74,35 @@ class UNet3d(nn.Module):
         self.radius = (along_z, in_plane, in_plane)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.head(unshuffle_plane(x))
+        x = unshuffle_plane(x)
         skips = []
-        for encoder, down in zip(self.encoders, self.downs, strict=True):
-            x = encoder(x)
+        for level in range(3):
+            x = run(self._encode, level, x, again=level < self.recompute)
             skips.append(x)
-            x = down(x)
-        x = self.middle(x)
+        x = skips.pop()
         for level in (1, 0):
-            x = self.merges[level](torch.cat((self.ups[level](x), skips[level]), 1))
-            x = self.decoders[level](x)
+            x = run(self._join, level, x, skips.pop(), again=level < self.recompute)
+            x = run(self.decoders[level], x, again=level < self.recompute)
         return shuffle_plane(self.tail(x))
+
+    def _encode(self, level: int, x: torch.Tensor) -> torch.Tensor:
+        """Into the level, from the one above it, and through its stage."""
+        if level == 0:
+            return self.encoders[0](self.head(x))
+        return [*self.encoders, self.middle][level](self.downs[level - 1](x))
+
+    def _join(self, level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """Back to the level from the one below it."""
+        return self.merges[level](torch.cat((self.ups[level](x), skip), 1))
 
     @property
     def last(self) -> nn.Conv3d:
         return self.tail
 
 
-def unet3d(widths: Widths, flat: bool, recompute: bool) -> UNet3d:
+def unet3d(widths: Widths, flat: bool, recompute: int) -> UNet3d:
     return UNet3d(widths, ResidualBlock, 1, flat, recompute)
 
 
-def nafnet3d(widths: Widths, flat: bool, recompute: bool) -> UNet3d:
+def nafnet3d(widths: Widths, flat: bool, recompute: int) -> UNet3d:
     return UNet3d(widths, NAFBlock, 2, flat, recompute)
