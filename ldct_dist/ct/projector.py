@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch.nn import functional
 
-Beam = Literal["fan", "parallel"]
+from ldct_dist.ct.dose_config import Beam
 
 _ENTRIES = 1 << 22  # (row, weight) pairs made at a time: 32 MiB, and more is no faster
 

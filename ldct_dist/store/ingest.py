@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import Field
 
 from ldct_dist.config import Config
-from ldct_dist.ct.dose import DoseConfig
+from ldct_dist.ct.dose_config import DoseConfig
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, parts
 from ldct_dist.store.pairing import Pair, PairingConfig, Refusal, find_pairs

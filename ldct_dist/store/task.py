@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldct_dist.ct import noise
 from ldct_dist.ct.dicom import Series, read_series
-from ldct_dist.ct.dose import DoseConfig, simulate_low_dose
+from ldct_dist.ct.dose_config import DoseConfig
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
@@ -106,6 +106,8 @@ def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments]:
     full = read_series(pair.full)
     moments = noise.sampled_moments(full)
     if pair.low is None:
+        from ldct_dist.ct.dose import simulate_low_dose  # with torch, which pairs do without
+
         try:
             low = simulate_low_dose(full, task.dose, task.seed, task.simulation)
         except UserError as e:

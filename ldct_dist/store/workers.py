@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -12,8 +13,6 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from pathlib import Path
-
-import torch
 
 from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.errors import UserError
@@ -101,7 +100,9 @@ def _alone(task: Task) -> str | None:
 
 
 def _prepare() -> None:
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which is imported when low dose is simulated
+    if "torch" in sys.modules:  # the calling script imports it
+        sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
