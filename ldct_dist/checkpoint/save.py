@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from ldct_dist.checkpoint.manifest import Manifest, file_sha256, sync_directory
 from ldct_dist.checkpoint.retention import CheckpointConfig
 from ldct_dist.models.weights import sealed
 from ldct_dist.world import World
+
+LOOK_S = 1.0
+"""between two looks at the claims of other starts"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Saver:
         self._copied.set()
         self._memory: dict[tuple[str, str], torch.Tensor] = {}
         self._bug: BaseException | None = None
+        self._superseded, self._looked = False, time.monotonic()
         self.last: Outcome | None = None
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any]) -> None:
@@ -96,9 +101,20 @@ class Saver:
             raise self._bug
         return self.last
 
+    def has_saved(self) -> bool:
+        return self.last is not None and self.last.path is not None
+
     @property
     def fenced(self) -> bool:
-        return self.last is not None and self.last.fenced
+        """Whether a newer start of the run has taken over: known on rank 0, at most a second late.
+
+        A process that was stopped, or cut off, learns of it before it has done another step.
+        """
+        if self.world.is_main and not self._superseded and time.monotonic() > self._looked + LOOK_S:
+            self._looked = time.monotonic()
+            with suppress(OSError):  # a file system that does not answer says nothing; a save would tell
+                self._superseded = generations.newest(self.claims) > self.generation
+        return self._superseded
 
     def _run(self, *given: Any) -> None:
         try:

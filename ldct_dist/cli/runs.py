@@ -29,8 +29,8 @@ def train(
     INT stops it at once.
 
     Exit codes: 0 done; 75 stopped with a checkpoint, start again to go on; 76 a rank stopped answering, start again
-    to go on; 70 taken over by a newer start; 65 losses out of hand, the line names the samples; 2 a mistake in what
-    was given.
+    to go on; 77 the same before this start had saved anything, read the line first; 70 taken over by a newer start;
+    65 losses out of hand, the line names the samples; 2 a mistake in what was given.
 
     Example: ldct-dist train configs/mayo2016_unet3d.yaml store=/scratch/ct.zarr optim.lr=3e-4
     """

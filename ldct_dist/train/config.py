@@ -86,7 +86,7 @@ class RunConfig(Config):
     """what the scheduler leaves a run between the signal to stop and the kill (Slurm: KillWait, or N of --signal=USR1@N);
     the run says so if a step and a save take longer"""
     hang_s: float = Field(300.0, gt=0)
-    """a rank that does nothing for this long is named by the others, which leave with exit code 76"""
+    """a rank that does nothing for this long is named by the others, which leave with exit code 76 or 77"""
 
     @property
     def validates(self) -> bool:

@@ -17,3 +17,6 @@ class Ending(IntEnum):
     """stopped on request with a checkpoint: start the same command again to go on"""
     HUNG = 76
     """a rank stopped answering: start the same command again to go on from the last checkpoint"""
+    HUNG_EARLY = 77
+    """a rank stopped answering before this start had saved anything: another one may end likewise, look at the
+    line first"""

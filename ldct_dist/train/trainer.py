@@ -36,7 +36,7 @@ def train(config: RunConfig, allow_new_data: bool = False) -> Ending:
     """Train, or go on with, the run `config` describes, on all ranks that the launcher started.
 
     allow_new_data: go on even if the store is not the one that the checkpoint was trained on.
-    If a rank stops answering, the process ends with Ending.HUNG.
+    If a rank stops answering, the process ends with Ending.HUNG or Ending.HUNG_EARLY.
     """
     with Stop(config.time_limit_s, config.grace_s) as stop:
         world = World.join(config.threads)
@@ -79,7 +79,8 @@ class Trainer:
         self.checkpoints = Checkpoints(
             config, self.folder, self.strategy, world, self.store.fingerprint, allow_new_data, self._say
         )
-        self.watch = Watch(self.folder.generation(self.checkpoints.generation), config.hang_s, world)
+        claim = self.folder.generation(self.checkpoints.generation)
+        self.watch = Watch(claim, config.hang_s, world, self.checkpoints.saver.has_saved)
         self.monitor = Monitor(self.folder, config) if world.is_main else Mute()
 
     def fit(self) -> Ending:
@@ -191,13 +192,17 @@ class Trainer:
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor, damage: str | None) -> Agreed:
         """In one all-reduce, what the ranks must not differ in; flags count the ranks that raise them."""
-        flags = (self.stop.wanted or self.checkpoints.saver.fenced, damage is not None)
+        flags = (self._to_stop, damage is not None)
         finite = losses.isfinite().all() & norm.isfinite()
         mine = torch.stack((losses.double().mean(), finite.double(), *losses.new_tensor(flags).double()))
         loss, finite_ranks, wishes, damaged = self.world.sum(mine).tolist()
         if damaged:
             self._end_on(damage)
         return Agreed(loss / self.world.size, norm.item(), finite_ranks == self.world.size, int(wishes))
+
+    @property
+    def _to_stop(self) -> bool:
+        return self.stop.wanted or self.checkpoints.saver.fenced
 
     def _validate(self) -> Validated | None:
         """Figures of the averaged weights; None if the run is to stop before they are complete."""
@@ -213,7 +218,7 @@ class Trainer:
         self._round_s = max(self._round_s, seconds)
         self.stop.step_s = max(self.stop.step_s, self._round_s)
         self._enter("validation")
-        return self.world.sum(torch.tensor(float(self.stop.wanted))).item() == 0
+        return self.world.sum(torch.tensor(float(self._to_stop))).item() == 0
 
     def _leave(self, in_validation: bool = False) -> Ending:
         """All ranks have agreed to stop at this step: save, commit, and say how to go on.
@@ -221,6 +226,9 @@ class Trainer:
         The next start makes up for a validation that was cut short, but only once: a job that is too short for
         it is to come to its next step all the same.
         """
+        if self.world.sum(torch.tensor(float(self.checkpoints.saver.fenced))).item():
+            self._say(f"stopped at step {self.state.step}: a newer start of this run has taken over")
+            return Ending.FENCED
         if in_validation and self.state.step == self._began:
             self.state.note_validation(None)
             self.checkpoints.save(self.state)

@@ -18,6 +18,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -66,7 +67,8 @@ class Seen:
 
 
 class Watch:
-    """Ends the process with Ending.HUNG once a rank has done nothing for `hang_s` seconds.
+    """Ends the process once a rank has done nothing for `hang_s` seconds: with Ending.HUNG if this start has
+    `saved` anything by then, else with Ending.HUNG_EARLY.
 
     Use it as a context manager around all work in which ranks wait for each other. The main thread says
     where it is by `enter`; within a long phase, any thread shows by `tick` that it moves. Time is counted in
@@ -75,8 +77,8 @@ class Watch:
     step and phase it was last seen in, within 1.5 times `hang_s`; the stacks of its own threads go to `folder`.
     """
 
-    def __init__(self, folder: Path, hang_s: float, world: World) -> None:
-        self.folder, self.hang_s, self.world = folder, hang_s, world
+    def __init__(self, folder: Path, hang_s: float, world: World, saved: Callable[[], bool]) -> None:
+        self.folder, self.hang_s, self.world, self._saved = folder, hang_s, world, saved
         self._count = count(1)
         self._ticks = self._phases = self._alive = self._step = 0
         self._phase, self._patience = "start", 1.0
@@ -160,14 +162,15 @@ class Watch:
 
     def _leave(self, fault: str) -> NoReturn:
         faulthandler.dump_traceback(self._file)
+        ending = Ending.HUNG if self._saved() else Ending.HUNG_EARLY
         line = (
-            f"{fault}; {self.world.name} (at step {self._step}, {self._phase}) leaves with exit code {Ending.HUNG:d}: "
+            f"{fault}; {self.world.name} (at step {self._step}, {self._phase}) leaves with exit code {ending:d}: "
             "start the same command again to go on from the last checkpoint. Stacks of its threads: "
             f"{self._stacks}\n"
         )
         os.write(2, line.encode())  # not by print, whose lock the main thread may hold
         time.sleep(2 * self.hang_s / LOOKS)  # the others shall see for themselves, not a peer that left
-        os._exit(Ending.HUNG)
+        os._exit(ending)
 
     def _write(self) -> None:
         self._alive += 1
