@@ -1,9 +1,10 @@
 """What does ingest cost over reading the same pixels with bare pydicom?
 
-Both sides read the same pairs of uncompressed series with the same number of processes, files in the page
-cache, in turn. The bare loop reads each file, takes its pixels and stacks them: nothing is sorted, checked,
-hashed, compressed or written. Both times count from a cold interpreter's call to the end, processes started
-within it; `steady` leaves the start of the processes out, as the slope between half of the cases and all.
+Both sides are commands, run in turn with the same number of worker processes over the same pairs of uncompressed
+series, files in the page cache. The bare loop reads each file, takes its pixels and stacks them: nothing is sorted,
+checked, hashed, compressed or written. Times are from a command's start to its end; `steady` leaves the start of
+processes out, as the slope between half of the cases and all. `cpu` figures are those of processor time, which other
+work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -11,21 +12,19 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import multiprocessing
 import os
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from pydicom import dcmread
-
-from ldct_dist.ct.derived import write_derived
-from ldct_dist.ct.dicom import find_series, read_series
-from ldct_dist.store.ingest import IngestConfig, ingest
 
 CACHE = Path(__file__).parent / ".cache" / "ingest"
 SHIPPED = Path(__file__).parents[1] / "ldct_dist" / "demo_data"
@@ -38,50 +37,69 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # be the bare loop over this manifest
     options = parser.parse_args()
+    if options.bare:
+        bare_loop(options.bare, options.workers)
+        return
     source = make_source(options.cases)
-    folders = sorted(p for p in source.glob("*/*") if p.is_dir())
-    half = subset(source, options.cases // 2)
-    sides: dict[str, Callable[[], None]] = {
-        "pydicom": lambda: bare_loop(folders, options.workers),
-        "ours": lambda: ours(source / "pairs.csv", options.workers),
-        "pydicom_half": lambda: bare_loop(folders[: len(folders) // 2], options.workers),
-        "ours_half": lambda: ours(half, options.workers),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    manifests = {"": source / "pairs.csv", "_half": subset(source, options.cases // 2)}
+    wall: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     for turn in range(options.repeats):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-            print(f"turn {turn}: {name} {seconds[name][-1]:.2f} s", flush=True)
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
-    slices = sum(1 for folder in folders for _ in folder.iterdir())
-    print(
-        json.dumps(
-            {
-                "vs_pydicom": middle["ours"] / middle["pydicom"],
-                "vs_pydicom_steady": (middle["ours"] - middle["ours_half"])
-                / (middle["pydicom"] - middle["pydicom_half"]),
-                "ours_slices_per_s": slices / middle["ours"],
-                "pydicom_slices_per_s": slices / middle["pydicom"],
-                "slices": slices,
-                "workers": options.workers,
-            }
-        )
-    )
+        for size, manifest in manifests.items():
+            for side, command in (("pydicom", bare), ("ours", ours)):
+                seconds, busy = timed(command(manifest, options.workers))
+                wall.setdefault(side + size, []).append(seconds)
+                cpu.setdefault(side + size, []).append(busy)
+                print(f"turn {turn}: {side}{size} {seconds:.2f} s, {busy:.2f} s of CPU", flush=True)
+    slices = sum(1 for folder in folders_of(manifests[""]) for _ in folder.iterdir())
+    whole, steady = ratios(wall)
+    whole_cpu, steady_cpu = ratios(cpu)
+    result = {
+        "vs_pydicom": whole,
+        "vs_pydicom_steady": steady,
+        "vs_pydicom_cpu": whole_cpu,
+        "vs_pydicom_cpu_steady": steady_cpu,
+        "ours_slices_per_s": slices / statistics.median(wall["ours"]),
+        "pydicom_slices_per_s": slices / statistics.median(wall["pydicom"]),
+        "slices": slices,
+        "workers": options.workers,
+    }
+    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
 
 
-def ours(manifest: Path, workers: int) -> None:
+def ratios(times: dict[str, list[float]]) -> tuple[float, float]:
+    """Ours over pydicom: all, and without what does not grow with the cases."""
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    slope = (middle["ours"] - middle["ours_half"]) / (middle["pydicom"] - middle["pydicom_half"])
+    return middle["ours"] / middle["pydicom"], slope
+
+
+def timed(command: Sequence[str | Path]) -> tuple[float, float]:
+    """Seconds that `command` takes, and seconds of CPU that it and its processes use."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def ours(manifest: Path, workers: int) -> list[str | Path]:
     out = CACHE / "store.zarr"
     shutil.rmtree(out, ignore_errors=True)
-    report = ingest(manifest, out, IngestConfig(workers=workers, key=CACHE / "key"))
-    assert not report.rejected, report.rejected
+    return [
+        *(sys.executable, "-m", "ldct_dist", "ingest", manifest, out),
+        *(f"workers={workers}", f"key={CACHE / 'key'}"),
+    ]
 
 
-def bare_loop(folders: Sequence[Path], workers: int) -> None:
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
-        for _ in processes.map(read_stack, folders):
+def bare(manifest: Path, workers: int) -> list[str | Path]:
+    return [sys.executable, __file__, "--bare", manifest, "--workers", str(workers)]
+
+
+def bare_loop(manifest: Path, workers: int) -> None:
+    with ProcessPoolExecutor(workers) as processes:
+        for _ in processes.map(read_stack, folders_of(manifest)):
             pass
 
 
@@ -89,8 +107,16 @@ def read_stack(folder: Path) -> int:
     return np.stack([dcmread(path).pixel_array for path in sorted(folder.iterdir())]).nbytes
 
 
+def folders_of(manifest: Path) -> list[Path]:
+    with open(manifest, newline="") as f:
+        return [manifest.parent / row[role] for row in csv.DictReader(f) for role in ("full", "low")]
+
+
 def make_source(cases: int) -> Path:
     """Pairs of real series, the low dose with white noise of 20 HU, repeated, as uncompressed DICOM."""
+    from ldct_dist.ct.derived import write_derived
+    from ldct_dist.ct.dicom import find_series, read_series
+
     root = CACHE / f"source-{cases}"
     manifest = root / "pairs.csv"
     if manifest.exists():

@@ -14,8 +14,8 @@ from pydicom import Dataset
 from pydicom.uid import CTImageStorage, UID_dictionary
 
 from ldct_dist.ct.geometry import Vector, stack
-from ldct_dist.ct.headers import Header, read_headers
-from ldct_dist.ct.pixels import Slice, read_slice, rescale
+from ldct_dist.ct.headers import Header, Stored, read_headers
+from ldct_dist.ct.pixels import Slice, read_dataset, read_slice, rescale
 from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
 
@@ -30,12 +30,12 @@ class NotAVolume(UserError):
 class Series:
     """A CT series whose headers make a regular stack; its pixels are still unread.
 
-    paths: one file a slice, in the order of the Volume: positions (mm along the slice normal) ascend,
+    slices: one file each, in the order of the Volume: positions (mm along the slice normal) ascend,
     towards the head for axial series. patient_id is the patient's own: hash it before storing it.
     spacing, origin and direction: as in Volume.
     """
 
-    paths: tuple[Path, ...]
+    slices: tuple[Stored, ...]
     series_uid: str
     study_uid: str | None
     patient_id: str
@@ -46,6 +46,10 @@ class Series:
     spacing: Vector
     origin: Vector
     direction: tuple[Vector, Vector, Vector]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(stored.path for stored in self.slices)
 
     @property
     def name(self) -> str:
@@ -72,7 +76,7 @@ def find_series(
         raise UserError(f"{folder}: no such folder; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
-    for outcome in read_headers(list(_files(folder, refused, skip))):
+    for outcome in read_headers(list(files_below(folder, refused.append, skip))):
         if isinstance(outcome, UserError):
             refused.append(outcome)
         elif outcome is not None:
@@ -125,25 +129,37 @@ def read_series(series: Series) -> Volume:
 
     Raises UserError, naming the file, for pixel data that is truncated or cannot be made int16 HU.
     """
-    hu = np.stack([slice_.hu for _, slice_ in read_slices(series)])
+    hu = np.empty(series.shape, np.int16)
+    for stored, target in zip(series.slices, hu, strict=True):
+        slice_ = _slice(series, stored)
+        np.take(slice_.meaning.hu, slice_.patterns, out=target, mode="clip")  # mode: the one without a copy
     return Volume(hu, series.spacing, series.origin, series.direction, series.acquisition)
 
 
 def read_slices(series: Series) -> Iterator[tuple[Dataset, Slice]]:
     """Each slice's dataset and values, in the order of the Volume. Raises as read_series does."""
-    for path in series.paths:
-        ds, slice_ = read_slice(path)
-        if slice_.hu.shape != series.shape[1:]:
-            raise UserError(f"{path}: changed since the folder was searched; search it again")
-        yield ds, slice_
+    for stored in series.slices:
+        slice_ = _slice(series, stored)
+        yield read_dataset(stored.path), slice_
 
 
-def _files(folder: Path, refused: list[UserError], skip: Callable[[str], bool]) -> Iterator[Path]:
-    def refuse(e: OSError) -> None:
-        refused.append(UserError(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
+def _slice(series: Series, stored: Stored) -> Slice:
+    slice_ = read_slice(stored)
+    if slice_.patterns.shape != series.shape[1:]:
+        raise UserError(f"{stored.path}: its compressed pixels are of another size than Rows and Columns say")
+    return slice_
+
+
+def files_below(
+    folder: Path, refuse: Callable[[UserError], object], skip: Callable[[str], bool] = lambda name: False
+) -> Iterator[Path]:
+    """The files that `find_series` looks into; `refuse` hears of folders that cannot be read."""
+
+    def unreadable(e: OSError) -> None:
+        refuse(UserError(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
 
     seen = set()
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link back into the tree would repeat its slices, or never end
             folders.clear()
@@ -174,7 +190,7 @@ def _series(headers: Sequence[Header]) -> Series:
         raise NotAVolume("a single slice is no volume; give the whole series")
     grid = stack(positions, orientation, pixel_spacing, [h.path.name for h in headers])
     return Series(
-        paths=tuple(headers[i].path for i in grid.order),
+        slices=tuple(headers[i].stored for i in grid.order),
         series_uid=first.series_uid,
         study_uid=first.study_uid,
         patient_id=first.patient_id or "",

@@ -8,26 +8,64 @@ plain number or string, or into None where it is absent or unusable. Nothing laz
 from __future__ import annotations
 
 import math
+import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pydicom
 from pydicom import Dataset
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.uid import MediaStorageDirectoryStorage
 
+from ldct_dist.ct.elements import HEAD, Head, Raw, read_head
 from ldct_dist.errors import UserError
+
+
+class PixelForm(NamedTuple):
+    """How pixels are stored, in the header's own words; all slices of a series mostly share one. matrix: rows, columns."""
+
+    syntax: str
+    matrix: tuple[int, int] | None
+    bits_allocated: str | None
+    bits_stored: str | None
+    high_bit: str | None
+    representation: str | None
+    samples: str | None
+    photometric: str | None
+    pad_value: str | None
+    pad_limit: str | None
+    slope: float | None
+    intercept: float | None
+
+
+class Stored(NamedTuple):
+    """Where the pixels of a slice are, so that they are read without its header.
+
+    size in bytes and changed in ns: the file's, when the header was read. pixels: where native little-endian ones
+    begin in it, and their length in bytes; None where pydicom has to find or decode them.
+    """
+
+    path: Path
+    size: int
+    changed: int
+    pixels: tuple[int, int] | None
+    form: PixelForm
 
 
 @dataclass(frozen=True)
 class Header:
     """What one slice says of itself. None: absent, unreadable or not finite. Lengths in mm."""
 
-    path: Path
+    stored: Stored
     series_uid: str
     sop_class: str | None
     study_uid: str | None
@@ -53,6 +91,10 @@ class Header:
     intercept: float | None
     rescale_type: str | None
 
+    @property
+    def path(self) -> Path:
+        return self.stored.path
+
 
 _KEYWORDS = [
     *("SpecificCharacterSet", "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
@@ -61,7 +103,14 @@ _KEYWORDS = [
     "DistanceSourceToPatient",
     *("SliceThickness", "GantryDetectorTilt", "NumberOfFrames", "Rows", "Columns", "PixelSpacing"),
     *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel"),
+    *("PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
 ]
+_TAGS = {keyword: int(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
+_WANTED = frozenset(_TAGS.values())
+_PLAIN = {"DS": re.compile(rb"[-+0-9.eE \\]*"), "IS": re.compile(rb" *[-+]?[0-9]+ *")}
+"""numbers, by VR, of which pydicom would make the same"""
+_LONGEST = 1024  # bytes of a value that is worth keeping for the next slice
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 
@@ -73,14 +122,17 @@ def read_header(path: Path) -> Header | None:
     or belongs to no series: passing over it could quietly shorten a series by its last slice.
     """
     with pydicom_faults_as_user_errors(path):
-        if not _looks_like_dicom(path):
+        with path.open("rb", buffering=0) as f:
+            start = f.read(HEAD)
+            state = os.fstat(f.fileno())
+        if not _looks_like_dicom(start):
             if path.suffix.lower() in _SUFFIXES:
                 raise UserError(f"{path}: named as DICOM but is not; copy it again or remove it")
             return None
-        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
-        if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        head = read_head(start, _WANTED) or _head_by_pydicom(path)
+        if head.storage_class == MediaStorageDirectoryStorage:
             return None
-    return _header(path, ds)
+        return _header(path, state, head)
 
 
 def read_headers(paths: Iterable[Path]) -> list[Header | UserError | None]:
@@ -113,10 +165,14 @@ def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
 
 def text(ds: Dataset, keyword: str) -> str | None:
     """The element's value as printable text, multiple values joined by backslashes as DICOM writes them."""
+    return _as_text(lambda: ds.get(keyword))
+
+
+def _as_text(convert: Callable[[], object]) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = ds.get(keyword)
+            value = convert()
             if isinstance(value, MultiValue):
                 value = "\\".join(map(str, value))
     except Exception:  # noqa: BLE001 - a value that pydicom cannot convert is as good as absent
@@ -128,80 +184,135 @@ def text(ds: Dataset, keyword: str) -> str | None:
     return "".join(filter(str.isprintable, str(value))).strip() or None
 
 
-def numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
-    """The element's `count` finite numbers; None if it holds anything else."""
-    parts = (text(ds, keyword) or "").split("\\")
+def number(ds: Dataset, keyword: str) -> float | None:
+    """The element's one finite number; None if it holds anything else."""
+    return as_number(text(ds, keyword))
+
+
+def as_number(text: str | None) -> float | None:
+    """The one finite number that an element's text is; None if it is anything else."""
+    values = as_numbers(text, 1)
+    return values[0] if values else None
+
+
+def as_numbers(text: str | None, count: int) -> tuple[float, ...] | None:
+    """The `count` finite numbers of an element's text; None if it holds anything else."""
     try:
-        values = tuple(float(part) for part in parts)
+        values = tuple(float(part) for part in (text or "").split("\\"))
     except ValueError:
         return None
     return values if len(values) == count and all(map(math.isfinite, values)) else None
 
 
-def number(ds: Dataset, keyword: str) -> float | None:
-    """The element's one finite number; None if it holds anything else."""
-    values = numbers(ds, keyword, 1)
-    return values[0] if values else None
-
-
-def _looks_like_dicom(path: Path) -> bool:
-    with path.open("rb") as f:
-        head = f.read(132)
+def _looks_like_dicom(start: bytes) -> bool:
     # Old exports lack the 128-byte preamble and begin with group 2 or 8, little endian.
-    return head[128:] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00")
+    return start[128:132] == b"DICM" or (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00")
 
 
-def _header(path: Path, ds: Dataset) -> Header:
-    series_uid = text(ds, "SeriesInstanceUID")
+def _head_by_pydicom(path: Path) -> Head:
+    ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
+    elements = {
+        int(e.tag): Raw(e.VR, e.value, e.is_little_endian)
+        for e in ds.elements()
+        if isinstance(e, RawDataElement)  # all others are sequences
+    }
+    names = ds.original_character_set
+    encodings = (names,) if isinstance(names, str) else tuple(names)
+    syntax, storage_class = (
+        text(ds.file_meta, f"{k}UID") for k in ("TransferSyntax", "MediaStorageSOPClass")
+    )
+    return Head(elements, encodings, syntax or "", storage_class, None)
+
+
+def _texts(head: Head) -> dict[str, str | None]:
+    """The text of each of _KEYWORDS."""
+    texts: dict[str, str | None] = {}
+    for keyword, tag in _TAGS.items():
+        raw = head.elements.get(tag)
+        if raw is None:
+            texts[keyword] = None
+        else:
+            sign = head.elements.get(_TAGS["PixelRepresentation"]) if "Padding" in keyword else None
+            convert = _text if len(raw.value or b"") > _LONGEST else _kept_text
+            texts[keyword] = convert(tag, raw, head.encodings, sign)
+    return texts
+
+
+def _text(tag: int, raw: Raw, encodings: tuple[str, ...], sign: Raw | None) -> str | None:
+    if raw.value and (pattern := _PLAIN.get(raw.vr or dictionary_VR(tag))) and pattern.fullmatch(raw.value):
+        return raw.value.decode()
+    return _as_text(lambda: raw.converted(tag, encodings, sign).value)
+
+
+_kept_text = lru_cache(1 << 13)(_text)
+"""Most values are the same in all slices of a series, and pydicom's conversion takes long."""
+
+
+def _header(path: Path, state: os.stat_result, head: Head) -> Header:
+    texts = _texts(head)
+
+    def number(keyword: str) -> float | None:
+        return as_number(texts[keyword])
+
+    series_uid = texts["SeriesInstanceUID"]
     if series_uid is None:
         raise UserError(
             f"{path}: no SeriesInstanceUID, so its series is unknown; export it again or remove it"
         )
+    matrix = _matrix(number("Rows") or 0, number("Columns") or 0)
+    form = _form(
+        *(head.syntax, matrix, texts["BitsAllocated"], texts["BitsStored"], texts["HighBit"]),
+        *(texts["PixelRepresentation"], texts["SamplesPerPixel"], texts["PhotometricInterpretation"]),
+        *(texts["PixelPaddingValue"], texts["PixelPaddingRangeLimit"]),
+        *(number("RescaleSlope"), number("RescaleIntercept")),
+    )
     return Header(
-        path=path,
+        stored=Stored(path, state.st_size, state.st_mtime_ns, head.pixels, form),
         series_uid=series_uid,
-        sop_class=text(ds, "SOPClassUID"),
-        study_uid=text(ds, "StudyInstanceUID"),
-        patient_id=text(ds, "PatientID"),
-        frame_of_reference=text(ds, "FrameOfReferenceUID"),
-        modality=text(ds, "Modality"),
-        image_type=text(ds, "ImageType"),
-        description=text(ds, "SeriesDescription"),
-        manufacturer=text(ds, "Manufacturer"),
-        model=text(ds, "ManufacturerModelName"),
-        kernel=text(ds, "ConvolutionKernel"),
-        kvp=number(ds, "KVP"),
-        exposure_mas=_exposure_mas(ds),
-        source_mm=_source_mm(ds),
-        thickness=number(ds, "SliceThickness"),
-        tilt=number(ds, "GantryDetectorTilt"),
-        frames=number(ds, "NumberOfFrames"),
-        matrix=_matrix(ds),
-        pixel_spacing=numbers(ds, "PixelSpacing", 2),
-        orientation=numbers(ds, "ImageOrientationPatient", 6),
-        position=numbers(ds, "ImagePositionPatient", 3),
-        slope=number(ds, "RescaleSlope"),
-        intercept=number(ds, "RescaleIntercept"),
-        rescale_type=text(ds, "RescaleType"),
+        sop_class=texts["SOPClassUID"],
+        study_uid=texts["StudyInstanceUID"],
+        patient_id=texts["PatientID"],
+        frame_of_reference=texts["FrameOfReferenceUID"],
+        modality=texts["Modality"],
+        image_type=texts["ImageType"],
+        description=texts["SeriesDescription"],
+        manufacturer=texts["Manufacturer"],
+        model=texts["ManufacturerModelName"],
+        kernel=texts["ConvolutionKernel"],
+        kvp=number("KVP"),
+        exposure_mas=_exposure_mas(number("Exposure"), number("XRayTubeCurrent"), number("ExposureTime")),
+        source_mm=_source_mm(number("DistanceSourceToPatient")),
+        thickness=number("SliceThickness"),
+        tilt=number("GantryDetectorTilt"),
+        frames=number("NumberOfFrames"),
+        matrix=matrix,
+        pixel_spacing=as_numbers(texts["PixelSpacing"], 2),
+        orientation=as_numbers(texts["ImageOrientationPatient"], 6),
+        position=as_numbers(texts["ImagePositionPatient"], 3),
+        slope=form.slope,
+        intercept=form.intercept,
+        rescale_type=texts["RescaleType"],
     )
 
 
-def _source_mm(ds: Dataset) -> float | None:
+@lru_cache(64)
+def _form(*facts: Any) -> PixelForm:
+    """One object for all slices that share it: headers travel between processes."""
+    return PixelForm(*facts)
+
+
+def _source_mm(distance: float | None) -> float | None:
     """Source to isocentre; None where the tag holds what no scanner has, such as 0."""
-    distance = number(ds, "DistanceSourceToPatient")
     return distance if distance is not None and 300 <= distance <= 1200 else None
 
 
-def _matrix(ds: Dataset) -> tuple[int, int] | None:
-    rows, columns = number(ds, "Rows") or 0, number(ds, "Columns") or 0
-    sizes = range(1, 1 << 16)
-    return (int(rows), int(columns)) if rows in sizes and columns in sizes else None
+def _matrix(rows: float, columns: float) -> tuple[int, int] | None:
+    sound = all(size.is_integer() and 0 < size < 1 << 16 for size in (rows, columns))
+    return (int(rows), int(columns)) if sound else None
 
 
-def _exposure_mas(ds: Dataset) -> float | None:
+def _exposure_mas(exposure: float | None, current: float | None, time: float | None) -> float | None:
     """Exposure in mAs, or tube current (mA) times exposure time (ms) where only those are told."""
-    exposure = number(ds, "Exposure")
-    current, time = number(ds, "XRayTubeCurrent"), number(ds, "ExposureTime")
     if exposure is None and current is not None and time is not None:
         exposure = current * time / 1000
     return exposure

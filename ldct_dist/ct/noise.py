@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import correlate1d, gaussian_filter1d, uniform_filter
 
 from ldct_dist.ct.volume import Volume
 
@@ -21,12 +20,14 @@ _WINDOW_MM = 6.0
 _MIN_WINDOW = 5  # voxels
 _FLAT = 0.1
 _SAMPLED_SLICES = 4
+_ENOUGH = 170  # windows along a side of a slice
 _MIN_WINDOWS = 500  # fewer make no histogram
+_SMOOTH = np.exp(-(np.arange(-16, 17) ** 2) / 32)  # a Gaussian of 4 bins
 
 
 @dataclass(frozen=True)
 class LocalMoments:
-    """Moments in the window around every voxel, each (z, y, x).
+    """Moments in the window around every voxel, or every `stride`-th in y and in x, each (z, y, x).
 
     mean: HU. slope: the variance in HU^2 that a plane fitted to the window explains: edges and gradients.
     variance, neighbour: of the voxels, and the covariance of in-plane neighbours, both HU^2 about that plane.
@@ -36,6 +37,7 @@ class LocalMoments:
     slope: np.ndarray
     variance: np.ndarray
     neighbour: np.ndarray
+    stride: int = 1
 
     @property
     def flat(self) -> np.ndarray:
@@ -43,36 +45,59 @@ class LocalMoments:
         return self.slope <= _FLAT * self.variance
 
 
-def local_moments(hu: np.ndarray, spacing: tuple[float, float, float]) -> LocalMoments:
+def local_moments(hu: np.ndarray, spacing: tuple[float, float, float], stride: int = 1) -> LocalMoments:
     """Moments of `hu` (z, y, x) in square in-plane windows of about 6 mm, at least 5 voxels wide."""
     hu = hu.astype(np.float32)
-    size = (1, *(max(_MIN_WINDOW, 2 * round(_WINDOW_MM / mm / 2) + 1) for mm in spacing[1:]))
-    mean = uniform_filter(hu, size)
+    sizes = [max(_MIN_WINDOW, 2 * round(_WINDOW_MM / mm / 2) + 1) for mm in spacing[1:]]
+    flat_y, flat_x = (np.full(n, 1 / n) for n in sizes)
+    at_y, at_x = (np.arange(n) - n // 2 for n in sizes)
+    mean = _windows(_windows(hu, 1, flat_y), 2, flat_x)
     rough = hu - mean  # first, because squares of HU would drown the noise in float32
-    offset = uniform_filter(rough, size)
     below, beside = (rough * np.roll(rough, -1, axis) for axis in (1, 2))
-    slope = _slope_variance(rough, 1, size) + _slope_variance(rough, 2, size)
-    plane = offset**2 + slope
+
+    def average(values: np.ndarray) -> np.ndarray:
+        return _windows(_windows(values, 1, flat_y, stride), 2, flat_x, stride)
+
+    # What a straight slope along y and one along x, fitted in each window, contribute to its variance.
+    rows = _windows(rough, 1, flat_y, stride)
+    along_y = _windows(_windows(rough, 1, at_y * flat_y, stride), 2, flat_x, stride)
+    along_x = _windows(rows, 2, at_x * flat_x, stride)
+    slope = along_y**2 / (at_y * at_y).mean() + along_x**2 / (at_x * at_x).mean()
+    plane = _windows(rows, 2, flat_x, stride) ** 2 + slope
     return LocalMoments(
-        mean=mean,
+        mean=mean[:, ::stride, ::stride],
         slope=slope,
-        variance=(uniform_filter(rough * rough, size) - plane).clip(min=0),
-        neighbour=uniform_filter((below + beside) / 2, size) - plane,
+        variance=(average(rough * rough) - plane).clip(min=0),
+        neighbour=average((below + beside) / 2) - plane,
+        stride=stride,
     )
 
 
-def sampled_moments(volume: Volume) -> LocalMoments:
-    """Moments of a few slices from all over the volume: enough to tell its noise and its mean tissue."""
+def sampled_moments(volume: Volume, stride: int | None = None) -> LocalMoments:
+    """Moments of a few slices from all over the volume: enough to tell its noise and its mean tissue.
+
+    stride: between windows; None: such that a slice of 512 x 512 has a ninth of them, which overlap enough, or 1
+    where that leaves too little soft tissue to tell.
+    """
     count = min(_SAMPLED_SLICES, len(volume.hu))
-    slices = (np.arange(count) * 2 + 1) * len(volume.hu) // (2 * count)
-    return local_moments(volume.hu[slices], volume.spacing)
+    hu = volume.hu[(np.arange(count) * 2 + 1) * len(volume.hu) // (2 * count)]
+    if stride is not None:
+        return local_moments(hu, volume.spacing, stride)
+    sparse = local_moments(hu, volume.spacing, max(1, min(hu.shape[1:]) // _ENOUGH))
+    if sparse.stride == 1 or homogeneous(sparse) is not None:
+        return sparse
+    return local_moments(hu, volume.spacing)
 
 
-def _slope_variance(hu: np.ndarray, axis: int, size: tuple[int, ...]) -> np.ndarray:
-    """What a straight slope along `axis`, fitted in each window, contributes to the window's variance, HU^2."""
-    at = np.arange(size[axis]) - size[axis] // 2
-    across = uniform_filter(hu, tuple(1 if i == axis else n for i, n in enumerate(size)))
-    return correlate1d(across, at / len(at), axis) ** 2 / (at * at).mean()
+def _windows(values: np.ndarray, axis: int, weights: np.ndarray, stride: int = 1) -> np.ndarray:
+    """Sums of `values` times `weights` around every `stride`-th place along `axis`; borders are mirrored."""
+    half, size = len(weights) // 2, values.shape[axis]
+    margin = [(half, half) if i == axis else (0, 0) for i in range(values.ndim)]
+    padded = np.moveaxis(np.pad(values, margin, mode="symmetric"), axis, 0)
+    total = np.zeros_like(padded[:size:stride])
+    for i, weight in enumerate(weights.astype(values.dtype)):
+        total += weight * padded[i : i + size : stride]
+    return np.moveaxis(total, 0, axis)
 
 
 def homogeneous(moments: LocalMoments) -> np.ndarray | None:
@@ -84,7 +109,7 @@ def homogeneous(moments: LocalMoments) -> np.ndarray | None:
         return None
     std = np.sqrt(moments.variance)
     counts, edges = np.histogram(std[soft], bins=200, range=(0.0, float(np.percentile(std[soft], 95))))
-    peak = int(np.argmax(gaussian_filter1d(counts.astype(float), 4)))
+    peak = int(np.argmax(_windows(counts.astype(float), 0, _SMOOTH)))
     level = (edges[peak] + edges[peak + 1]) / 2
     return soft & (np.abs(std - level) <= max(0.2 * level, edges[1] - edges[0]))
 

@@ -6,6 +6,7 @@ PixelPaddingValue, up to PixelPaddingRangeLimit where that is given (C.7.5.1.1.2
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydicom import Dataset, uid
 from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
-from ldct_dist.ct.headers import number, pydicom_faults_as_user_errors, text
+from ldct_dist.ct.headers import PixelForm, Stored, as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
 
@@ -89,12 +90,23 @@ class Slice:
         return self.meaning.padding[self.patterns]
 
 
-def read_slice(path: Path) -> tuple[Dataset, Slice]:
-    """The whole dataset at `path` and its slice.
+def read_slice(stored: Stored) -> Slice:
+    """The slice whose pixels are where `stored` says.
 
-    Raises UserError for truncated or undecodable pixel data, an encoding CT does not use, stored values
-    beyond BitsStored, padding that reads as tissue, and HU beyond int16.
+    Raises UserError for a file that changed since, truncated or undecodable pixel data, an encoding CT does not use,
+    stored values beyond BitsStored, padding that reads as tissue, and HU beyond int16.
     """
+    path, form = stored.path, stored.form
+    meaning = _meaning_of(path, form)
+    with pydicom_faults_as_user_errors(path):
+        patterns = _decoded(stored) if stored.pixels is None else _native(stored, *stored.pixels)
+    slice_ = Slice(path, patterns, meaning, form.syntax in _LOSSY)
+    _refuse_unsound(slice_)
+    return slice_
+
+
+def read_dataset(path: Path) -> Dataset:
+    """All of the file at `path`. Raises UserError where it is not DICOM."""
     with pydicom_faults_as_user_errors(path):
         ds = pydicom.dcmread(path, force=True)
         if "TransferSyntaxUID" not in ds.file_meta:  # a file without preamble and meta header
@@ -102,12 +114,13 @@ def read_slice(path: Path) -> tuple[Dataset, Slice]:
             ds.file_meta.TransferSyntaxUID = (
                 uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
             )
-    bits, signed = _sample_format(path, ds)
-    slope, intercept = rescale(path, number(ds, "RescaleSlope"), number(ds, "RescaleIntercept"))
-    meaning = _meaning(bits, signed, slope, intercept, _pad_range(ds, signed))
-    slice_ = Slice(path, _decode(path, ds), meaning, ds.file_meta.TransferSyntaxUID in _LOSSY)
-    _refuse_unsound(slice_)
-    return ds, slice_
+    return ds
+
+
+def _meaning_of(path: Path, form: PixelForm) -> Meaning:
+    bits, signed = _sample_format(path, form)
+    slope, intercept = rescale(path, form.slope, form.intercept)
+    return _meaning(bits, signed, slope, intercept, _pad_range(form, signed))
 
 
 @lru_cache(16)  # the slices of a series share one
@@ -134,40 +147,62 @@ def rescale(where: object, slope: float | None, intercept: float | None) -> tupl
     return slope, intercept
 
 
-def _sample_format(path: Path, ds: Dataset) -> tuple[int, bool]:
-    allocated, bits, high_bit = (number(ds, k) for k in ("BitsAllocated", "BitsStored", "HighBit"))
-    representation, samples = number(ds, "PixelRepresentation"), number(ds, "SamplesPerPixel")
+def _sample_format(path: Path, form: PixelForm) -> tuple[int, bool]:
+    allocated, bits, high_bit = map(as_number, (form.bits_allocated, form.bits_stored, form.high_bit))
+    representation, samples = as_number(form.representation), as_number(form.samples)
     if allocated != 16 or bits is None or not 1 < bits <= 16 or high_bit != bits - 1:
         raise UserError(
-            f"{path}: BitsAllocated {text(ds, 'BitsAllocated')}, BitsStored {text(ds, 'BitsStored')}, HighBit "
-            f"{text(ds, 'HighBit')}, but CT uses 16 bits, the low ones first; export the original CT images"
+            f"{path}: BitsAllocated {form.bits_allocated}, BitsStored {form.bits_stored}, HighBit {form.high_bit}, "
+            "but CT uses 16 bits, the low ones first; export the original CT images"
         )
-    if (
-        samples != 1
-        or representation not in (0, 1)
-        or not str(text(ds, "PhotometricInterpretation")).startswith("MONO")
-    ):
+    if samples != 1 or representation not in (0, 1) or not (form.photometric or "").startswith("MONO"):
         raise UserError(
             f"{path}: not one grey value a pixel (a screen capture?); export the original CT images"
         )
     return int(bits), representation == 1
 
 
-def _decode(path: Path, ds: Dataset) -> np.ndarray:
-    """(y, x) uint16, the bits as stored."""
+def _native(stored: Stored, start: int, length: int) -> np.ndarray:
+    """(y, x) uint16, the bits as stored, straight from the file."""
+    path = stored.path
+    pixels = np.empty(stored.form.matrix or (0, 0), "<u2")
+    with path.open("rb", buffering=0) as f:
+        _refuse_changed(stored, os.fstat(f.fileno()))
+        _refuse_longer(path, length, pixels.shape)
+        f.seek(start)
+        if length < pixels.nbytes or f.readinto(pixels.data) < pixels.nbytes:
+            raise UserError(f"{path}: truncated pixel data; export the file again")
+    return pixels.astype(np.uint16, copy=False)
+
+
+def _decoded(stored: Stored) -> np.ndarray:
+    """(y, x) uint16, the bits as stored, as pydicom and its plugins find them."""
+    path = stored.path
+    _refuse_changed(stored, path.stat())
+    ds = read_dataset(path)
     if "PixelData" not in ds:
         raise UserError(f"{path}: no pixel data, or truncated; export the file again")
     syntax = ds.file_meta.TransferSyntaxUID
-    with pydicom_faults_as_user_errors(path):
-        if syntax.is_encapsulated and syntax != uid.RLELossless and not _ends(ds):
-            raise UserError(f"{path}: truncated pixel data; export the file again")
-        if not syntax.is_encapsulated and len(ds.PixelData) >= 2 * (ds.Rows + 1) * ds.Columns:
-            # A few bytes of padding are common; a whole row too many means another matrix.
-            raise UserError(f"{path}: more pixel data than Rows and Columns say; export the file again")
-        pixels = pixel_array(
-            ds, index=0, raw=True, correct_unused_bits=False, decoding_plugin=_DECODER.get(syntax, "")
-        )
+    if syntax.is_encapsulated and syntax != uid.RLELossless and not _ends(ds):
+        raise UserError(f"{path}: truncated pixel data; export the file again")
+    if not syntax.is_encapsulated:
+        _refuse_longer(path, len(ds.PixelData), (ds.Rows, ds.Columns))
+    pixels = pixel_array(
+        ds, index=0, raw=True, correct_unused_bits=False, decoding_plugin=_DECODER.get(syntax, "")
+    )
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False).view(np.uint16)
+
+
+def _refuse_changed(stored: Stored, now: os.stat_result) -> None:
+    if (now.st_size, now.st_mtime_ns) != (stored.size, stored.changed):
+        raise UserError(f"{stored.path}: changed since the folder was searched; search it again")
+
+
+def _refuse_longer(path: Path, length: int, matrix: tuple[int, ...]) -> None:
+    rows, columns = matrix
+    if length >= 2 * (rows + 1) * columns:
+        # A few bytes of padding are common; a whole row too many means another matrix.
+        raise UserError(f"{path}: more pixel data than Rows and Columns say; export the file again")
 
 
 def _ends(ds: Dataset) -> bool:
@@ -182,8 +217,8 @@ def _sign_extended(stored: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     return np.where(folded, stored - (1 << bits), stored) if signed else stored
 
 
-def _pad_range(ds: Dataset, signed: bool) -> tuple[int, int] | None:
-    value, limit = number(ds, "PixelPaddingValue"), number(ds, "PixelPaddingRangeLimit")
+def _pad_range(form: PixelForm, signed: bool) -> tuple[int, int] | None:
+    value, limit = as_number(form.pad_value), as_number(form.pad_limit)
     if value is None:
         return None
     ends = sorted(_as_stored(v, signed) for v in (value, value if limit is None else limit))
@@ -197,10 +232,10 @@ def _as_stored(value: float, signed: bool) -> int:
 
 
 def _refuse_unsound(slice_: Slice) -> None:
-    path, meaning = slice_.path, slice_.meaning
-    if meaning.sound.all() or meaning.sound[slice_.patterns].all():
+    path, meaning, patterns = slice_.path, slice_.meaning, slice_.patterns
+    if meaning.sound[patterns.min() : int(patterns.max()) + 1].all() or meaning.sound[patterns].all():
         return
-    present = meaning.stored[np.bincount(slice_.patterns.ravel(), minlength=1 << 16).nonzero()]
+    present = meaning.stored[np.bincount(patterns.ravel(), minlength=1 << 16).nonzero()]
     low, high, pad = meaning.low, meaning.high, meaning.pad
     tagged = (present >= pad[0]) & (present <= pad[1]) if pad else np.zeros(present.shape, bool)
     real, hu = present[~tagged], np.rint(present * meaning.slope + meaning.intercept)

@@ -18,26 +18,25 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import zarr
-from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
-from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store.record import (
     FORMAT,
     CaseRecord,
     array_hash,
+    array_metadata,
     case_metadata,
     group_metadata,
     read_record,
     sha256,
     voxel_hash,
 )
+from ldct_dist.store.shards import write_shards
 
 FORMAT_VERSION = 1
 FULL_DOSE = "1.00"
@@ -129,9 +128,9 @@ def write_case(
     temporary = store / CASES / f"{TEMPORARY}{name}-{os.getpid()}-{secrets.token_hex(3)}"
     replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
-        group = zarr.open_group(temporary, mode="w", zarr_format=3)
+        temporary.mkdir()
         for dose, volume in names.items():
-            _write_array(group, dose, volume.hu, chunk)
+            _write_array(temporary / dose, volume.hu, chunk)
         record = CaseRecord(
             name=name,
             patient=patient,
@@ -171,6 +170,8 @@ def finalise(store: Path) -> int:
     Not while cases are being written. Raises UserError if `store` is not a store, if a case's record is
     damaged, or if a patient stands in more than one split.
     """
+    from ldct_dist.store.catalogue import parquet  # with pyarrow, which the processes of an ingest do without
+
     check_format(store)
     _sweep(store)
     _sweep(store / CASES)
@@ -185,10 +186,7 @@ def finalise(store: Path) -> int:
             f"{store}: {len(leaking)} patient(s) stand in more than one split ({', '.join(cases[:6])}); "
             "give every case of a patient the same split and ingest these again"
         )
-    sink = pa.BufferOutputStream()
-    fingerprint = {"fingerprint": _fingerprint(records)}
-    pq.write_table(catalogue(records).replace_schema_metadata(fingerprint), sink)
-    content = sink.getvalue().to_pybytes()
+    content = parquet(records)
     _replace(store / CASES / "zarr.json", CASES_METADATA)
     _replace(store / CATALOGUE, content)
     # Last: until the root holds the new seal, the store counts as unfinished.
@@ -196,45 +194,13 @@ def finalise(store: Path) -> int:
     return len(records)
 
 
-def catalogue(records: Sequence[CaseRecord]) -> pa.Table:
-    """The catalogue of these cases: a row for each, which holds all of its record."""
-    rows = [{**asdict(r), "acquisition": json.dumps(r.acquisition)} for r in records]
-    return pa.Table.from_pylist(rows, schema=_SCHEMA)
-
-
 def body_share(hu: np.ndarray, chunk: tuple[int, int, int]) -> bytes:
     """Share of voxels above BODY_HU in each chunk, as one byte (255: all), C order of the chunk grid."""
     starts = [range(0, size, c) for size, c in zip(hu.shape, chunk, strict=True)]
-    body = hu > BODY_HU
-    return bytes(
-        round(255 * float(body[z : z + chunk[0], y : y + chunk[1], x : x + chunk[2]].mean()))
-        for z in starts[0]
-        for y in starts[1]
-        for x in starts[2]
+    parts = (
+        hu[tuple(slice(s, s + c) for s, c in zip(start, chunk, strict=True))] for start in product(*starts)
     )
-
-
-_VECTOR = pa.list_(pa.float64(), 3)
-_SHAPE = pa.list_(pa.int32(), 3)
-_SCHEMA = pa.schema(
-    {
-        "name": pa.string(),
-        "patient": pa.string(),
-        "split": pa.string(),
-        "shape": _SHAPE,
-        "spacing": _VECTOR,
-        "origin": _VECTOR,
-        "direction": pa.list_(_VECTOR, 3),
-        "acquisition": pa.string(),
-        "chunk": _SHAPE,
-        "doses": pa.list_(pa.string()),
-        "voxels": pa.list_(pa.string()),
-        "arrays": pa.list_(pa.string()),
-        "noise_hu": pa.float64(),
-        "provenance": pa.string(),
-        "body": pa.binary(),
-    }
-)
+    return bytes(round(255 * (np.count_nonzero(part > BODY_HU) / part.size)) for part in parts)
 
 
 def shard_count(shape: tuple[int, int, int]) -> int:
@@ -251,25 +217,12 @@ def _shard_layers(shape: Sequence[int], chunk: tuple[int, int, int]) -> tuple[in
     return max(1, min(grid[0], SHARD_CAP // layer)), grid
 
 
-def _write_array(group: zarr.Group, name: str, hu: np.ndarray, chunk: tuple[int, int, int]) -> None:
+def _write_array(array: Path, hu: np.ndarray, chunk: tuple[int, int, int]) -> None:
     layers, grid = _shard_layers(hu.shape, chunk)
-    array = group.create_array(
-        name,
-        shape=hu.shape,
-        dtype="int16",
-        chunks=chunk,
-        shards=(layers * chunk[0], grid[1] * chunk[1], grid[2] * chunk[2]),
-        # crc32c last: it covers the compressed bytes, so damage is found before blosc decodes it
-        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle), Crc32cCodec()],
-        fill_value=AIR_HU,
-        dimension_names=("z", "y", "x"),
-    )
-    array[:] = hu
-
-
-def _fingerprint(records: list[CaseRecord]) -> str:
-    facts = [[r.name, r.split, r.shape, r.chunk, r.doses, r.voxels] for r in records]
-    return sha256(json.dumps(facts).encode())
+    array.mkdir()
+    shard = (layers * chunk[0], grid[1] * chunk[1], grid[2] * chunk[2])
+    (array / "zarr.json").write_bytes(array_metadata(hu.shape, chunk, shard))
+    write_shards(array, hu, chunk, layers)
 
 
 def _is_temporary(path: Path) -> bool:

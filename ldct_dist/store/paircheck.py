@@ -3,9 +3,10 @@ by a pixel learns to blur, and from one that is off by 20 HU to be wrong by 20 H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import Field
-from skimage.registration import phase_cross_correlation
 
 from ldct_dist.config import Config
 from ldct_dist.ct import noise
@@ -15,7 +16,7 @@ from ldct_dist.errors import UserError
 
 _SLAB = 16  # slices in the middle of the volume whose shift is looked at
 _WIDTH = 256  # pixels of the middle of each slice: the body, and Fourier transforms that cost little
-_BODY_WINDOW_HU = (-200.0, 300.0)  # keeps air, couch and bone from ruling the correlation
+_BODY_WINDOW_HU = (-200, 300)  # keeps air, couch and bone from ruling the correlation
 _SUBVOXEL = 20  # shifts are measured to a twentieth of a voxel
 
 
@@ -67,7 +68,7 @@ def check_images(full: Volume, low: Volume, moments: noise.LocalMoments, limits:
     where = noise.homogeneous(moments)
     if where is None:
         return
-    others = noise.sampled_moments(low)
+    others = noise.sampled_moments(low, moments.stride)
     offset = float(np.median((others.mean - moments.mean)[where]))
     if abs(offset) > limits.offset_hu:
         raise UserError(
@@ -85,16 +86,49 @@ def check_images(full: Volume, low: Volume, moments: noise.LocalMoments, limits:
 def residual_shift(full: Volume, low: Volume) -> np.ndarray:
     """How many voxels (z, y, x) `low` lies displaced from `full`, in the middle of the volume.
 
-    By subvoxel phase correlation: Guizar-Sicairos et al., Opt Lett 33 (2008).
+    By subvoxel phase correlation: Guizar-Sicairos et al., Opt Lett 33 (2008). The correlation's peak is found on the
+    grid of voxels by an inverse FFT, and then, around it, on a finer grid by a Fourier sum at its points alone.
     """
-    tapered = []
-    for volume in (full, low):
-        hu = np.clip(_slab(volume), *_BODY_WINDOW_HU)
-        # to zero at the borders, which the Fourier transform takes to adjoin their opposites
-        taper = [np.hanning(n + 2)[1:-1] for n in hu.shape]
-        tapered.append((hu - hu.mean()) * np.einsum("i,j,k->ijk", *taper).astype(np.float32))
-    shift, *_ = phase_cross_correlation(*tapered, upsample_factor=_SUBVOXEL)
-    return -np.asarray(shift)
+    shape = _slab(full).shape
+    product = _spectrum(full).conj() * _spectrum(low)
+    product /= np.maximum(np.abs(product), 100 * np.finfo(np.float32).eps)
+    coarse = np.fft.irfftn(product, shape)
+    peak = np.array(np.unravel_index(coarse.argmax(), shape))
+    peak = np.where(peak > np.array(shape) // 2, peak - shape, peak)
+    fine = [
+        place + np.arange(-_SUBVOXEL, _SUBVOXEL + 1) / _SUBVOXEL if size > 1 else np.zeros(1)
+        for place, size in zip(peak, shape, strict=True)
+    ]
+    correlation = _fourier_sum(product, fine, shape)
+    best = np.unravel_index(correlation.argmax(), correlation.shape)
+    return np.array([places[i] for places, i in zip(fine, best, strict=True)])
+
+
+def _spectrum(volume: Volume) -> np.ndarray:
+    """The half that a real image has of the middle of `volume`, without what its borders add."""
+    hu = np.clip(_slab(volume), *_BODY_WINDOW_HU).astype(np.float32)
+    hu -= hu.mean()
+    # to zero at the borders, which the Fourier transform takes to adjoin their opposites
+    for axis, size in enumerate(hu.shape):
+        taper = np.hanning(size + 2)[1:-1].astype(np.float32)
+        hu *= taper.reshape([-1 if i == axis else 1 for i in range(3)])
+    return np.fft.rfftn(hu)
+
+
+def _fourier_sum(half: np.ndarray, places: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """The image, whose spectrum `half` is, at all combinations of `places` along its axes, but for a factor."""
+    frequencies = [np.fft.fftfreq(shape[0]), np.fft.fftfreq(shape[1]), np.fft.rfftfreq(shape[2])]
+    z, y, x = (
+        np.exp(2j * np.pi * np.outer(at, f)).astype(half.dtype)
+        for at, f in zip(places, frequencies, strict=True)
+    )
+    both = np.ones(len(frequencies[2]), np.float32)
+    both[1 : (shape[2] + 1) // 2] = (
+        2  # all but the first and the middle one stand for their mirror images, too
+    )
+    rows = np.matmul(y, half * both)  # (z, places in y, x)
+    layers = np.tensordot(z, rows, (1, 0))
+    return np.tensordot(layers, x, (2, 1)).real
 
 
 def _slab(volume: Volume) -> np.ndarray:
@@ -102,7 +136,7 @@ def _slab(volume: Volume) -> np.ndarray:
     for size, width in zip(volume.hu.shape, (_SLAB, _WIDTH, _WIDTH), strict=True):
         start = max(0, (size - width) // 2)
         middle.append(slice(start, start + width))
-    return volume.hu[tuple(middle)].astype(np.float32)
+    return volume.hu[tuple(middle)]
 
 
 def _corners(series: Series) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import Literal
 from pydantic import Field
 
 from ldct_dist.config import Config
-from ldct_dist.ct.dicom import ReadHeaders, Series, find_series
-from ldct_dist.ct.headers import read_headers
+from ldct_dist.ct.dicom import ReadHeaders, Series, files_below, find_series
+from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.errors import UserError
 from ldct_dist.store.manifest import Row, read_manifest
 from ldct_dist.store.paircheck import PairCheckConfig, check_grid
 from ldct_dist.store.privacy import names_patient
 
 _THICKNESS_TOLERANCE_MM = 0.05
+_ROWS_AHEAD = 64
 _MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
 _SAYS_LOW = re.compile(r"(low|reduced|quarter)[ _-]?(dose|\d+mm)", re.IGNORECASE)
 
@@ -59,6 +60,9 @@ class Refusal:
 
     where: str
     reason: str
+
+
+_Known = dict[Path, Header | UserError | None]
 
 
 def find_pairs(
@@ -199,17 +203,32 @@ def _by_manifest(
     if config.dose is not None:
         rows = [row for row in rows if row.dose in (None, config.dose)]
     taken: set[str] = set()
-    for row in rows:
+    for row, ahead in _with_headers_ahead(rows, read_headers):
         try:
             if row.case in taken:
                 raise UserError(f"case {row.case} stands there twice; name each once, or set pairing.dose")
-            pair = _pair_of(row, config, read_headers)
+            pair = _pair_of(row, config, ahead)
         except UserError as e:
             refused.append(Refusal(row.where, f"{row.where}: {e}"))
         else:
             taken.add(row.case)
             pairs.append(pair)
     return pairs, refused
+
+
+def _with_headers_ahead(rows: Sequence[Row], read_headers: ReadHeaders) -> Iterator[tuple[Row, ReadHeaders]]:
+    """Each row with a `ReadHeaders` of its folders: headers of many rows are read at once, by all processes."""
+    for i in range(0, len(rows), _ROWS_AHEAD):
+        some = rows[i : i + _ROWS_AHEAD]
+        folders = dict.fromkeys(folder for row in some for folder in (row.full, row.low) if folder)
+        ignored: list[UserError] = []  # they come up again where the folder's series are looked for
+        paths = list(dict.fromkeys(path for f in folders for path in files_below(f, ignored.append)))
+        known = dict(zip(paths, read_headers(paths), strict=True))
+
+        def ahead(paths: Sequence[Path], known: _Known = known) -> list[Header | UserError | None]:
+            return [known[path] for path in paths if path in known]
+
+        yield from ((row, ahead) for row in some)
 
 
 def _pair_of(row: Row, config: PairingConfig, read_headers: ReadHeaders) -> Pair:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
+from ldct_dist.store.shards import LEVEL
 
 FORMAT = "ldct_dist"
 
@@ -71,6 +74,34 @@ def read_record(case: Path) -> CaseRecord:
 def group_metadata(attributes: dict[str, Any]) -> bytes:
     """The zarr.json of a group."""
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}).encode()
+
+
+def array_metadata(shape: Sequence[int], chunk: Sequence[int], shard: Sequence[int]) -> bytes:
+    """The zarr.json of an array: int16 HU (z, y, x), as Zarr itself would write it."""
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    blosc = {"typesize": 2, "cname": "lz4", "clevel": LEVEL, "shuffle": "bitshuffle", "blocksize": 0}
+    # crc32c last: it covers the compressed bytes, so damage is found before blosc decodes it
+    codecs = [little_endian, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": list(chunk),
+        "codecs": codecs,
+        "index_codecs": [little_endian, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    metadata = {
+        "shape": list(shape),
+        "data_type": "int16",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": AIR_HU,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {},
+        "dimension_names": ["z", "y", "x"],
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+    return json.dumps(metadata, indent=2).encode()
 
 
 def sha256(content: bytes | memoryview) -> str:

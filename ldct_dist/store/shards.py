@@ -1,9 +1,9 @@
-"""Voxels straight from a shard file: for each chunk one read, one checksum, one decode.
+"""Voxels straight to and from a shard file: for each chunk one write or read, one checksum, one pass of the codec.
 
-This reads what `layout` writes and nothing else: Zarr v3 sharding with the index at the shard's end, and
-chunks of little-endian int16, compressed by blosc and sealed by crc32c. General readers take twice the
-time on a core (bench/loader.py has the figures), most of it in copies and in memory taken anew each time.
-Reading and decoding release the GIL.
+These are the shards of Zarr v3 with the index at the end, and chunks of little-endian int16, compressed by blosc
+and sealed by crc32c; other arrays are not read. General libraries take twice the time on a core (bench/loader.py
+and bench/ingest.py have the figures), most of it in copies and in memory taken anew each time. Reading, writing and
+the codec release the GIL.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Triple = tuple[int, int, int]
 
 EMPTY = np.iinfo(np.uint64).max  # offset, in a shard's index, of a chunk that holds nothing but air
 CODECS = ["bytes", "blosc", "crc32c"]
+LEVEL = 5  # of blosc's effort
 CRC_BYTES = 4
 CRC_RESIDUE = 0x48674BC7  # the crc32c of any bytes that end in their own crc32c
 
@@ -117,6 +118,50 @@ class ShardedArray:
         if facts != (list(self.shape), "int16", AIR_HU, list(self.chunk), CODECS) or shard != whole:
             raise DamagedError("zarr.json is not what was written for this case")
         return shard[0]
+
+
+def write_shards(path: Path, hu: np.ndarray, chunk: Triple, layers: int) -> None:
+    """Write `hu`, int16 (z, y, x), as the shards of the array at `path`, each of `layers` layers of chunks.
+
+    They are the bytes that Zarr would write, but for a shard of nothing but air, which Zarr leaves out: here, a
+    shard that is not there was lost.
+    """
+    grid = [-(-size // c) for size, c in zip(hu.shape, chunk, strict=True)]
+    scratch = np.empty(chunk, "<i2")
+    for number in range(-(-grid[0] // layers)):
+        file = path / _shard_file(number)
+        file.parent.mkdir(parents=True)
+        entries = np.full((layers, *grid[1:], 2), EMPTY, "<u8")
+        with open(file, "wb", buffering=0) as shard:
+            for z, y, x in sorted(np.ndindex(layers, *grid[1:]), key=_morton):
+                part = hu[_span(number * layers + z, chunk[0]), _span(y, chunk[1]), _span(x, chunk[2])]
+                scratch.fill(AIR_HU)
+                scratch[tuple(map(slice, part.shape))] = part
+                if (scratch != AIR_HU).any():
+                    stored = _sealed(blosc.compress(scratch, b"lz4", LEVEL, blosc.BITSHUFFLE, typesize=2))
+                    entries[z, y, x] = shard.tell(), len(stored)
+                    _write(shard, stored)
+            _write(shard, _sealed(entries.tobytes()))
+
+
+def _span(index: int, size: int) -> slice:
+    return slice(index * size, (index + 1) * size)
+
+
+def _morton(index: tuple[int, ...]) -> int:
+    """The place of a chunk in its shard: the bits of its indices in turn."""
+    bits = ((i >> bit & 1) << 3 * bit + axis for axis, i in enumerate(index) for bit in range(i.bit_length()))
+    return sum(bits)
+
+
+def _write(file: FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:  # a disk that is filling up takes a part before it takes none
+        rest = rest[file.write(rest) :]
+
+
+def _sealed(content: bytes) -> bytes:
+    return content + google_crc32c.value(content).to_bytes(CRC_BYTES, "little")
 
 
 def _shard_file(number: int) -> str:

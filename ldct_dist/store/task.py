@@ -53,7 +53,7 @@ def task(
     simulation: DoseConfig,
     check: PairCheckConfig,
 ) -> Task:
-    """The task of making a case of `pair`. Looks at its files' sizes and times, not into them."""
+    """The task of making a case of `pair`. Files count by their sizes and times when their headers were read."""
     dose = pair.dose or dose
     series = [s for s in (pair.full, pair.low) if s is not None]
     uids = [s.series_uid for s in series]
@@ -131,5 +131,4 @@ def _noise_hu(moments: noise.LocalMoments) -> float | None:
 
 def _states(series: list[Series]) -> list[str]:
     """Size and time of change of each file: a source that was exported anew under the same UIDs shows."""
-    states = (path.stat() for s in series for path in s.paths)
-    return [f"{state.st_size} {state.st_mtime_ns}" for state in states]
+    return [f"{stored.size} {stored.changed}" for s in series for stored in s.slices]

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from ldct_dist.store.catalogue import catalogue
 from ldct_dist.store.reader import Store
 from ldct_dist.store.record import CaseRecord, array_hash, read_record
 from ldct_dist.store.shards import DamagedError, ShardedArray
@@ -65,7 +66,7 @@ def _case_faults(path: Path, rows: dict[str, pa.Table] | None, name: str) -> lis
     faults = []
     if rows is not None and name not in rows:
         faults.append(f"{name}: there, but not in the catalogue; run ldct-dist ingest again")
-    elif rows is not None and rows[name].to_pylist() != layout.catalogue([record]).to_pylist():
+    elif rows is not None and rows[name].to_pylist() != catalogue([record]).to_pylist():
         faults.append(f"{name}: its record and the catalogue disagree; run ldct-dist ingest again")
     for dose, voxels, metadata in zip(record.doses, record.voxels, record.arrays, strict=True):
         if fault := _array_fault(path / layout.CASES / name / dose, record, voxels, metadata):

@@ -14,6 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from pathlib import Path
 
+from numcodecs import blosc
+
 from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.errors import UserError
 from ldct_dist.store.task import Task, make_case
@@ -100,6 +102,7 @@ def _alone(task: Task) -> str | None:
 
 
 def _prepare() -> None:
+    blosc.use_threads = False
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which is imported when low dose is simulated
     if "torch" in sys.modules:  # the calling script imports it
         sys.modules["torch"].set_num_threads(1)

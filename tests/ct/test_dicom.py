@@ -180,6 +180,7 @@ def test_several_series_and_strangers_in_one_folder(tmp_path, tmp_path_factory):
     medium = FileSet()
     medium.add(tmp_path / "0")
     medium.write(tmp_path_factory.mktemp("medium"))
+    medium._stage["t"].cleanup()  # pydicom leaves it to the garbage collector, which warns in any later test
     shutil.copy(Path(medium.path) / "DICOMDIR", tmp_path / "renamed")
     found, refused = find_series(tmp_path)
     assert refused == []
