@@ -259,7 +259,7 @@ def _header(path: Path, state: os.stat_result, head: Head) -> Header:
         raise UserError(
             f"{path}: no SeriesInstanceUID, so its series is unknown; export it again or remove it"
         )
-    matrix = _matrix(number("Rows") or 0, number("Columns") or 0)
+    matrix = _matrix(number("Rows") or 0.0, number("Columns") or 0.0)
     form = _form(
         *(head.syntax, matrix, texts["BitsAllocated"], texts["BitsStored"], texts["HighBit"]),
         *(texts["PixelRepresentation"], texts["SamplesPerPixel"], texts["PhotometricInterpretation"]),
