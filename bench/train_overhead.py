@@ -93,7 +93,7 @@ def bare_loop(config: RunConfig, batch: Batch):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, betas=config.optim.betas)
     loss = build_loss(config.loss)
     low, full = (t.clone().contiguous(memory_format=torch.channels_last_3d) for t in (batch.low, batch.full))
-    mask = mask_from_box(batch.box, low.shape[2:])
+    mask = mask_from_box(batch.box, low.shape[2:], config.loss.margin_for(model.radius, config.data.crop))
 
     def step() -> None:
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress, weights_file
+from ldct_dist.errors import UserError
 
 
 @app.command()
@@ -37,6 +38,36 @@ def train(
     from ldct_dist.cluster.rank import train as run
 
     raise typer.Exit(run(config, overrides or [], allow_new_data))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's YAML; its store need not be there")],
+    overrides: Overrides = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs")] = "8,64,512",
+    gpu: Annotated[
+        str, typer.Option(help="h100-80g, h200-141g, a100-80g, a100-40g or v100-32g")
+    ] = "h100-80g",
+    json: Annotated[bool, typer.Option("--json", help="Everything, bytes and seconds, for programs")] = False,
+) -> None:
+    """What a run will need and take: memory by part, what fits, step time, GPU-hours. Needs no GPU.
+
+    Example: ldct-dist plan configs/mayo2016_unet3d.yaml model.size=xl --gpus 8,64 --gpu a100-80g
+    """
+    from ldct_dist import config as configs
+    from ldct_dist.train.config import RunConfig
+    from ldct_dist.train.cost.plan import plan as make
+    from ldct_dist.train.cost.table import print_plan
+
+    try:
+        numbers = [int(n) for n in gpus.split(",")]
+    except ValueError as e:
+        raise UserError(f"--gpus {gpus}: give numbers of GPUs from 1 on, such as 8,64,512") from e
+    made = make(configs.read(RunConfig, config, overrides or []), gpu, numbers)
+    if json:
+        console.print_json(data=made.as_json())
+    else:
+        print_plan(made, console)
 
 
 @app.command()

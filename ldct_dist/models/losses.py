@@ -6,20 +6,39 @@ Per sample, so that their mean over a global batch is the same number however ra
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from ldct_dist.config import Config
+from ldct_dist.errors import UserError
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Triple = tuple[int, int, int]
+Voxels = Annotated[int, Field(ge=0)]
 
 
 class LossConfig(Config):
     name: Literal["charbonnier", "l1", "mse"] = "charbonnier"
     eps_hu: float = Field(1.0, gt=0)
     """charbonnier, sqrt(d^2 + eps^2) - eps, is quadratic below this difference and linear above it"""
+    margin: tuple[Voxels, Voxels, Voxels] | None = None
+    """voxels (z, y, x) that don't count at a face of a crop behind which the volume goes on, since the network would
+    see more there in use. None: as many as it sees, its radius, along axes where the crop is more than twice as
+    long, else none"""
+
+    def margin_for(self, radius: Triple, crop: Triple) -> Triple:
+        """Resolved for a network and a crop. Raises UserError where nothing of a crop within a volume would count."""
+        if self.margin is None:
+            z, y, x = (r if c > 2 * r else 0 for r, c in zip(radius, crop, strict=True))
+            return z, y, x
+        if any(c <= 2 * m for m, c in zip(self.margin, crop, strict=True)):
+            raise UserError(
+                f"loss.margin={list(self.margin)} leaves nothing of a crop of {list(crop)} voxels: take data.crop "
+                "larger than twice the margin"
+            )
+        return self.margin
 
 
 def build_loss(config: LossConfig) -> Loss:
@@ -46,9 +65,7 @@ def build_loss(config: LossConfig) -> Loss:
     return loss
 
 
-def mask_from_box(
-    box: torch.Tensor, shape: torch.Size, margin: tuple[int, int, int] = (0, 0, 0)
-) -> torch.Tensor:
+def mask_from_box(box: torch.Tensor, shape: torch.Size, margin: Triple) -> torch.Tensor:
     """Which voxels of the crops count: bool (b, 1, z, y, x), for box (b, 3, 2) and crops of `shape` (z, y, x).
 
     Padding, outside the box, does not. With a margin (the network's radius), nor do voxels whose receptive

@@ -16,13 +16,19 @@ from ldct_dist.world import World
 def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, world: World) -> None:
     """Raises UserError where they do not go together."""
     lanes_of(world.rank, world.size, config.data.batch)
-    if any(c % s for c, s in zip(config.data.crop, model.stride, strict=True)):
-        raise UserError(
-            f"data.crop={list(config.data.crop)}: {config.model.name} takes crops whose sides are multiples of "
-            f"{list(model.stride)} (z, y, x)"
-        )
+    refuse_crop(config, model)
     protocol_named(config.validation.protocol)
     if config.validates:
         store.split(config.validation.split)
     if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
         raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")
+
+
+def refuse_crop(config: RunConfig, model: Denoiser) -> None:
+    """Raises UserError where the network does not take crops of this size, or the loss counts nothing of them."""
+    if any(c % s for c, s in zip(config.data.crop, model.stride, strict=True)):
+        raise UserError(
+            f"data.crop={list(config.data.crop)}: {config.model.name} takes crops whose sides are multiples of "
+            f"{list(model.stride)} (z, y, x)"
+        )
+    config.loss.margin_for(model.radius, config.data.crop)

@@ -70,12 +70,19 @@ class Trainer:
         self.loader = world.each(lambda: Loader(self.plan, world.rank, world.size, world.device))
         self.strategy = DDPStrategy(model, config, world)
         self.loss = build_loss(config.loss)
+        self.margin = config.loss.margin_for(model.radius, config.data.crop)
         self.state = TrainState(self.store.fingerprint)
         self._round_s = 0.0
         # The first thing written: every mistake above leaves no trace.
         self.folder = RunFolder(config.runs / config.name)
         for line in world.agree(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
+        if config.loss.margin is None and self.margin != model.radius:
+            self._say(
+                f"note: {config.model.name} sees {model.radius} voxels (z, y, x) to each side, too far for crops of "
+                f"{config.data.crop}: the loss leaves out {self.margin} at their inner faces; set loss.margin, or plan "
+                "for larger crops (ldct-dist plan)"
+            )
         self.checkpoints = Checkpoints(
             config, self.folder, self.strategy, world, self.store.fingerprint, allow_new_data, self._say
         )
@@ -134,7 +141,7 @@ class Trainer:
         for start, micro in enumerate(batch.split(size)):
             with self.strategy.accumulating(last=(start + 1) * size >= len(batch)):
                 self._enter("forward", patience)
-                mask = mask_from_box(micro.box, micro.low.shape[2:])
+                mask = mask_from_box(micro.box, micro.low.shape[2:], self.margin)
                 each = self.loss(self.strategy(micro.low), micro.full, mask)
                 self._enter("backward", patience)
                 self.strategy.backward(each.sum() / len(batch))

@@ -1,0 +1,167 @@
+"""What a step costs, counted on tensors without memory: FLOPs, bytes moved, and memory as it comes and goes.
+
+The network runs forward and backward as in training, on fake tensors: shapes and types are real, voxels are
+not. So the figures hold for any network, checkpointing mode and precision, and a billion parameters take
+seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import conv_flop_count, flop_registry
+
+from ldct_dist.models.losses import build_loss, mask_from_box
+from ldct_dist.models.registry import ModelConfig, build
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.strategy.ddp import to_channels_last
+
+Triple = tuple[int, int, int]
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Op:
+    """FLOPs of one kernel, and the bytes it must read and write at least."""
+
+    flops: int
+    bytes: int
+    name: str
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of forward and backward of one micro-batch.
+
+    Memory in bytes, besides the weights; their copies in bf16 are part of it. ops: all kernels, those of
+    recomputation included.
+    """
+
+    crops: int
+    parameters: int
+    flops: int
+    """without recomputation: what MFU counts"""
+    saved: int
+    """what lives between forward and backward"""
+    live: tuple[int, ...]
+    """what lives after each kernel, besides gradients of the weights"""
+    gradients: tuple[int, ...]
+    """those of them that there are by then, if there were none before"""
+    ops: tuple[Op, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(self.live)
+
+    @property
+    def hardware_flops(self) -> int:
+        """with recomputation"""
+        return sum(op.flops for op in self.ops)
+
+
+def count(config: RunConfig, crops: int, crop: Triple | None = None) -> StepCost:
+    """The cost of a micro-batch of `crops` crops; `crop` in place of config.data.crop, voxels (z, y, x)."""
+    size = crop or config.data.crop
+    cost = _run(config, config.model, crops, size)
+    if config.model.activation_checkpointing == "none":
+        return cost
+    kept = config.model.model_copy(update={"activation_checkpointing": "none"})
+    flops = _run(config, kept, crops, size).flops
+    return replace(cost, flops=flops)
+
+
+def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple) -> StepCost:
+    autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext()
+    layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
+    with FakeTensorMode():
+        model = build(model_config)
+        if config.channels_last:
+            to_channels_last(model)
+        hu = torch.empty(crops, 1, *crop).contiguous(memory_format=layout)
+        full = torch.empty_like(hu)
+        box = torch.empty(crops, 3, 2, dtype=torch.int64)
+        parameters = sum(p.numel() for p in model.parameters())
+        counter = _Counter()
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(counter.gradient)
+        with counter:
+            with autocast:
+                answer = model(hu)
+            mask = mask_from_box(box, hu.shape[2:], config.loss.margin_for(model.radius, crop))
+            loss = build_loss(config.loss)(answer, full, mask).sum()
+            del answer, mask  # as in a step: their names go, what the backward pass needs stays
+            saved = counter.live
+            loss.backward()
+    ops = tuple(counter.ops)
+    flops = sum(op.flops for op in ops)
+    return StepCost(crops, parameters, flops, saved, tuple(counter.trace), tuple(counter.gradients), ops)
+
+
+class _Counter(TorchDispatchMode):
+    """Hears of every kernel, and of every storage from the kernel that makes it until nobody holds it.
+
+    live: bytes now, without the gradients that weights have; trace, gradients: as in StepCost.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.live = self._held = 0
+        self.trace: list[int] = []
+        self.gradients: list[int] = []
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        answer = func(*args, **kwargs)
+        made = [self._is_new(t) for t in _tensors(answer)]
+        if any(made) or func._schema.name.endswith("_"):  # a view costs nothing
+            moved = sum(t.numel() * t.element_size() for t in _tensors((args, kwargs, answer)))
+            self.ops.append(Op(_flops(func, args, kwargs, answer), moved, str(func)))
+            self.trace.append(self.live)
+            self.gradients.append(self._held)
+        return answer
+
+    def gradient(self, weight: torch.Tensor) -> None:
+        """Told after each weight's gradient has come to be."""
+        assert weight.grad is not None
+        size = self._sizes.pop(weight.grad.untyped_storage()._cdata)
+        self.live -= size
+        self._held += size
+
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return False
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        weakref.finalize(storage, self._gone, key)
+        return True
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], answer: Any) -> int:
+    if func is aten.convolution_backward.default:
+        # torch's own formula takes depthwise convolutions for dense ones. Each gradient costs what forward did.
+        gradient, x, weight, *_, transposed, _, _, wanted = args
+        forward = conv_flop_count(x.shape, weight.shape, gradient.shape, transposed)
+        return forward * sum(wanted[:2])
+    formula = flop_registry.get(func._overloadpacket)
+    return formula(*args, **kwargs, out_val=answer) if formula else 0

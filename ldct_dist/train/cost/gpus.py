@@ -1,0 +1,75 @@
+"""What GPUs can do, from their data sheets; dense figures, SXM boards, as they stand in nodes of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ldct_dist.errors import UserError
+
+GIB = 1 << 30
+Precision = Literal["fp32", "bf16", "fp64"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a node. Bandwidths are in bytes a second and one direction, FLOPs in FLOPs a second."""
+
+    memory: int
+    """bytes, of which the allocator can have some"""
+    bf16: float | None
+    fp32: float
+    """of convolutions, which torch runs in TF32 where the GPU can"""
+    bandwidth: float
+    """of its memory"""
+    nvlink: float
+    """to the GPUs of the same node, all together"""
+    network: float
+    """to other nodes: this GPU's share of the node's adapters"""
+    host: float
+    """to the node's memory"""
+    per_node: int
+
+    def peak(self, precision: Precision) -> float | None:
+        """FLOPs a second in a run's precision; None where the GPU has no such units."""
+        return {"bf16": self.bf16, "fp32": self.fp32, "fp64": None}[precision]
+
+    def between(self, gpus: int) -> float:
+        """Bytes a second that each of so many GPUs in a ring sends and receives."""
+        return self.nvlink if gpus <= self.per_node else min(self.nvlink, self.network * self.per_node)
+
+
+# Networks: eight 400 Gb/s adapters beside H100 and H200 (DGX), eight 200 Gb/s beside A100, four 100 Gb/s beside V100.
+_HOPPER = {"bf16": 989e12, "fp32": 494e12, "nvlink": 450e9, "network": 50e9, "host": 55e9, "per_node": 8}
+_AMPERE = {"bf16": 312e12, "fp32": 156e12, "nvlink": 300e9, "network": 25e9, "host": 25e9, "per_node": 8}
+GPUS = {
+    "h100-80g": Gpu(memory=79 * GIB, bandwidth=3.35e12, **_HOPPER),  # type: ignore[arg-type]
+    "h200-141g": Gpu(memory=139 * GIB, bandwidth=4.8e12, **_HOPPER),  # type: ignore[arg-type]
+    "a100-80g": Gpu(memory=79 * GIB, bandwidth=2.04e12, **_AMPERE),  # type: ignore[arg-type]
+    "a100-40g": Gpu(memory=39 * GIB, bandwidth=1.56e12, **_AMPERE),  # type: ignore[arg-type]
+    "v100-32g": Gpu(31 * GIB, None, 15.7e12, 0.9e12, 150e9, 6.25e9, 12e9, 8),
+}
+# What torch.cuda.get_device_name says. Boards other than SXM run at lower clocks, so they have a peak of their own.
+_NAMES = (
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100 NVL", 835e12, 417e12),
+    ("H100", 989e12, 494e12),
+    ("H200", 989e12, 494e12),
+    ("A100", 312e12, 156e12),
+    ("V100", None, 15.7e12),
+)
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises UserError for a GPU that is not in the table."""
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def peak_of_device(name: str, precision: Precision) -> float | None:
+    """FLOPs a second that the data sheet of the device with this name gives; None if it is not known."""
+    for part, bf16, fp32 in _NAMES:
+        if part in name:
+            return {"bf16": bf16, "fp32": fp32, "fp64": None}[precision]
+    return None

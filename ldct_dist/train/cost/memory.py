@@ -1,0 +1,108 @@
+"""Where a rank's memory goes, part by part, under each way of sharing a network out.
+
+ZeRO after Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020):
+stage 1 shares out the optimizer's state, 2 the gradients too, 3 the weights too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.cost.count import StepCost
+
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
+PREFETCH = 50_000_000  # and its stage3_prefetch_bucket_size
+BATCHES = 3  # the loader's: the one at work and two ahead
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A strategy: `zero` None is DDP. offload: what lies in the node's memory, the optimizer or the weights too."""
+
+    name: str
+    zero: int | None = None
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+
+
+STRATEGIES = (
+    Sharing("ddp"),
+    Sharing("zero 1", 1),
+    Sharing("zero 2", 2),
+    Sharing("zero 3", 3),
+    Sharing("zero 2 offload", 2, True),
+    Sharing("zero 3 offload", 3, True, True),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. workspace: what comes and goes within a step, at most, and buffers of the strategy."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    batches: float
+    activations: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of activations for any number of crops, or for one so many times as large.
+
+    From the costs of two micro-batches, `few` and one crop more, of `voxels` voxels each: what lives after a kernel
+    grows with the voxels from what the weights' copies take, and the kernels are the same ones (for a single crop
+    they are not quite: its layouts are ambiguous, which spares copies).
+    """
+
+    few: StepCost
+    more: StepCost
+    voxels: int
+
+    def saved(self, crops: float) -> float:
+        return self._of(crops, self.few.saved, self.more.saved)
+
+    def peak(self, crops: float) -> float:
+        return max(
+            self._of(crops, few, more) for few, more in zip(self.few.live, self.more.live, strict=True)
+        )
+
+    def _of(self, crops: float, few: float, more: float) -> float:
+        return few + (crops - self.few.crops) * (more - few)
+
+
+def memory(
+    sharing: Sharing, config: RunConfig, activations: Activations, crops: float, share: float, gpus: int
+) -> Memory:
+    """Of one of `gpus` ranks, with `crops` crops a micro-batch and `share` crops a rank and step."""
+    p = float(activations.few.parameters)
+    batches = BATCHES * share * 2 * 4.0 * activations.voxels  # low and full, fp32
+    saved, peak = activations.saved(crops), activations.peak(crops)
+    if sharing.zero is None:
+        # torch's Adam makes a copy of the second moments in its step, when the activations have gone
+        workspace = max(peak, 4 * p) - saved
+        return Memory(4 * p, 4 * p, 8 * p, 4 * p, batches, saved, workspace)
+    low = 2 if config.precision == "bf16" else 4  # bytes of a weight that the network computes with
+    copies = (
+        2 * p if config.precision == "bf16" else 0.0
+    )  # autocast's, which DeepSpeed's weights make needless
+    state = 4 * p * (3 if config.precision == "bf16" else 2)  # master weights and both moments
+    workspace = peak - saved + low * min(p, BUCKET)
+    if sharing.zero == 3:
+        workspace += low * min(p, PREFETCH)
+    return Memory(
+        weights=0 if sharing.offload_weights else low * p / (gpus if sharing.zero == 3 else 1),
+        gradients=low * p / (gpus if sharing.zero >= 2 else 1),
+        optimizer=0 if sharing.offload_optimizer else state / gpus,
+        ema=0 if sharing.offload_optimizer else 4 * p / gpus,
+        batches=batches,
+        activations=saved - copies,
+        workspace=workspace,
+    )

@@ -1,0 +1,195 @@
+"""What a run will need and take, before anyone queues: `ldct-dist plan`."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ldct_dist.errors import UserError
+from ldct_dist.models.registry import Denoiser, build
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.cost import speed
+from ldct_dist.train.cost.count import count
+from ldct_dist.train.cost.gpus import GIB, Gpu, gpu_named
+from ldct_dist.train.cost.memory import STRATEGIES, Activations, Memory, Sharing, memory
+from ldct_dist.train.misfits import refuse_crop
+
+OUTSIDE = 1.5 * GIB
+"""of a GPU's memory that CUDA, cuDNN and NCCL take for themselves"""
+FRAGMENTED = 0.05
+"""of what remains that the allocator cannot use"""
+SLICE = 512
+"""voxels that a CT slice is wide: no crop is wider"""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A micro-batch, in bytes, and whether it fits."""
+
+    micro_batch: int
+    memory: Memory
+    total: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a step on each GPU, and of the whole run; sent: bytes a GPU and step; efficiency: against a GPU alone."""
+
+    sent: float
+    step_s: float
+    efficiency: float
+    hours: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy on one number of GPUs. `fits` is what each micro-batch needs; the largest that fits is taken as
+    `micro_batch`, None if there is none. largest_crop: voxels (z, y, x) of a single crop a GPU that still fits.
+    """
+
+    strategy: str
+    gpus: int
+    batch: int
+    steps: int
+    """that see as many crops as the config's steps do with its batch"""
+    fits: list[Fit]
+    largest_crop: tuple[int, int, int] | None
+    micro_batch: int | None
+    times: Times | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    parameters: int
+    radius: tuple[int, int, int]
+    crop: tuple[int, int, int]
+    counted: float
+    """share of a crop's voxels that count in the loss, in the middle of a volume"""
+    flops_per_step: int
+    """of all GPUs together, without recomputation"""
+    gpu: str
+    usable: float
+    """bytes of a GPU"""
+    checkpoint: int
+    """bytes"""
+    save_s: float
+    rows: list[Row]
+    assumed: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
+    """The plan of a run on each of these numbers of GPUs of one kind.
+
+    Raises UserError for a config that would not train, and for a GPU that is not known or lacks the precision.
+    """
+    kind = gpu_named(gpu)
+    if kind.peak(config.precision) is None:
+        known = [p for p in ("fp32", "bf16") if kind.peak(p) is not None]
+        raise UserError(f"precision={config.precision}: {gpu} is planned for in {', '.join(known)}")
+    if not gpus or min(gpus) < 1:
+        raise UserError("--gpus: give numbers of GPUs from 1 on, such as 8,64,512")
+    model = _without_memory(config)
+    refuse_crop(config, model)
+    crop = config.data.crop
+    activations = Activations(count(config, 2), count(config, 3), math.prod(crop))
+    parameters = activations.few.parameters
+    usable = (kind.memory - OUTSIDE) * (1 - FRAGMENTED)
+    margin = config.loss.margin_for(model.radius, crop)
+    checkpoint = 16 * parameters  # fp32: weights, their average, both moments
+    return Plan(
+        model=f"{config.model.name}-{config.model.size}",
+        parameters=parameters,
+        radius=model.radius,
+        crop=crop,
+        counted=math.prod(1 - 2 * m / c for m, c in zip(margin, crop, strict=True)),
+        flops_per_step=config.data.batch * activations.few.flops // activations.few.crops,
+        gpu=gpu,
+        usable=usable,
+        checkpoint=checkpoint,
+        save_s=checkpoint / speed.DISK,
+        rows=[_row(s, config, activations, model, kind, n, usable) for n in gpus for s in STRATEGIES],
+        assumed=_assumed(kind),
+    )
+
+
+def _without_memory(config: RunConfig) -> Denoiser:
+    with torch.device("meta"):
+        return build(config.model)
+
+
+def _row(
+    sharing: Sharing,
+    config: RunConfig,
+    activations: Activations,
+    model: Denoiser,
+    gpu: Gpu,
+    gpus: int,
+    usable: float,
+) -> Row:
+    batch = max(1, round(config.data.batch / gpus)) * gpus
+    share, steps = batch // gpus, -(-config.steps * config.data.batch // batch)
+    fits = []
+    for micro in _micro_batches(config.micro_batch, share):
+        needed = memory(sharing, config, activations, micro, share, gpus)
+        fits.append(Fit(micro, needed, needed.total, needed.total <= usable))
+    chosen = max((fit.micro_batch for fit in fits if fit.fits), default=None)
+    largest = _largest_crop(sharing, config, activations, model.stride, gpus, usable)
+    times = None
+    if chosen is not None:
+        took = speed.timing(sharing, config, activations.few, share, chosen, gpu, gpus)
+        hours = steps * took.step_s / 3600
+        times = Times(took.sent, took.step_s, took.efficiency, hours, hours * gpus)
+    return Row(sharing.name, gpus, batch, steps, fits, largest, chosen, times)
+
+
+def _micro_batches(wanted: int | None, share: int) -> list[int]:
+    """The config's, or the powers of two up to a rank's share, and the share."""
+    if wanted is not None:
+        return [min(wanted, share)]
+    return sorted({2**i for i in range(share.bit_length())} | {share})
+
+
+def _largest_crop(
+    sharing: Sharing,
+    config: RunConfig,
+    activations: Activations,
+    stride: tuple[int, int, int],
+    gpus: int,
+    usable: float,
+) -> tuple[int, int, int] | None:
+    """As deep as the config's and square; deeper, once it is as wide as a slice."""
+    deep = config.data.crop[0]
+    crops = [(deep, edge, edge) for edge in range(stride[1], SLICE, stride[1])]
+    crops += [(z, SLICE, SLICE) for z in range(deep, 32 * deep, stride[0])]
+
+    def needed(crop: tuple[int, int, int]) -> float:
+        times = math.prod(crop) / activations.voxels
+        return memory(sharing, config, activations, times, times, gpus).total
+
+    fitting = bisect_right(crops, usable, key=needed)
+    return crops[fitting - 1] if fitting else None
+
+
+def _assumed(gpu: Gpu) -> dict[str, Any]:
+    return {
+        "gpu": asdict(gpu),
+        "arithmetic_share": speed.ARITHMETIC,
+        "copies_share": speed.COPIES,
+        "links_share": speed.LINKS,
+        "launch_s": speed.LAUNCH_S,
+        "disk_bytes_per_s": speed.DISK,
+        "host_adam_bytes_per_s": speed.HOST_ADAM,
+        "outside_bytes": OUTSIDE,
+        "fragmented_share": FRAGMENTED,
+        "left_out": "waiting for data, validation, torch.compile's fusion",
+    }

@@ -1,0 +1,86 @@
+"""How long a step takes and what it sends, from bandwidths and the shares of them that programs reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.cost.count import StepCost
+from ldct_dist.train.cost.gpus import Gpu, Precision
+from ldct_dist.train.cost.memory import Sharing
+
+ARITHMETIC = 0.5
+"""of the data sheet's FLOPs that convolutions reach"""
+COPIES = 0.8
+"""of the memory's bandwidth that pointwise kernels reach"""
+LINKS = 0.7
+"""of a link's bandwidth that collectives reach"""
+LAUNCH_S = 5e-6
+"""to start a kernel: small crops wait for nothing else"""
+HOST_ADAM = 25e9
+"""bytes a second that Adam moves in the node's memory, for each GPU of the node"""
+LAST_BUCKET = 25 << 20
+"""bytes of gradients that DDP sends when the backward pass has ended"""
+DISK = 1e9
+"""bytes a second into checkpoints, from all ranks together"""
+ADAM_BYTES, FUSED_BYTES = 92, 28
+"""moved a parameter by torch's Adam, kernel by kernel, and by one fused kernel"""
+AVERAGE_BYTES = 12
+"""moved a parameter by the moving average"""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one step on each GPU: seconds in all, and of those the ones that wait for communication alone."""
+
+    step_s: float
+    exposed_s: float
+    sent: float
+    """bytes that each GPU sends to others"""
+
+    @property
+    def efficiency(self) -> float:
+        """Against a GPU that need not communicate."""
+        return 1 - self.exposed_s / self.step_s
+
+
+def compute_s(cost: StepCost, crops: int, gpu: Gpu, precision: Precision) -> float:
+    """Forward and backward of so many crops at once: the roofline of each kernel, one after the other."""
+    peak = gpu.peak(precision)
+    assert peak is not None
+    arithmetic, copies = ARITHMETIC * peak, COPIES * gpu.bandwidth
+    times = crops / cost.crops
+    return sum(max(times * op.flops / arithmetic, times * op.bytes / copies, LAUNCH_S) for op in cost.ops)
+
+
+def timing(
+    sharing: Sharing, config: RunConfig, cost: StepCost, share: int, micro: int, gpu: Gpu, gpus: int
+) -> Timing:
+    """Of a step in which each of `gpus` ranks has `share` crops, `micro` at a time; `cost`: of any number of crops."""
+    p, passes = float(cost.parameters), -(-share // micro)
+    compute = share / micro * compute_s(cost, micro, gpu, config.precision)
+    others = (gpus - 1) / gpus
+    link = LINKS * gpu.between(gpus)
+    low = 2 if config.precision == "bf16" else 4
+    # Volumes of ring collectives: an all-reduce sends twice what a gather or a scatter of the same data does.
+    if sharing.zero is None:
+        after = 2 * others * min(4 * p, LAST_BUCKET)
+        hidden = 2 * others * 4 * p - after
+        update = (ADAM_BYTES + AVERAGE_BYTES) * p / (COPIES * gpu.bandwidth)
+    else:
+        scatters = 1 if sharing.zero == 1 else passes
+        gathers = 2 * passes if sharing.zero == 3 else 0
+        hidden = others * low * p * (scatters + gathers)
+        after = 0.0 if sharing.zero == 3 else others * low * p
+        update = (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / (COPIES * gpu.bandwidth)
+    host = 0.0
+    if (
+        sharing.offload_optimizer
+    ):  # gradients there, weights back, and the arithmetic on the node's processors
+        update = 2 * low * p / gpus / gpu.host + (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / HOST_ADAM
+    if sharing.offload_weights:
+        host = 2 * passes * low * p / gpus / gpu.host
+    # Gradients travel while the last micro-batch's backward, two thirds of its time, goes on; weights at any time.
+    window = compute if sharing.zero == 3 else compute / passes * 2 / 3
+    exposed = max(0.0, hidden / link + host - window) + after / link
+    return Timing(compute + exposed + update, exposed, hidden + after)

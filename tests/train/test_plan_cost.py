@@ -1,0 +1,228 @@
+"""What `ldct-dist plan` says, held against arithmetic by hand and against tensors that are really there."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from commands import command
+from ldct_dist.errors import UserError
+from ldct_dist.models.losses import build_loss
+from ldct_dist.models.registry import build
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.cost.count import count
+from ldct_dist.train.cost.gpus import GPUS, peak_of_device
+from ldct_dist.train.cost.memory import STRATEGIES, Activations, memory
+from ldct_dist.train.cost.plan import plan
+from ldct_dist.train.cost.table import print_plan
+
+CROP = (8, 32, 32)
+
+
+def run_config(**changes: Any) -> RunConfig:
+    config: dict[str, Any] = {
+        "name": "run",
+        "store": "nowhere",
+        "steps": 1000,
+        "data": {"crop": CROP, "batch": 16},
+        "model": {"size": "xs"},
+        "loss": {"margin": (0, 0, 0)},
+    }
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    return RunConfig(**config)
+
+
+def forward_flops(name: str) -> int:
+    """Of one crop, from what each layer is given and gives."""
+    model = build(run_config(model={"name": name}).model)
+    total = 0
+
+    def add(layer: Any, inputs: tuple[torch.Tensor], answer: torch.Tensor) -> None:
+        nonlocal total
+        # every weight meets each voxel of the smaller side once, in a multiplication and an addition
+        small = inputs[0] if isinstance(layer, torch.nn.ConvTranspose3d) else answer
+        total += 2 * layer.weight.numel() * small[0, 0].numel()
+
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)):
+            layer.register_forward_hook(add)
+    with torch.inference_mode():
+        model(torch.zeros(1, 1, *CROP))
+    return total
+
+
+@pytest.mark.parametrize("name", ["unet3d", "nafnet3d", "redcnn3d"])
+def test_flops_are_three_times_those_of_the_forward_pass_but_for_the_inputs_gradient(name):
+    flops = count(run_config(model={"name": name}), 1).flops
+    assert 0.95 * 3 * forward_flops(name) < flops <= 3 * forward_flops(name)
+
+
+@pytest.mark.parametrize("name", ["unet3d", "nafnet3d"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_what_the_forward_pass_leaves_is_what_it_really_leaves(name, mode):
+    """Bytes of all storages that autograd keeps, read off a real forward pass."""
+    config = run_config(model={"name": name, "activation_checkpointing": mode})
+    model = build(config.model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    hu = torch.randn(2, 1, *CROP).contiguous(memory_format=torch.channels_last_3d)
+    full, mask = torch.zeros_like(hu), torch.ones_like(hu, dtype=torch.bool)
+    given = {t.untyped_storage().data_ptr() for t in (hu, full)}
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights | given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = build_loss(config.loss)(model(hu), full, mask).sum()
+    predicted = count(config, 2).saved
+    assert predicted == pytest.approx(sum(kept.values()), rel=0.03)
+    del loss
+    gc.collect()
+
+
+def test_recomputation_takes_less_memory_and_more_arithmetic_the_more_levels_it_covers():
+    costs = [
+        count(run_config(model={"activation_checkpointing": m}), 4) for m in ("none", "selective", "full")
+    ]
+    assert costs[0].peak > 1.2 * costs[1].peak > 1.4 * costs[2].peak
+    assert costs[0].hardware_flops < costs[1].hardware_flops < costs[2].hardware_flops
+    assert costs[0].flops == costs[1].flops == costs[2].flops
+
+
+def test_bf16_halves_activations_and_adds_copies_of_the_weights():
+    big = {"data": {"crop": (8, 64, 64)}}
+    fp32, bf16 = (count(run_config(precision=p, **big), 2).peak for p in ("fp32", "bf16"))
+    assert 0.5 * fp32 < bf16 < 0.65 * fp32
+
+
+def test_larger_micro_batches_and_crops_are_as_large_as_foretold():
+    config = run_config(precision="bf16", model={"size": "s"})
+    activations = Activations(count(config, 2), count(config, 3), math.prod(CROP))
+    assert activations.peak(5) == pytest.approx(count(config, 5).peak, rel=0.01)
+    assert activations.peak(6) == pytest.approx(count(config, 1, (8, 96, 64)).peak, rel=0.01)
+
+
+def test_parts_are_those_of_the_zero_paper():
+    """12 bytes a parameter of optimizer state beside weights and gradients of 2, shared out stage by stage."""
+    config = run_config(precision="bf16", data={"batch": 64})
+    activations = Activations(count(config, 2), count(config, 3), math.prod(CROP))
+    p = activations.few.parameters
+    parts = {s.name: memory(s, config, activations, 1, 1, 64) for s in STRATEGIES}
+    shares = {k: [round(64 * x / p) for x in (m.weights, m.gradients, m.optimizer)] for k, m in parts.items()}
+    assert shares["zero 1"] == [128, 128, 12]
+    assert shares["zero 2"] == [128, 2, 12]
+    assert shares["zero 3"] == [2, 2, 12]
+    assert shares["zero 3 offload"] == [0, 2, 0]
+    ddp = parts["ddp"]
+    assert (ddp.weights + ddp.gradients + ddp.optimizer + ddp.ema) == 20 * p
+
+
+def test_a_billion_parameters_are_planned_without_memory():
+    config = run_config(
+        precision="bf16",
+        model={"size": "xxl"},
+        data={"crop": (32, 256, 256), "batch": 256},
+        loss={"margin": None},
+    )
+    made = plan(config, "a100-40g", [8, 64])
+    rows = {(row.strategy, row.gpus): row for row in made.rows}
+    assert made.parameters > 1e9
+    assert made.counted == pytest.approx((12 / 32) * (160 / 256) ** 2)
+    assert rows["ddp", 64].micro_batch is None  # 20 bytes a parameter alone are half of it
+    assert rows["ddp", 64].times is None
+    sharded = rows["zero 3", 64]
+    assert sharded.micro_batch is not None
+    assert sharded.times is not None
+    assert [fit.fits for fit in sharded.fits] == sorted((fit.fits for fit in sharded.fits), reverse=True)
+    assert sharded.largest_crop is not None
+    assert sharded.largest_crop > rows["zero 1", 64].largest_crop
+    # the same crops seen, in about the same GPU-hours, in an eighth of the time
+    few = rows["zero 3", 8].times
+    assert few is not None
+    assert few.hours / sharded.times.hours == pytest.approx(8, rel=0.1)
+
+
+def test_a_largest_crop_fits_and_the_next_does_not():
+    config = run_config(precision="bf16", model={"size": "l"})
+    row = next(r for r in plan(config, "a100-40g", [8]).rows if r.strategy == "ddp")
+    z, y, x = row.largest_crop
+    bigger = (z, y + 8, x + 8) if y < 512 else (z + 1, y, x)
+    for crop, fits in (((z, y, x), True), (bigger, False)):
+        same = run_config(precision="bf16", model={"size": "l"}, data={"crop": crop, "batch": 8})
+        assert next(r for r in plan(same, "a100-40g", [8]).rows).fits[0].fits is fits
+
+
+def test_communication_costs_scaling_where_the_network_is_slow():
+    config = run_config(model={"size": "m"}, data={"batch": 512})
+    ddp = {r.gpus: r.times for r in plan(config, "v100-32g", [1, 8, 512]).rows if r.strategy == "ddp"}
+    assert ddp[1].sent == 0
+    assert ddp[1].efficiency == 1
+    assert ddp[8].sent == 2 * 7 / 8 * 4 * build_parameters(config)
+    assert ddp[512].efficiency < ddp[8].efficiency
+
+
+def build_parameters(config: RunConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(config.model).parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA A100-SXM4-40GB", "fp32", 156e12),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA GeForce RTX 5090", "bf16", None),
+    ],
+)
+def test_a_devices_peak_goes_by_its_name(name, precision, peak):
+    assert peak_of_device(name, precision) == peak
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "changes", "words"),
+    [
+        ("h100", [8], {}, f"known are {', '.join(GPUS)}"),
+        ("v100-32g", [8], {"precision": "bf16"}, "v100-32g is planned for in fp32"),
+        ("h100-80g", [0], {}, "from 1 on"),
+        ("h100-80g", [8], {"data": {"crop": (8, 32, 36)}}, "multiples of"),
+        ("h100-80g", [8], {"loss": {"margin": (4, 0, 0)}}, "leaves nothing of a crop"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(gpu, gpus, changes, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        plan(run_config(**changes), gpu, gpus)
+
+
+def test_a_table_fits_a_terminal_and_says_what_does_not_fit_the_gpu(tmp_path):
+    console = Console(width=80, record=True, file=io.StringIO())
+    big = run_config(model={"size": "xxl"}, data={"crop": (32, 512, 512), "batch": 32})
+    print_plan(plan(big, "a100-40g", [8]), console)
+    text = console.export_text()
+    assert "1.03 G parameters" in text
+    assert "\u2026" not in text  # nothing cut off
+    assert re.search(r"^ ddp +1 .*!\s*$", text, re.MULTILINE)
+
+
+def test_the_verb_gives_json_or_one_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config().model_dump(mode="json")))
+    told = json.loads(command("plan", path, "--gpus", "8", "--json").stdout)
+    assert told["rows"][0]["fits"][0]["memory"]["weights"] == 4 * told["parameters"]
+    refused = command("plan", path, "--gpus", "8,x")
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
