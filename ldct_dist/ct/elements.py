@@ -102,7 +102,7 @@ def _head(head: bytes, wanted: Set[int]) -> Head:
     for tag, vr, start, length in _elements(head, at, not implicit):
         if tag >= _PIXELS:
             break
-        if tag in wanted:
+        if tag in wanted or tag == _CHARACTER_SET:
             found[tag] = _raw(head, vr, start, length)
     if tag != _PIXELS:
         raise _Irregular

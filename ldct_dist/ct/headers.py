@@ -97,7 +97,7 @@ class Header:
 
 
 _KEYWORDS = [
-    *("SpecificCharacterSet", "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
+    *("SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
     *("FrameOfReferenceUID", "Modality", "ImageType", "SeriesDescription", "Manufacturer"),
     *("ManufacturerModelName", "ConvolutionKernel", "KVP", "Exposure", "XRayTubeCurrent", "ExposureTime"),
     "DistanceSourceToPatient",
