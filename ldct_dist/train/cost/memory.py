@@ -1,7 +1,7 @@
 """Where a rank's memory goes, part by part, under each way of sharing a network out.
 
 ZeRO after Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020):
-stage 1 shares out the optimizer's state, 2 the gradients too, 3 the weights too.
+stage 1 shares out the optimizer's state, 2 the gradients too, 3 the weights too. Gradients are added up in fp32.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import StepCost
 
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
-PREFETCH = 50_000_000  # and its stage3_prefetch_bucket_size
+BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at a time
 BATCHES = 3  # the loader's: the one at work and two ahead
 
 
@@ -94,12 +93,12 @@ def memory(
         2 * p if config.precision == "bf16" else 0.0
     )  # autocast's, which DeepSpeed's weights make needless
     state = 4 * p * (3 if config.precision == "bf16" else 2)  # master weights and both moments
-    workspace = peak - saved + low * min(p, BUCKET)
+    workspace = peak - saved + 2 * 4 * min(p, BUCKET)  # one bucket is filled while the other one travels
     if sharing.zero == 3:
-        workspace += low * min(p, PREFETCH)
+        workspace += low * min(p, BUCKET)  # weights gathered ahead
     return Memory(
         weights=0 if sharing.offload_weights else low * p / (gpus if sharing.zero == 3 else 1),
-        gradients=low * p / (gpus if sharing.zero >= 2 else 1),
+        gradients=4 * p / (gpus if sharing.zero >= 2 else 1),
         optimizer=0 if sharing.offload_optimizer else state / gpus,
         ema=0 if sharing.offload_optimizer else 4 * p / gpus,
         batches=batches,

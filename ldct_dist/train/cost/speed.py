@@ -70,14 +70,14 @@ def timing(
     else:
         scatters = 1 if sharing.zero == 1 else passes
         gathers = 2 * passes if sharing.zero == 3 else 0
-        hidden = others * low * p * (scatters + gathers)
+        hidden = others * p * (4 * scatters + low * gathers)
         after = 0.0 if sharing.zero == 3 else others * low * p
         update = (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / (COPIES * gpu.bandwidth)
     host = 0.0
     if (
         sharing.offload_optimizer
     ):  # gradients there, weights back, and the arithmetic on the node's processors
-        update = 2 * low * p / gpus / gpu.host + (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / HOST_ADAM
+        update = (4 + low) * p / gpus / gpu.host + (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / HOST_ADAM
     if sharing.offload_weights:
         host = 2 * passes * low * p / gpus / gpu.host
     # Gradients travel while the last micro-batch's backward, two thirds of its time, goes on; weights at any time.
