@@ -1,12 +1,14 @@
 """A store read from a disk of this node: what is needed is copied there once, beside training.
 
+STAGE/ldct_dist-UID-FINGERPRINT/store                       the store's path; locked, shared, by who uses the copies
 STAGE/ldct_dist-UID-FINGERPRINT/cases/CASE/DOSE             a copy of an array of the store
 STAGE/ldct_dist-UID-FINGERPRINT/cases/CASE/.writing-DOSE    one in the making, locked by the process that makes it
 
 Nothing waits for a copy: an array is read from the store until its copy is whole. A copy gets its name in one
 rename, once the checksum of each of its chunks held; and when it is read each chunk is checked again, as in the
 store. So batches are the same, bit for bit, with copies and without. What goes wrong with copies costs speed and
-one line. Copies stay for the next run on the node, until somebody deletes STAGE/ldct_dist-*.
+one line. Copies stay for the next run on the node. Once the store at the same path has another fingerprint, nobody
+can read them any more, and the next run deletes them, unless a run that began before is still using them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from ldct_dist.store.reader import Store
 from ldct_dist.store.shards import DamagedError, Region, ShardedArray
 from ldct_dist.world import World
 
+ORIGIN = "store"
 PIECE = 8 << 20  # bytes read from a shared file system at a time
 RETRY_S = 1.0  # between looks at what another process is copying
 
@@ -99,6 +102,7 @@ class Copier:
         self._say = say
         self._stop = threading.Event()
         self._made = self._bytes = 0
+        self._in_use = ExitStack()
 
     @contextmanager
     def at_work(self, arrays: Iterable[tuple[str, str]]) -> Iterator[None]:
@@ -110,12 +114,17 @@ class Copier:
         finally:
             self._stop.set()
             thread.join()
+            self._in_use.close()
 
     def copy(self, arrays: Iterable[tuple[str, str]]) -> None:
         """Copy what is not there yet; the first that cannot be copied ends it, and is said."""
         where = f"{self.copies} on {socket.gethostname()}"
         try:
             self.copies.mkdir(mode=0o700, exist_ok=True)  # a copy is no more public than its store
+            origin = self.copies / ORIGIN
+            origin.write_text(str(self.store.path.resolve()))
+            self._in_use.enter_context(_lock(origin, fcntl.LOCK_SH))
+            self._delete_outdated(origin.read_text())
             waiting = [array for array in arrays if not self._copy(*array)]
             while waiting:
                 self._pause()
@@ -131,6 +140,17 @@ class Copier:
             self._say(
                 f"data.stage: {where} has all; {self._made} arrays, {self._bytes / 2**20:.1f} MiB, are new there"
             )
+
+    def _delete_outdated(self, path: str) -> None:
+        """Delete copies of what the store at `path` was before, as far as no run uses them."""
+        name, _, _ = self.copies.name.rpartition("-")
+        for origin in self.copies.parent.glob(f"{name}-*/{ORIGIN}"):
+            if origin.parent == self.copies or origin.read_text() != path:
+                continue
+            with _lock(origin) as unused:
+                if unused:
+                    shutil.rmtree(origin.parent, ignore_errors=True)
+                    self._say(f"data.stage: deleted {origin.parent}, copies of what {path} was before")
 
     def _copy(self, case: str, dose: str) -> bool:
         """Whether the array's copy is there now; not if another process has it in hand."""
@@ -184,17 +204,17 @@ class _Stopped(Exception):
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Whether this process may write in `folder`, and no other.
+def _lock(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[bool]:
+    """Whether this process may write in `path`, and no other; LOCK_SH: whether it may use it, as others may.
 
-    The lock is the kernel's: it ends with the process that holds it, however that dies. And it is the folder's,
+    The lock is the kernel's: it ends with the process that holds it, however that dies. And it is the file's,
     whatever that is renamed to: hence the look whether it still has its name.
     """
     fd = None
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locked = os.path.samestat(os.fstat(fd), folder.stat())
+        fd = os.open(path, os.O_RDONLY)
+        fcntl.flock(fd, mode | fcntl.LOCK_NB)
+        locked = os.path.samestat(os.fstat(fd), path.stat())
     except (BlockingIOError, FileNotFoundError):
         locked = False
     try:

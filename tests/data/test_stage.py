@@ -197,6 +197,25 @@ def test_a_disk_that_is_full_costs_one_line_and_what_found_room_is_used(store, s
     assert same(batches(staged), expected)
 
 
+def test_copies_of_what_the_store_was_before_are_deleted_unless_in_use(store, tmp_path):
+    copied(make_store(tmp_path / "other.zarr", SHAPES, noise=9.0).path, tmp_path)
+    (neighbour,) = tmp_path.glob("ldct_dist-*")
+    before, _ = copied(store, tmp_path)
+    shutil.rmtree(store)
+    make_store(store, SHAPES, noise=50.0)
+    said: list[str] = []
+    with Copier(before, before.copies, said.append).at_work(EVERY_ARRAY):
+        wait_until(lambda: said)
+        expected = batches(before)
+        _, lines = copied(store, tmp_path)
+        assert len(lines) == 1
+        assert same(batches(before), expected)  # a run from before the change goes on
+    after, lines = copied(store, tmp_path)
+    assert f"deleted {before.copies}, copies of what {store} was before" in lines[0]
+    assert set(tmp_path.glob("ldct_dist-*")) == {neighbour, after.copies}
+    assert same(batches(after), batches(Store(store)))
+
+
 COPY_ALL = """
 import os, signal, sys, time
 from pathlib import Path

@@ -3,11 +3,13 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from ldct_dist.store.ingest import IngestConfig, finalise, ingest
 from ldct_dist.store.pairing import PairingConfig, find_pairs
 from ldct_dist.store.parts import writing
 from ldct_dist.store.reader import Store
+from ldct_dist.store.record import read_record
 from ldct_dist.store.task import task
 from ldct_dist.store.verify import verify
 from sources import CONFIG, QUICK, SHAPE, anatomy, write_patients
@@ -250,6 +253,11 @@ def test_a_killed_worker_is_refused_and_takes_no_other_case_along(tmp_path, out)
     assert layout.list_cases(out) == [fine.name]
 
 
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[i]) for i in (1, 2)),
+    "OMP_NUM_THREADS": "1",
+}
 PROGRAM = """
 import sys
 from sources import CONFIG
@@ -278,15 +286,50 @@ def test_killed_and_started_again_it_makes_the_same_store(tmp_path, out):
     assert not list((out / "cases").glob(".*"))
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_again_and_again_at_any_instant_it_makes_the_same_store(tmp_path, out, seed):
+    """SIGKILL to all its processes at once, as a node does that loses power; instants count in files and folders
+    made, so that they are the same on fast and slow machines."""
+    draw, source = random.Random(seed), write_patients(tmp_path / "in", 8)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    reference = tmp_path / "reference.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "pool", ThreadPoolExecutor)
+        ingest(source, reference, CONFIG)
+        out.with_name("ct.zarr.key").write_text(reference.with_name("reference.zarr.key").read_text())
+        kills = 0
+        for _ in range(3):
+            wanted = len(list(out.rglob("*"))) + draw.randrange(1, 45)
+            kills += killed_at(
+                lambda wanted=wanted: len(list(out.rglob("*"))) >= wanted, program, source, out
+            )
+            for name in whole_cases(out):
+                read_record(out / "cases" / name)
+        ingest(source, out, CONFIG)
+    assert kills >= 2
+    assert content(out) == content(reference)
+    assert not list((out / "cases").glob(".*"))
+
+
+def killed_at(reached, program: Path, *arguments: Path) -> bool:
+    """Start the program in a group of its own and kill that; whether it had not ended before."""
+    run = subprocess.Popen([sys.executable, program, *arguments], env=ENVIRONMENT, start_new_session=True)
+    while not reached() and run.poll() is None:
+        time.sleep(0.001)
+    early = run.poll() is None
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    return early
+
+
 def whole_cases(out: Path) -> list[str]:
     return layout.list_cases(out) if (out / "cases").exists() else []
 
 
 def kill_when(reached, program: Path, *arguments: Path) -> None:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
-    run = subprocess.Popen(
-        [sys.executable, program, *arguments], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    )
+    run = subprocess.Popen([sys.executable, program, *arguments], env=ENVIRONMENT)
     while not reached():
         assert run.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
