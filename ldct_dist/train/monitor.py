@@ -17,8 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.cost.usage import Usage
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.validation import Validated
+from ldct_dist.world import World
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Monitor(Mute):
     On resume, what was written after the checkpoint is taken back, so that the curve has each step once.
     """
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, world: World) -> None:
+        self.usage = Usage(config, world)
         self.folder, self.total, self.batch = folder, config.steps, config.data.batch
         self.every, self.images = config.log.every, config.log.images
         self.protocol = protocol_named(config.validation.protocol)
@@ -140,7 +143,9 @@ class Monitor(Mute):
             "train/grad_norm": last.grad_norm,
             "speed/crops_per_s": rate,
             "speed/data_wait_percent": wait,
+            **self.usage.scalars(len(since), seconds),
         }
+        mfu = f"MFU {scalars['compute/mfu_percent']:4.1f} %   " if "compute/mfu_percent" in scalars else ""
         with self._whatever_the_disk():
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, last.step)
@@ -149,7 +154,7 @@ class Monitor(Mute):
         eta = (time.monotonic() - self._start) / done * (self.total - last.step)
         self._say(
             f"step {last.step:>{len(str(self.total))}}/{self.total}   loss {loss:8.3f}   lr {last.lr:.2e}   "
-            f"{rate:6.1f} crops/s   data wait {wait:4.1f} %   ETA {timedelta(seconds=round(eta))}"
+            f"{rate:6.1f} crops/s   {mfu}data wait {wait:4.1f} %   ETA {timedelta(seconds=round(eta))}"
         )
 
 

@@ -88,7 +88,7 @@ class Trainer:
         )
         claim = self.folder.generation(self.checkpoints.generation)
         self.watch = Watch(claim, config.hang_s, world, self.checkpoints.saver.has_saved)
-        self.monitor = Monitor(self.folder, config) if world.is_main else Mute()
+        self.monitor = Monitor(self.folder, config, world) if world.is_main else Mute()
 
     def fit(self) -> Ending:
         """Train to the last step, or until asked to stop."""

@@ -1,0 +1,52 @@
+"""How well a run uses its devices, for TensorBoard."""
+
+from __future__ import annotations
+
+import math
+import resource
+
+import torch
+
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.cost.count import count
+from ldct_dist.train.cost.gpus import GIB, peak_of_device
+from ldct_dist.world import World
+
+
+class Usage:
+    """Of each of the ranks' devices, as rank 0 sees it. FLOPs are counted once, as the run starts, and on GPUs alone:
+    what a CPU could reach at best is not known well enough to compare with.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._device = world.device
+        self._crops = config.data.batch / world.size
+        self._voxels = math.prod(config.data.crop)
+        self.flops, self.peak = None, None
+        if world.device.type == "cuda":
+            self.flops = self._crops * count(config, 1).flops
+            self.peak = peak_of_device(torch.cuda.get_device_name(world.device), config.precision)
+
+    def scalars(self, steps: int, seconds: float) -> dict[str, float]:
+        """By TensorBoard's names, over so many steps that took so long; MFU as Chowdhery et al. (PaLM, 2022) define it:
+        FLOPs without recomputation, against the data sheet's peak.
+        """
+        rate = steps / seconds
+        told = {
+            "speed/voxels_per_s_per_rank": rate * self._crops * self._voxels,
+            "memory/peak_gib": self._peak_bytes() / GIB,
+        }
+        if self.flops is not None:
+            told |= {
+                "compute/flops_per_step_per_gpu": self.flops,
+                "compute/tflops_per_gpu": rate * self.flops / 1e12,
+            }
+            if self.peak is not None:
+                told["compute/mfu_percent"] = 100 * rate * self.flops / self.peak
+        return told
+
+    def _peak_bytes(self) -> int:
+        """Of tensors on the GPU, or of the process."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
