@@ -15,7 +15,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 
 _SLAB = 16  # slices in the middle of the volume whose shift is looked at
-_WIDTH = 256  # pixels of the middle of each slice: the body, and Fourier transforms that cost little
+_WIDTH = 192  # pixels of the middle of each slice: the body, and Fourier transforms that cost little
 _BODY_WINDOW_HU = (-200, 300)  # keeps air, couch and bone from ruling the correlation
 _SUBVOXEL = 20  # shifts are measured to a twentieth of a voxel
 
@@ -92,7 +92,7 @@ def residual_shift(full: Volume, low: Volume) -> np.ndarray:
     shape = _slab(full).shape
     product = _spectrum(full).conj() * _spectrum(low)
     product /= np.maximum(np.abs(product), 100 * np.finfo(np.float32).eps)
-    coarse = np.fft.irfftn(product, shape)
+    coarse = np.fft.irfftn(product, shape, axes=(0, 1, 2))
     peak = np.array(np.unravel_index(coarse.argmax(), shape))
     peak = np.where(peak > np.array(shape) // 2, peak - shape, peak)
     fine = [

@@ -22,6 +22,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from ldct_dist.ct.dicom import Series, find_series, read_series
+from ldct_dist.ct.headers import number
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.ingest import ingest
@@ -202,6 +203,14 @@ def tells_padding(series: Series) -> bool:
     return any("PixelPaddingValue" in dcmread(path, force=True) for path in series.paths)
 
 
+def plain(ds: Dataset) -> Dataset:
+    """`ds` with what describes its pixels under the VR it should have, without which pydicom decodes nothing."""
+    for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        ds.add_new(keyword, "US", int(number(ds, keyword)))
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    return ds
+
+
 def sound_volumes(source: Path) -> list[np.ndarray]:
     """What pydicom alone makes of each series that we find: slope and intercept, sorted by position."""
     found = []
@@ -210,10 +219,10 @@ def sound_volumes(source: Path) -> list[np.ndarray]:
             read_series(series)
         except UserError:
             continue
-        slices = [dcmread(path, force=True) for path in series.paths]
+        slices = [plain(dcmread(path, force=True)) for path in series.paths]
         stored = np.stack([ds.pixel_array for ds in slices]).astype(float)
-        slope = np.array([float(ds.RescaleSlope) for ds in slices])[:, None, None]
-        intercept = np.array([float(ds.RescaleIntercept) for ds in slices])[:, None, None]
+        slope = np.array([number(ds, "RescaleSlope") for ds in slices])[:, None, None]
+        intercept = np.array([number(ds, "RescaleIntercept") for ds in slices])[:, None, None]
         hu = np.rint(stored * slope + intercept)
         found.append(np.where(hu <= -2000, -1024, hu.clip(-1024, 32767)).astype(np.int16))
     return found
