@@ -93,19 +93,50 @@ def denoised_tiles(
     missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
     padded = np.pad(hu, missing, constant_values=AIR_HU)
     cut = tiles(padded.shape, tile, model.radius, model.stride)
+    autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
+    layout = torch.channels_last_3d if weight.is_cuda else torch.contiguous_format
     training = model.training
     model.eval()
+
+    def start(t: Tile) -> _Answer:
+        given = torch.from_numpy(padded[t.read])
+        if weight.is_cuda:
+            given = given.pin_memory().to(weight.device, non_blocking=True)
+        with torch.inference_mode(), autocast:
+            return _Answer(
+                model(given.to(weight.dtype)[None, None].contiguous(memory_format=layout))[0, 0][t.keep]
+            )
+
     try:
+        # A GPU is given the next tile before this one's answer is waited for, so that it always has work.
+        ahead = start(cut[0])
         for done, t in enumerate(cut, start=1):
-            given = torch.from_numpy(padded[t.read]).to(weight.device, weight.dtype)
-            autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
-            with torch.inference_mode(), autocast:
-                answer = model(given[None, None])[0, 0][t.keep].cpu()
+            answer = ahead
+            if done < len(cut):
+                ahead = start(cut[done])
             inside = hu[t.write].shape  # without what only fills up the stride
-            yield t.write, answer[tuple(map(slice, inside))]
+            yield t.write, answer.wait()[tuple(map(slice, inside))]
             progress(done, len(cut))
     finally:
         model.train(training)
+
+
+class _Answer:
+    """On its way to the CPU."""
+
+    def __init__(self, answer: torch.Tensor) -> None:
+        self._arrived = None
+        if answer.is_cuda:
+            self._host = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
+            self._host.copy_(answer, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(answer.device).record_event()
+        else:
+            self._host = answer
+
+    def wait(self) -> torch.Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
 
 
 def _up(n: int, multiple: int) -> int:
