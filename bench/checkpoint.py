@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from ldct_dist.checkpoint import generation
+from ldct_dist.checkpoint.pieces import Part
 from ldct_dist.checkpoint.retention import CheckpointConfig
-from ldct_dist.checkpoint.save import Part, Saver
+from ldct_dist.checkpoint.save import Saver
 from ldct_dist.world import World
 
 CACHE = Path(__file__).parent / ".cache" / "checkpoint"

@@ -1,46 +1,31 @@
 """Saving beside training: stage this rank's share, write it, and commit all shares or none.
 
 A checkpoint is a set of named parts, the same on every rank; each part is one safetensors file, written
-by one rank. The directory appears under its name only when every file and the manifest are on disk.
+by one rank, whichever ranks hold its tensors. The directory appears under its name only when every file and the manifest are on disk.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ldct_dist.checkpoint import generation as generations
-from ldct_dist.checkpoint import retention
-from ldct_dist.checkpoint.manifest import Manifest, file_sha256, sync_directory
+from ldct_dist.checkpoint import pieces, retention
+from ldct_dist.checkpoint.manifest import Manifest, sync_directory
+from ldct_dist.checkpoint.pieces import Held, Part, Piece
 from ldct_dist.checkpoint.retention import CheckpointConfig
-from ldct_dist.models.weights import sealed
 from ldct_dist.world import World
 
 LOOK_S = 1.0
 """between two looks at the claims of other starts"""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file of a checkpoint: tensors by name, and facts that stand in the file's own header."""
-
-    tensors: dict[str, torch.Tensor]
-    facts: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -128,11 +113,12 @@ class Saver:
         start = time.monotonic()
         target = retention.directory(self.root, step)
         temporary = self.root / f"{retention.TEMPORARY}{target.name}-{self.generation:06d}"
-        mine: dict[str, Part] = {}
+        owner = share_out(parts, self.world.size)
+        held: Held = {}
 
         def stage() -> None:
             try:
-                mine.update(self._stage(parts))
+                held.update(self._stage(parts, owner))
             finally:
                 self._copied.set()
 
@@ -144,7 +130,7 @@ class Saver:
                 temporary.mkdir()
 
         def write() -> dict[str, tuple[int, str]]:
-            return {name: _write(temporary / name, part) for name, part in mine.items()}
+            return pieces.write(temporary, parts, owner, held, self.world, self._group)
 
         def commit() -> None:
             if self.world.is_main:
@@ -168,22 +154,25 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)  # the next save must find its place free
             self.last = Outcome(None, time.monotonic() - start, error=str(e), fenced=e.fenced)
 
-    def _stage(self, parts: dict[str, Part]) -> dict[str, Part]:
-        """Copies of the parts that this rank writes, in memory kept from save to save: to take it anew each time
+    def _stage(self, parts: dict[str, Part], owner: dict[str, int]) -> Held:
+        """Copies of what this rank gives to the parts, in memory kept from save to save: to take it anew each time
         costs more than the copying."""
-        owner = share_out(parts, self.world.size)
-        mine = {name: part for name, part in parts.items() if owner[name] == self.world.rank}
         before, self._memory = self._memory, {}
-        for name, part in mine.items():
+        held: Held = {name: {} for name in parts}
+        for name, part in parts.items():
             for key, tensor in part.tensors.items():
+                if isinstance(tensor, Piece):
+                    shape, start, values = tensor.shape, tensor.start, tensor.values
+                elif owner[name] == self.world.rank:
+                    shape, start, values = tensor.shape, 0, tensor
+                else:
+                    continue
                 place = before.pop((name, key), None)
-                if place is None or (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
-                    place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._memory[name, key] = place.copy_(tensor.detach())
-        return {
-            name: Part({key: self._memory[name, key] for key in part.tensors}, part.facts)
-            for name, part in mine.items()
-        }
+                if place is None or (place.shape, place.dtype) != (values.shape, values.dtype):
+                    place = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                self._memory[name, key] = place.copy_(values.detach())
+                held[name][key] = Piece(tuple(shape), start, place.view(-1))
+        return held
 
     def _together(self, phase: Callable[[], Any]) -> list[Any]:
         """Run a phase on every rank; all ranks get all results, or all raise _Failed."""
@@ -192,7 +181,7 @@ class Saver:
             result = phase()
         except generations.Fenced as e:
             error, fenced = str(e), True
-        except (OSError, SafetensorError, RuntimeError, ValueError, MemoryError) as e:
+        except (OSError, RuntimeError, ValueError, MemoryError) as e:
             error = f"{self.world.name}: {e}"
         answers = self.world.gather((result, error, fenced), self._group)
         errors = [e for _, e, _ in answers if e is not None]
@@ -216,11 +205,3 @@ def share_out(parts: dict[str, Part], ranks: int) -> dict[str, int]:
         owner[name] = rank
         load[rank] += part.nbytes
     return owner
-
-
-def _write(path: Path, part: Part) -> tuple[int, str]:
-    """Write one file to disk for good; its size and sha256."""
-    save_file(part.tensors, path, metadata=sealed(part.facts, part.tensors) if part.facts else None)
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-    return path.stat().st_size, file_sha256(path)

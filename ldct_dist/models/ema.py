@@ -10,9 +10,9 @@ from ldct_dist.models.registry import Denoiser
 
 
 class Ema:
-    """`module` follows a network with `decay`, and faster at first: min(decay, (1 + n) / (10 + n)).
+    """`module` follows a network with `decay`, and faster at first, as `decay_after` says.
 
-    decay 0 makes it a copy. `updates` is n, which belongs into a checkpoint beside the module's weights.
+    decay 0 makes it a copy. `updates` belongs into a checkpoint beside the module's weights.
     """
 
     def __init__(self, model: Denoiser, decay: float) -> None:
@@ -23,6 +23,11 @@ class Ema:
     @torch.no_grad()
     def update(self, model: Denoiser) -> None:
         """Move towards `model`, which has the same shapes, device and dtype."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = decay_after(self.updates, self.decay)
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
         self.updates += 1
+
+
+def decay_after(updates: int, decay: float) -> float:
+    """The share of the average that the next update leaves: min(decay, (1 + n) / (10 + n)) after n of them."""
+    return min(decay, (1 + updates) / (10 + updates))

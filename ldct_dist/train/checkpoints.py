@@ -17,7 +17,7 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.state import TrainState
 from ldct_dist.train.stop import Stop
-from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.train.strategy import Strategy
 from ldct_dist.world import World
 
 Say = Callable[[str], None]
@@ -34,7 +34,7 @@ class Checkpoints:
         self,
         config: RunConfig,
         folder: RunFolder,
-        strategy: DDPStrategy,
+        strategy: Strategy,
         world: World,
         store: str,
         allow_new_data: bool,
@@ -72,7 +72,7 @@ class Checkpoints:
         state = TrainState.of(counters)
         self.saved = state.step
         self._say(f"resumed at step {state.step} from {found.path}")
-        if warning := _other_arithmetic(counters["arithmetic"], _arithmetic(self.world)):
+        if warning := _other_arithmetic(counters["arithmetic"], _arithmetic(self.config, self.world)):
             self._say(warning)
         if state.store != self.store:
             state.store, state.best = self.store, None  # best was measured on other cases
@@ -84,7 +84,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Start saving; at once, unless the save before is still under way."""
-        facts = {"updates": self.strategy.updates, "arithmetic": _arithmetic(self.world)}
+        facts = {"updates": self.strategy.updates, "arithmetic": _arithmetic(self.config, self.world)}
         self.saver.save(state.step, self.strategy.parts(state.step), state.counters() | facts)
         self.saved = state.step
 
@@ -127,22 +127,23 @@ def fresh_model(config: RunConfig) -> Denoiser:
     return build(config.model)
 
 
-def _arithmetic(world: World) -> dict[str, Any]:
+def _arithmetic(config: RunConfig, world: World) -> dict[str, Any]:
     """What the order of additions depends on, besides the config: with the same, sums are the same bit for bit."""
     return {
         "ranks": world.size,
         "threads": torch.get_num_threads(),
+        "zero": config.zero,
         "device": world.device.type,
         "torch": str(torch.__version__),
     }
 
 
 def _other_arithmetic(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    changed = [key for key in now if before[key] != now[key]]
+    changed = [key for key in now if before.get(key) != now[key]]
     if not changed:
         return None
     way_back = f"; threads={before['threads']} gives the order back" if changed == ["threads"] else ""
     return (
-        f"sums are added in another order than before ({', '.join(f'{k} {before[k]}, now {now[k]}' for k in changed)}): "
+        f"sums are added in another order than before ({', '.join(f'{k} {before.get(k)}, now {now[k]}' for k in changed)}): "
         f"the samples are the same, losses agree to rounding but not bit for bit{way_back}"
     )

@@ -13,6 +13,7 @@ from ldct_dist.data.plan import DataConfig
 from ldct_dist.models.losses import LossConfig
 from ldct_dist.models.registry import ModelConfig
 from ldct_dist.train.guard import GuardConfig
+from ldct_dist.train.strategy.config import DeepSpeedConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -64,9 +65,14 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    zero: Literal[0, 1, 2, 3] = 0
+    """what strategy=deepspeed shares out over the ranks: 1: optimizer, average and fp32 weights; 2: gradients too;
+    3: the working weights too; 0: nothing, as ddp"""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16: autocast, with weights and optimizer in fp32; fp64 is for checking arithmetic"""
+    """bf16: autocast, with weights and optimizer in fp32, and under ZeRO bf16 copies of the weights to work with;
+    fp64 is for checking arithmetic"""
     micro_batch: Positive | None = None
     """crops a forward pass; None: the rank's whole share. Gradients accumulate over the share"""
     compile: bool = False

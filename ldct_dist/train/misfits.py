@@ -10,6 +10,7 @@ from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.strategy.deepspeed import refuse_deepspeed
 from ldct_dist.world import World
 
 
@@ -20,6 +21,7 @@ def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, world: Worl
     protocol_named(config.validation.protocol)
     if config.validates:
         store.split(config.validation.split)
+    refuse_deepspeed(config, world)
     if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
         raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")
 

@@ -24,12 +24,13 @@ from ldct_dist.world import World
 
 CHANGEABLE = (
     *("steps", "store", "runs", "data.threads", "data.memory_mib", "data.stage", "micro_batch", "threads"),
+    *("strategy", "zero", "deepspeed"),
     *("validation", "checkpoint", "log", "guard", "time_limit_s", "grace_s", "hang_s"),
 )
 """Keys, or whole sections, that may differ when a run goes on: they change neither the samples nor, but for
 rounding, the arithmetic of a step (steps bends the rest of the learning-rate curve, which is what a user who
 changes it asks for)."""
-CODE_PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "pydicom", "ldct_dist")
+CODE_PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "pydicom", "deepspeed", "ldct_dist")
 
 
 class RunFolder:

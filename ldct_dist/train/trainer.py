@@ -23,7 +23,7 @@ from ldct_dist.train.optim import learning_rate
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.state import TrainState
 from ldct_dist.train.stop import Stop
-from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.train.strategy import build_strategy
 from ldct_dist.train.validation import Validated, held_out, validate
 from ldct_dist.train.watch import Watch
 from ldct_dist.world import World
@@ -68,7 +68,7 @@ class Trainer:
         model = world.each(lambda: fresh_model(config))
         world.each(lambda: refuse_misfits(config, model, self.store, world))
         self.loader = world.each(lambda: Loader(self.plan, world.rank, world.size, world.device))
-        self.strategy = DDPStrategy(model, config, world)
+        self.strategy = build_strategy(model, config, world)
         self.loss = build_loss(config.loss)
         self.margin = config.loss.margin_for(model.radius, config.data.crop)
         self.state = TrainState(self.store.fingerprint)

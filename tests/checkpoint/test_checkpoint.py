@@ -9,8 +9,9 @@ import torch
 from ldct_dist.checkpoint import generation, retention
 from ldct_dist.checkpoint.load import newest_valid, read, verify_run, weights_of
 from ldct_dist.checkpoint.manifest import Corrupt, Manifest
+from ldct_dist.checkpoint.pieces import Part
 from ldct_dist.checkpoint.retention import CheckpointConfig
-from ldct_dist.checkpoint.save import Part, Saver, share_out
+from ldct_dist.checkpoint.save import Saver, share_out
 from ldct_dist.errors import UserError
 from ldct_dist.world import World
 
@@ -143,7 +144,7 @@ def test_a_step_saved_again_replaces_the_checkpoint_that_was_passed_over(saver):
 
 def test_a_save_that_cannot_be_written_is_an_outcome_and_leaves_the_last_good_one(saver, monkeypatch):
     save(saver, 1)
-    monkeypatch.setattr("ldct_dist.checkpoint.save.save_file", _disk_full)
+    monkeypatch.setattr("ldct_dist.checkpoint.pieces.os.fsync", _disk_full)
     outcome = save(saver, 2)
     assert "No space left on device" in outcome.error
     assert [p.name for p in saver.root.iterdir()] == ["step-00000001"]

@@ -1,0 +1,70 @@
+"""How a network is trained by many ranks: what holds its weights, its moving average and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ldct_dist.checkpoint.pieces import Part
+from ldct_dist.models.registry import Denoiser
+from ldct_dist.world import World
+
+if TYPE_CHECKING:
+    from ldct_dist.train.config import RunConfig
+
+
+class Strategy(Protocol):
+    """All that the Trainer knows of it. Every rank makes the same calls in the same order."""
+
+    def begin(self, weights: Denoiser) -> None:
+        """Train from `weights`: the average starts there, the optimizer has seen nothing yet."""
+
+    def warm_up(self) -> None:
+        """What a start does once, so that its steps add up as those of a run without a break."""
+
+    def __call__(self, hu: torch.Tensor) -> torch.Tensor:
+        """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward of one micro-batch."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this rank's `loss`; after the last micro-batch it is the mean over ranks."""
+
+    def clip(self) -> torch.Tensor:
+        """The gradient's L2 norm, a scalar that is the same on all ranks and not finite where the gradient is not.
+        `step` scales the gradient down to optim.clip_norm."""
+
+    def step(self, lr: float) -> None:
+        """Apply the gradients, and let the average follow."""
+
+    def forget_gradients(self) -> None:
+        """Whether they were applied or not."""
+
+    @property
+    def averaged(self) -> Denoiser:
+        """The network with the averaged weights, whole on every rank: what validation and people use."""
+
+    @property
+    def updates(self) -> int:
+        """Steps applied so far, which the average's decay depends on."""
+
+    def parts(self, step: int) -> dict[str, Part]:
+        """Files of a checkpoint, the same for every strategy; their tensors may be changed once they are staged."""
+
+    def load(self, tensors: Iterable[tuple[str, str, torch.Tensor]], updates: int) -> None:
+        """Put (file, name, whole tensor) of a checkpoint back, whichever strategy and number of ranks wrote it."""
+
+
+def build_strategy(model: Denoiser, config: RunConfig, world: World) -> Strategy:
+    """ZeRO 0 shares nothing out, which is what DDP is. DeepSpeed is imported by runs that ask for it alone."""
+    if config.zero == 0:
+        from ldct_dist.train.strategy.ddp import DDPStrategy
+
+        return DDPStrategy(model, config, world)
+    from ldct_dist.train.strategy.deepspeed import DeepSpeedStrategy
+
+    return DeepSpeedStrategy(model, config, world)

@@ -10,15 +10,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldct_dist.checkpoint.load import WEIGHTS
-from ldct_dist.checkpoint.save import Part
+from ldct_dist.checkpoint.pieces import Part
 from ldct_dist.models.ema import Ema
 from ldct_dist.models.registry import Denoiser
-from ldct_dist.models.weights import weights_facts
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
+from ldct_dist.train.strategy.parts import MOMENTS, RAW_WEIGHTS, parts_of
 from ldct_dist.world import World
-
-RAW_WEIGHTS = "weights-raw.safetensors"
 
 
 class DDPStrategy:
@@ -103,22 +101,15 @@ class DDPStrategy:
         return self.ema.module
 
     def parts(self, step: int) -> dict[str, Part]:
-        """Files of a checkpoint: weights as people use them, and the optimizer's state in a file a rank."""
-        facts = weights_facts(self.model.config, step=str(step))
-        parts = {
-            WEIGHTS: Part(dict(self.ema.module.named_parameters()), facts),
-            RAW_WEIGHTS: Part(dict(self.model.named_parameters()), facts),
-        }
-        tensors = {
-            f"{name}/{key}": value
+        """Files of a checkpoint, of tensors that are whole on every rank."""
+        moments = {
+            f"{name}/{key}": state[key]
             for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
+            if (state := self.optimizer.state[parameter])
+            for key in MOMENTS
         }
-        names, shards = sorted(tensors), self.world.size
-        for i in range(shards):
-            share = {name: tensors[name] for name in names[i::shards]}
-            parts[f"optimizer-{i + 1:05d}-of-{shards:05d}.safetensors"] = Part(share)
-        return parts
+        average, raw = (dict(module.named_parameters()) for module in (self.ema.module, self.model))
+        return parts_of(average, raw, moments, self.model.config, step, self.world.size)
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, str, torch.Tensor]], updates: int) -> None:
@@ -131,9 +122,9 @@ class DDPStrategy:
                 continue
             name, key = name.rsplit("/", 1)
             parameter = self.model.get_parameter(name)
-            # Adam keeps its step count on the CPU, and beside the parameter what is shaped and laid out like it.
-            place = torch.empty_like(tensor if tensor.ndim == 0 else parameter)
-            self.optimizer.state[parameter][key] = place.copy_(tensor)
+            state = self.optimizer.state[parameter]
+            state[key] = torch.empty_like(parameter).copy_(tensor)
+            state["step"] = torch.tensor(float(updates))  # Adam counts the steps of each tensor
         self.ema.updates = updates
 
     @property

@@ -1,0 +1,18 @@
+"""What strategy=deepspeed can be told besides its ZeRO stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ldct_dist.config import Config
+
+Place = Literal["gpu", "cpu"]
+
+
+class DeepSpeedConfig(Config):
+    """Where a rank keeps its share of the state."""
+
+    optimizer: Place = "gpu"
+    """fp32 weights, their average and Adam's means; cpu: 16 bytes a parameter less on the GPUs together"""
+    parameters: Place = "gpu"
+    """the working weights, with zero=3"""

@@ -1,0 +1,131 @@
+"""Where DeepSpeed's three ZeRO optimizers keep what this rank owns. All that is known of their insides is here.
+
+Each keeps flat fp32 master weights, of which this rank owns a stretch that Adam updates, and working weights, in the
+precision of the run, that are made from all ranks' stretches. (DeepSpeed 0.19: runtime/zero/stage_1_and_2.py,
+runtime/zero/stage3.py, and runtime/bf16_optimizer.py, which is ZeRO 1 in bf16.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Owned:
+    """`count` elements of a parameter, from `start` on in C order, which lie at `place` of master number `master`."""
+
+    master: int
+    place: int
+    start: int
+    count: int
+
+
+class Zero(Protocol):
+    """One of the three."""
+
+    masters: list[torch.Tensor]
+
+    def owned(self, parameter: Any) -> Owned | None:
+        """What this rank owns of it."""
+
+    def norm(self) -> torch.Tensor:
+        """The gradient's L2 norm over all ranks, by which `step` clips; not finite where the gradient is not."""
+
+    def drop_gradients(self) -> None:
+        """Forget them without a step."""
+
+    def spread(self) -> None:
+        """Make the working weights of all ranks anew from the masters."""
+
+
+def zero_of(optimizer: Any) -> Zero:
+    """What stands behind `engine.optimizer`."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return _Stage3(optimizer)
+    return _Stage1Bf16(optimizer) if isinstance(optimizer, BF16_Optimizer) else _Stage12(optimizer)
+
+
+class _Linked:
+    """Parameters know by themselves what this rank owns of them."""
+
+    def owned(self, parameter: Any) -> Owned | None:
+        link = parameter._hp_mapping
+        if link is None:
+            return None
+        given, kept = link.lp_fragment_address, link.hp_fragment_address
+        return Owned(link.param_group_index, kept.start, given.start, kept.numel)
+
+
+class _Stage12(_Linked):
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.masters = optimizer.single_partition_of_fp32_groups
+
+    def norm(self) -> torch.Tensor:
+        return self._optimizer.scaled_global_norm()
+
+    def drop_gradients(self) -> None:
+        zero = self._optimizer
+        zero.zero_grad()
+        zero.micro_step_id = -1
+        zero._release_preflattened_grad_buffers()
+        zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+
+    def spread(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+class _Stage1Bf16(_Linked):
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.masters = optimizer.fp32_groups_flat_partition
+
+    def norm(self) -> torch.Tensor:
+        from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+        gradients, _ = self._optimizer.get_grads_for_norm()
+        norm = get_global_norm_of_tensors(gradients)
+        return torch.where(norm < 0, torch.inf, norm)  # -1 stands for one that is not finite
+
+    def drop_gradients(self) -> None:
+        self._optimizer.zero_grad()
+
+    def spread(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+class _Stage3:
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.masters = optimizer.fp32_partitioned_groups_flat
+
+    def owned(self, parameter: Any) -> Owned | None:
+        zero = self._optimizer
+        master, place, share = zero.grad_position[zero.get_param_id(parameter)]
+        start = share * zero._get_param_partition_rank(parameter)
+        count = min(share, parameter.ds_numel - start)  # the last shares are padded
+        return Owned(master, place, start, count) if count > 0 else None
+
+    def norm(self) -> torch.Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return combine_grad_norm_groups(self._optimizer._get_norm_groups())
+
+    def drop_gradients(self) -> None:
+        self._optimizer._overflow_clean_up(1.0)
+
+    def spread(self) -> None:
+        zero = self._optimizer
+        zero._partition_all_parameters()
+        for group in range(len(self.masters)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero._post_step(set())
