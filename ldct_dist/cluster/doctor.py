@@ -147,20 +147,28 @@ def _preemption_grace() -> dict[str, float]:
     partition = os.environ.get("SLURM_JOB_PARTITION")
     if partition is None:
         return {}
-    command = ["scontrol", "show", "partition", partition]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError) as e:
-        raise UserError(f"{' '.join(command)}: {e}; Slurm's commands are needed on the nodes, too") from e
-    return parse_partition(told)
+    return parse_partition(_scontrol("show", "partition", partition))
 
 
 def _meeting_point() -> None:
     """Under srun: the first node, and a port that follows from the job, unless the environment names them."""
     name_interface()
     if "SLURM_STEP_NODELIST" in os.environ and "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = SlurmJobEnvironment().hostnames[0]
+        os.environ["MASTER_ADDR"] = _address(SlurmJobEnvironment().hostnames[0])
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
+
+
+def _address(node: str) -> str:
+    """As Slurm itself reaches it: a node's name need not be in the DNS."""
+    return re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", node))[1]  # type: ignore[index]
+
+
+def _scontrol(*words: str) -> str:
+    command = ["scontrol", *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        raise UserError(f"{' '.join(command)}: {e}; Slurm's commands are needed on the nodes, too") from e
 
 
 def _fresh_folder(runs: Path) -> Path:

@@ -9,16 +9,14 @@ from pathlib import Path
 from ldct_dist.cluster.progress import read_starts
 
 JOB = Path("slurm/job.json")
-CONFIG = Path(
-    "slurm/config.yaml"
-)  # what the latest job was given, which a job in the queue reads when it starts
+CONFIG = Path("slurm/job.yaml")  # what the latest job was given, which a job in the queue reads when it starts
 CANCELLED = Path("slurm/cancelled")  # holds the id of the latest job that a person ended
 _ERROR = re.compile(r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 
 
 def is_run(folder: Path) -> bool:
     """Whether a run was started, or submitted, in this folder."""
-    return (folder / "config.yaml").is_file() or (folder / JOB).is_file()
+    return (folder / "config.yaml").is_file() or (folder / CONFIG).is_file()
 
 
 def job_of(run: Path) -> str | None:

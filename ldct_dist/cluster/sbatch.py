@@ -47,7 +47,9 @@ def render(script: Script) -> str:
         "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script)),
         _environment(script),
         body.replace("{again}", _again(script))
+        .replace("{ask}", _ASK)
         .replace("{srun}", _srun_options(script.site))
+        .replace("{hung}", shlex.quote(f"{script.folder}/") + "$SLURM_JOB_ID.hung")
         .replace("{parts}", str(script.parts))
         .replace("{launch}", _launch(script)),
     ]
@@ -169,37 +171,53 @@ export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
 export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run heeds signals by itself
 
 trap : TERM USR1 USR2   # this shell outlives the ranks
-
+{ask}
 # One task a rank. Since Slurm 22.05, srun does not take over sbatch's --cpus-per-task. Ranks that stop together
 # need not leave together, and if a node is lost, Slurm is to find that out first: so none is killed because another
-# has left. A signal that comes before a rank can heed it must not kill it either.
+# has left. A signal that comes before a rank can heed it must not kill it either. But a rank that hangs would hold
+# the nodes: those that found it out, and left with 76 or 77, have the whole step killed.
+hung={hung}
+rm -f "$hung"
+export hung job
 srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=0 --wait=0{srun} \\
-  bash -c 'trap "" TERM USR1 USR2; exec "$@"' -- \\
+  bash -c "$(declare -f insist still_ours)"'
+    trap "" TERM USR1 USR2
+    "$@"; code=$?
+    [ "$code" -ne 76 ] || touch "$hung"
+    case $code in 76|77) still_ours && scancel --signal=KILL "$job.$SLURM_STEP_ID" ;; esac
+    exit "$code"' -- \\
   {launch}
 code=$?
 
-# 75: all ranks stopped at one step, and its checkpoint is committed. Leaving now would count as finished.
-if [ "$code" -eq 75 ]; then
+# 75: all ranks stopped at one step, and its checkpoint is committed. Leaving now would count as finished. After 76
+# the run had got on before it hung, and is worth another start.
+if { rm "$hung" 2>/dev/null || [ "$code" -eq 75 ]; } && still_ours; then
 {again}fi
 exit "$code"
 """
 _PART = """\
 job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+{ask}
 {launch} --part "$SLURM_ARRAY_TASK_ID/{parts}"
 code=$?
 
 # Killed, for want of memory or otherwise: once more, up to three times. What is written stays.
-if [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
+if [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] && still_ours; then
 {again}fi
 exit "$code"
 """
 _SINGLE = "{launch}\n"
+_ASK = """\
+insist() { for pause in 0 5 15 30; do sleep "$pause"; "$@" 2>&1 && return; done; return 1; }   # Slurm may be busy
+# Not ended by scancel, which is to stay so; nor gone on elsewhere, if this node was cut off meanwhile.
+still_ours() {
+  local now
+  now=$(insist scontrol --oneliner show job "$job")
+  [[ $now == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $now != *" JobState=COMPLETING Reason=None "* ]]
+}
+"""
 _REQUEUE = """\
-  for pause in 0 5 15 30; do   # Slurm may not answer at once; asked twice, it still requeues once
-    sleep "$pause"
-    answer=$(scontrol requeue "$job" 2>&1) && exit 75
-    case $answer in *disabled*) break ;; esac
-  done
+  answer=$(insist scontrol requeue "$job") && exit 75   # asked twice, it still requeues once
   echo "not requeued: $answer" >&2
 """
 _CHAIN = """\

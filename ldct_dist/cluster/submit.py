@@ -214,6 +214,8 @@ def _executor_here(request: Request, cluster: str) -> Any:
             tasks_per_node=request.tasks_per_node,
             gpus_per_node=_number("gpus-per-node", gpus),
             timeout_min=60 * 24 * 365,  # a run ends by itself, or by time_limit_s
+            # It is to outlive this terminal, and not to keep a pipe open that this command's output goes to.
+            local_setup=["trap '' HUP", "exec </dev/null >/dev/null 2>&1"],
         )
     return executor
 

@@ -2,61 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file
+from ldct_dist import submit
+from ldct_dist.cluster.local import LocalRanks
+from runs import losses, write_config
 
 RANKS = 4
 STEPS = 120
-CONFIG = """
-name: {name}
-store: {store}
-runs: {runs}
-steps: {steps}
-threads: 1
-data: {{crop: [4, 16, 16], batch: 4, reuse: 1.0, memory_mib: 64}}
-model: {{size: xs}}
-optim: {{lr: 1e-3, warmup: 2, ema: 0.9}}
-checkpoint: {{every: 20}}
-validation: {{every: 1000, split: val}}
-log: {{every: 20}}
-"""
+OPTIONS = {"nodes": 2, "ntasks_per_node": 2, "time": "10"}
 
 
-def write_config(folder: Path, store: Path, name: str, steps: int = STEPS) -> Path:
-    path = folder / f"{name}.yaml"
-    path.write_text(CONFIG.format(name=name, store=store, runs=folder / "runs", steps=steps))
-    return path
+def write_job(folder: Path, store: Path, **changes: Any) -> Path:
+    """The YAML of a run whose steps are quick, so that a job can be disturbed in the middle of many."""
+    job: dict[str, Any] = {
+        "steps": STEPS,
+        "data": {"crop": [4, 16, 16]},
+        "checkpoint": {"every": 20},
+        "validation": {"every": 1_000_000},
+        "log": {"every": 20},
+    }
+    return write_config(folder, store, **job | changes)
 
 
-def losses(run: Path) -> list[dict]:
-    """One line a step; JSON floats are exact, so equality is bitwise."""
-    path = run / "losses.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def starts(run: Path) -> list[dict]:
-    return json.loads((run / "environment.json").read_text())
-
-
-def weights(run: Path) -> dict:
-    """The tensors of the last checkpoint, by file and name."""
-    last = max((run / "checkpoints").glob("step-*"))
-    return {f"{f.name}/{k}": t for f in last.glob("*.safetensors") for k, t in load_file(f).items()}
-
-
-def same(run: Path, reference: Path) -> bool:
-    """Whether every loss and every tensor of the last checkpoint are the same, bit for bit."""
-    ours, theirs = weights(run), weights(reference)
-    return (
-        losses(run) == losses(reference)
-        and ours.keys() == theirs.keys()
-        and all((tensor == theirs[key]).all() for key, tensor in ours.items())
-    )
+def train_here(folder: Path, store: Path, **changes: Any) -> Path:
+    """The same run on as many ranks of this machine, without Slurm."""
+    folder.mkdir(exist_ok=True)
+    with LocalRanks(["train", str(write_job(folder, store, **changes))], RANKS, folder / "log") as ranks:
+        assert ranks.wait() == 0, (folder / "log").read_text()
+    return folder / "runs" / "run"
 
 
 def wait(ready: Callable[[], object], what: str, seconds: float = 240) -> None:
@@ -72,7 +50,39 @@ def field(cluster, job: str, name: str) -> str:
     return re.search(rf"\b{name}=(\S*)", text)[1]
 
 
+def ranks_on(machines, node: int) -> list[int]:
+    """The processes of the ranks that run on a node."""
+    processes = machines.order("processes_of", node)
+    return [int(pid) for pid, line in processes.items() if "python" in line.split()[0] and "submitit" in line]
+
+
 def nodes_of(cluster, job: str) -> list[int]:
     """Numbers of the nodes that the job runs on, that of its script first."""
     names = cluster.run("scontrol", "show", "hostnames", field(cluster, job, "NodeList")).split()
     return [int(name.removeprefix("node")) for name in names]
+
+
+class Trial:
+    """A run given to Slurm, brought to a step where something can happen to it.
+
+    options: of sbatch; changes: of the run's config.
+    """
+
+    def __init__(self, cluster, store, folder, options=OPTIONS, **changes) -> None:
+        self.cluster = cluster
+        self.run = folder / "runs" / "run"
+        self.job = submit(write_job(folder, store, **changes), **options)
+
+    def comes_to(self, step: int) -> None:
+        wait(lambda: len(losses(self.run)) >= step, f"step {step}; {self.job.log}")
+
+    def nodes(self) -> list[int]:
+        return nodes_of(self.cluster, self.job.job_id)
+
+    def ends(self) -> None:
+        """It comes to its end, with nothing requeued twice."""
+        assert self.job.results() == [0] * RANKS
+
+    @property
+    def restarts(self) -> int:
+        return int(field(self.cluster, self.job.job_id, "Restarts"))

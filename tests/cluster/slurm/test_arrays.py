@@ -20,6 +20,7 @@ from ldct_dist.store.reader import Store
 from stores import smooth_volume
 from synthetic_dicom import Options, write_series
 
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slurm
 CASES = 3
 SETTINGS = ("workers=1", "simulation.photons=1e5", "simulation.cutoff_per_mm=0.5")
@@ -80,3 +81,33 @@ def test_a_cohort_is_denoised_by_parts_each_case_whole(cluster, dicom, tmp_path)
     wait(lambda: all(field(cluster, f"{array}_{i}", "JobState") in done for i in range(2)), "both parts")
     assert sorted(p.name for p in out.iterdir()) == [f"case-{i}" for i in range(CASES)]
     assert all(len(list(case.iterdir())) == 4 for case in out.iterdir())
+
+
+def by_hand(cluster, folder: Path, script: str, numbers: dict[str, str], *arguments: str | Path) -> str:
+    """Submit one of the scripts to copy, with this software, these numbers of parts, and a node's share of it."""
+    text = (ROOT / "slurm" / script).read_text()
+    for before, after in {"source .venv/bin/activate": f"PATH={sys.prefix}/bin:$PATH", **numbers}.items():
+        assert before in text
+        text = text.replace(before, after)
+    (folder / script).write_text(text)
+    size = ["--gpus=0", "--cpus-per-task=1", "--mem=0"]
+    return cluster.run(
+        "sbatch", "--parsable", f"--chdir={folder}", *size, folder / script, *arguments
+    ).strip()
+
+
+def test_the_scripts_to_copy_ingest_and_denoise(cluster, dicom, tmp_path):
+    store, out = tmp_path / "ct.zarr", tmp_path / "out"
+    array = by_hand(cluster, tmp_path, "ingest.sbatch", {"0-7": "0-1", "/8": "/2"}, dicom, store, *SETTINGS)
+    python = f"{sys.executable} -m ldct_dist"
+    cluster.run(
+        *("sbatch", "--wait", f"--dependency=afterany:{array}", f"--chdir={tmp_path}"),
+        f"--wrap={python} finalise {store}",
+    )
+    assert len(Store(store).cases) == CASES
+    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
+    numbers = {"0-15": "0-1", "/16": "/2"}
+    array = by_hand(cluster, tmp_path, "denoise.sbatch", numbers, tmp_path / "w.safetensors", dicom, out)
+    ended = ("COMPLETED", "FAILED")
+    wait(lambda: all(field(cluster, f"{array}_{i}", "JobState") in ended for i in range(2)), "both parts")
+    assert sorted(p.name for p in out.iterdir()) == [f"case-{i}" for i in range(CASES)]

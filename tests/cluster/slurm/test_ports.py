@@ -10,10 +10,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from jobs_of import field, losses, wait, write_config
+from handle import Handle
+from jobs_of import field, wait, write_job
 from throwaway import missing_packages
 
-from conftest import Handle, skip
+from conftest import skip
+from runs import losses
 from stores import make_store
 
 pytestmark = pytest.mark.slurm
@@ -42,7 +44,7 @@ def test_a_run_is_submitted_and_comes_to_its_end(rootless):
     handle, folder, powerless = rootless
     capabilities = Path(f"/proc/{handle.keeper.pid}/status").read_text().partition("CapEff:")[2].split()[0]
     assert int(capabilities, 16) in (0, CAP_SETUID | CAP_SETGID)
-    config = write_config(folder, make_store(folder / "ct.zarr", [(6, 32, 32)] * 2).path, "run", steps=4)
+    config = write_job(folder, make_store(folder / "ct.zarr", [(6, 32, 32)] * 2).path, steps=4)
     command = [*powerless, sys.executable, "-m", "ldct_dist", "submit", config]
     done = subprocess.run(
         [*command, "--nodes=2", "--ntasks-per-node=2"],

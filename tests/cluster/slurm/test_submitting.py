@@ -5,32 +5,21 @@ from __future__ import annotations
 import sys
 
 import pytest
-from jobs_of import field, losses, wait, write_config
+from jobs_of import field, wait, write_job
 from submitit.core.utils import UncompletedJobError
 
 from ldct_dist import submit
-from stores import make_store
+from runs import losses
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("user_of")]
 HOSTILE = 'it\'s "quoted" $(touch pwned) `touch pwned` ;& \\ #'
-
-
-@pytest.fixture(autouse=True)
-def user_of(cluster, monkeypatch):
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("submitting") / "ct.zarr", [(6, 32, 32)] * 2).path
 
 
 def test_a_value_is_what_slurm_gets_whatever_it_holds(cluster, store, tmp_path, monkeypatch):
     folder = tmp_path / "a folder $(touch pwned) 100%j"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    job = submit(write_config(folder, store, "run", steps=1), comment=HOSTILE, hold=True)
+    job = submit(write_job(folder, store, steps=1), comment=HOSTILE, hold=True)
     text = cluster.run("scontrol", "show", "job", job.job_id)
     assert f"Comment={HOSTILE} \n" in text
     cluster.run("scontrol", "release", job.job_id)
@@ -41,7 +30,7 @@ def test_a_value_is_what_slurm_gets_whatever_it_holds(cluster, store, tmp_path, 
 
 
 def test_a_wrong_number_of_gpus_is_one_line(cluster, store, tmp_path):
-    job = submit(write_config(tmp_path, store, "run", steps=1), gpus_per_node=2)
+    job = submit(write_job(tmp_path, store, steps=1), gpus_per_node=2)
     wait(lambda: job.done(force_check=True), "the job's end")
     (line,) = {text for text in job.log.read_text().splitlines() if text.startswith("error: ")}
     assert "2 ranks on " in line
@@ -61,14 +50,14 @@ def test_a_site_may_have_the_run_in_a_container(cluster, store, tmp_path):
     site.write_text(
         f"container: {{image: the.sif, command: {apptainer}, python: {sys.executable}, nv: false}}\n"
     )
-    job = submit(write_config(tmp_path, store, "run", steps=1), site=str(site))
+    job = submit(write_job(tmp_path, store, steps=1), site=str(site))
     assert job.results() == [0]
     assert len(losses(tmp_path / "runs" / "run")) == 1
     assert f"--bind={tmp_path}/runs/run --bind" in (tmp_path / "words").read_text()
 
 
 def test_the_code_of_a_run_is_that_of_its_submission(cluster, store, tmp_path):
-    job = submit(write_config(tmp_path, store, "run", steps=1), hold=True)
+    job = submit(write_job(tmp_path, store, steps=1), hold=True)
     (code,) = (tmp_path / "runs/run/slurm/code").glob("*/ldct_dist/train/trainer.py")
     code.write_text(code.read_text() + "\nraise SystemExit('the copy runs')\n")
     cluster.run("scontrol", "release", job.job_id)

@@ -34,7 +34,7 @@ def mentions(folder: Path) -> list[str]:
 
 def test_nothing_is_left_when_the_tests_are_killed(cluster, tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from conftest import Handle\n"
+        "import sys, time; from pathlib import Path; from handle import Handle\n"
         f"h = Handle(Path({str(tmp_path / 'c')!r}), {cluster.mode!r}, 1)\n"
         "h.run('sbatch', '--output=/dev/null', '--wrap', f'sleep 1000 & exec sleep 1001')\n"
         "while 'RUNNING' not in h.run('squeue', '-h', '-o', '%T'): time.sleep(0.1)\n"

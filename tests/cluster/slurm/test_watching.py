@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import write_config
+from runs import write_config
 from stores import make_store
 
 pytestmark = pytest.mark.slurm
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slurm
 @pytest.fixture
 def config(tmp_path):
     make_store(tmp_path / "ct.zarr", [(10, 40, 40), (8, 32, 40)], ["train", "val"])
-    return write_config(tmp_path, tmp_path / "ct.zarr")
+    return write_config(tmp_path, tmp_path / "ct.zarr", steps=4, log={"images": False})
 
 
 @pytest.fixture

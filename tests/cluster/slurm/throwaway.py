@@ -106,14 +106,14 @@ class Cluster:
     def heal(self, node: int) -> None:
         self._in_network("head", f"ip link set v{node} up")
 
-    def processes_of(self, node: int) -> list[str]:
-        """The command lines that run on a node."""
+    def processes_of(self, node: int) -> dict[str, str]:
+        """The command lines that run on a node, by the numbers that this machine knows the processes by."""
         namespace = os.readlink(f"/proc/{self._init(f'node{node}')}/ns/pid")
-        found = []
+        found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 if os.readlink(process / "ns/pid") == namespace:
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                    found[process.name] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:  # ended meanwhile
                 continue
         return found
@@ -164,7 +164,8 @@ class Cluster:
         data = f"--datadir={folder}/mysql"
         install = ["mariadb-install-db", "--no-defaults", data, "--auth-root-authentication-method=normal"]
         install += ["--skip-test-db", "--skip-name-resolve", user]
-        subprocess.run(install, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        with open(folder / "log" / "mariadb-install-db.out", "wb") as log:
+            subprocess.run(install, check=True, stdout=log, stderr=log)
         options = [f"--socket={folder}/run/mysql.sock", f"--pid-file={folder}/run/mysql.pid", user, data]
         options += [
             "--bind-address=127.0.0.1",
@@ -174,7 +175,8 @@ class Cluster:
         options += ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M", "--skip-log-bin"]
         self._start("mariadbd", ["mariadbd", "--no-defaults", "--skip-name-resolve", *options], "head")
         self._wait("mariadbd", (folder / "run" / "mysql.sock").exists)
-        self._start("slurmdbd", ["slurmdbd", "-D"], "head")
+        # On a busy machine slurmdbd now and then finds no result where its new tables are to be, and ends.
+        self._start("slurmdbd", ["sh", "-c", "for i in 1 2 3; do slurmdbd -D && break; done"], "head")
         self._wait("slurmdbd", lambda: "ldct" in self._ask("sacctmgr", "-i", "add", "cluster", "ldct"))
 
     def _start(self, name: str, command: Sequence[str], machine: str | None = None) -> None:
