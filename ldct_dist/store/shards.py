@@ -135,9 +135,10 @@ def write_shards(path: Path, hu: np.ndarray, chunk: Triple, layers: int) -> None
         with open(file, "wb", buffering=0) as shard:
             for z, y, x in sorted(np.ndindex(layers, *grid[1:]), key=_morton):
                 part = hu[_span(number * layers + z, chunk[0]), _span(y, chunk[1]), _span(x, chunk[2])]
-                scratch.fill(AIR_HU)
+                if part.shape != chunk:
+                    scratch.fill(AIR_HU)
                 scratch[tuple(map(slice, part.shape))] = part
-                if (scratch != AIR_HU).any():
+                if scratch.max() != AIR_HU or scratch.min() != AIR_HU:
                     stored = _sealed(blosc.compress(scratch, b"lz4", LEVEL, blosc.BITSHUFFLE, typesize=2))
                     entries[z, y, x] = shard.tell(), len(stored)
                     _write(shard, stored)

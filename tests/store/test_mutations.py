@@ -204,7 +204,8 @@ def tells_padding(series: Series) -> bool:
 
 
 def plain(ds: Dataset) -> Dataset:
-    """`ds` with what describes its pixels under the VR it should have, without which pydicom decodes nothing."""
+    """`ds` with what describes its pixels as it should be, without which pydicom decodes nothing."""
+    ds.pop("NumberOfFrames", None)
     for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
         ds.add_new(keyword, "US", int(number(ds, keyword)))
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
