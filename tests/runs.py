@@ -28,7 +28,7 @@ def write_config(folder: Path, store: Path, **changes: Any) -> Path:
         "log": {"every": 4},
     }
     for key, value in changes.items():
-        config[key] = config[key] | value if isinstance(value, dict) else value
+        config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

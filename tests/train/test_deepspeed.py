@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plants import spoilt
+from plants import spoilt, together
+from torch.utils.cpp_extension import get_default_build_root
 
 from commands import command
 from forked import fork
 from ldct_dist import config as configs
+from ldct_dist.checkpoint import pieces
 from ldct_dist.denoise.tiles import denoise_volume
+from ldct_dist.errors import UserError
 from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.stop import Stop
+from ldct_dist.train.strategy.deepspeed import refuse_deepspeed
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
 from runs import equal, final_state, losses, unsharded, write_config
@@ -38,13 +42,33 @@ def run_of(folder: Path, name: str) -> Path:
     return folder / name / "runs" / "run"
 
 
+ADAM_ON_CPU = any(Path(get_default_build_root()).glob("*/cpu_adam/cpu_adam.so"))
+
+
 def zero(stage: int) -> dict:
     return {"strategy": "deepspeed", "zero": stage} if stage else {}
 
 
+spoilt_step = partial(spoilt, {2: float("nan")})
+"""a plant: a step that is not learnt from"""
+
+
+def no_room(rank: int) -> None:
+    """One rank finds the disk full when it is to write step 10 of the run broken-3."""
+    write = pieces._File._write
+
+    def written(self, at, given):
+        if "broken-3" in str(self.path) and "step-00000010" in str(self.path):
+            self._error = OSError(28, "No space left on device")
+        write(self, at, given)
+
+    if rank == 1:
+        pieces._File._write = written
+
+
 def train_all(runs: list[tuple[Path, float | None]], rank: int) -> None:
     """Train run after run in one process, each until its time is over; then end."""
-    spoilt({2: float("nan")}, rank)  # a step that is not learnt from, in each of them
+    together(spoilt_step, no_room, rank)
     world = World.join(threads=1)
     for path, seconds in runs:
         with Stop(seconds, grace_s=30.0) as stop:
@@ -62,13 +86,14 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(store, tmp_path_factory):
-    """Folder of 20 steps by two ranks: PRECISION-STAGE, and in fp32 also broken-STAGE, stopped and taken up."""
+    """Folder of 20 steps by two ranks: PRECISION-STAGE; in fp32 also broken-STAGE, stopped and taken up,
+    rolled-STAGE, which goes back, and offload, if what it needs was compiled before."""
     folder = tmp_path_factory.mktemp("trained")
     wanted: list[tuple[Path, float | None]] = []
 
     def configured(name: str, **changes) -> Path:
         (folder / name).mkdir()
-        return write_config(folder / name, store, steps=STEPS, **OPTIONS, **changes)
+        return write_config(folder / name, store, **{"steps": STEPS} | OPTIONS | changes)
 
     for precision, stage in product(("fp32", "bf16"), range(4)):
         path = configured(f"{precision}-{stage}", precision=precision, **zero(stage))
@@ -76,6 +101,12 @@ def trained(store, tmp_path_factory):
     for stage in (1, 2, 3):
         path = configured(f"broken-{stage}", **zero(stage))
         wanted += [(path, 0.1), (path, 0.1), (path, None)]
+    for stage in (0, 3):
+        path = configured(f"rolled-{stage}", guard={"patience": 1}, checkpoint={"every": 1}, **zero(stage))
+        wanted += [(path, None)]
+    if ADAM_ON_CPU:
+        places = {"optimizer": "cpu", "parameters": "cpu"}
+        wanted += [(configured("offload", deepspeed=places, **zero(3)), None)]
     start = folder / "start.yaml"
     assert fork(start, plant=partial(train_all, wanted)) == [0, 0], start.with_suffix(".log").read_text()
     return folder
@@ -111,6 +142,27 @@ def test_stopped_and_taken_up_it_is_bitwise_the_unbroken_run(trained, stage):
     assert equal(final_state(broken), final_state(whole))
 
 
+def test_a_rank_without_room_costs_a_checkpoint_and_holds_up_nobody(trained):
+    kept = [
+        sorted(p.name for p in (run_of(trained, f"broken-{i}") / "checkpoints").iterdir()) for i in (2, 3)
+    ]
+    assert sorted({*kept[0]} - {*kept[1]}) == ["step-00000010"]
+    log = (trained / "start.log").read_text()
+    assert log.count("a checkpoint was not written: rank 1") == log.count("No space left on device") == 1
+
+
+def test_it_goes_back_to_its_last_checkpoint_as_ddp_does(trained):
+    ours, ddp = (losses(run_of(trained, f"rolled-{stage}")) for stage in (3, 0))
+    assert (trained / "start.log").read_text().count("gone back to step 2, on with batch 3") == 2
+    assert [line["step"] for line in ours] == [line["step"] for line in ddp]
+    assert np.allclose([line["loss"] for line in ours], [line["loss"] for line in ddp], rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not ADAM_ON_CPU, reason="DeepSpeed's Adam for CPUs takes two minutes to compile")
+def test_with_all_of_it_on_the_cpu_it_learns_the_same(trained):
+    assert np.allclose(curve(run_of(trained, "offload")), curve(run_of(trained, "fp32-0")), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_its_weights_denoise(trained, stage):
     weights = run_of(trained, f"bf16-{stage}") / "checkpoints" / f"step-{STEPS:08d}" / "weights.safetensors"
@@ -130,7 +182,7 @@ def test_a_run_goes_on_by_any_strategy_at_any_number_of_ranks_past_a_damaged_che
     mine = tmp_path / "runs" / "run"
     for ranks, stage in ((2, 0), (1, 3), (2, 1), (4, 2), (2, 3)):
         options = [f"{key}={value}" for key, value in zero(stage).items()]
-        ends = fork(path, "time_limit_s=0.1", *options, ranks=ranks, plant=partial(spoilt, {2: float("nan")}))
+        ends = fork(path, "time_limit_s=0.1", *options, ranks=ranks, plant=spoilt_step)
         assert ends == [75] * ranks, log.read_text()
     assert command("verify", mine).returncode == 0
 
@@ -142,7 +194,31 @@ def test_a_run_goes_on_by_any_strategy_at_any_number_of_ranks_past_a_damaged_che
     assert told.returncode != 0
     assert victim.name in told.stdout + told.stderr
 
-    assert fork(path, plant=partial(spoilt, {2: float("nan")})) == [0, 0]
+    assert fork(path, plant=spoilt_step) == [0, 0]
     assert "passed over checkpoint step-00000005" in log.read_text()
     assert "resumed at step 4" in log.read_text()
     assert np.allclose(curve(mine), curve(run), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"zero": 3}, "set it, or leave them out"),
+        ({"strategy": "deepspeed", "deepspeed": {"optimizer": "cpu"}}, "set zero=1, 2 or 3"),
+        ({**zero(2), "precision": "fp64"}, "has no fp64"),
+        ({**zero(2), "compile": True}, "compile=false"),
+        ({**zero(2), "deepspeed": {"parameters": "cpu"}}, "is for zero=3"),
+        ({**zero(3), "deepspeed": {"optimizer": "nvme"}}, "nothing is kept on NVMe"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, words):
+    config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1} | changes)
+    with pytest.raises(UserError, match=words):
+        refuse_deepspeed(config, World())
+
+
+def test_without_deepspeed_the_refusal_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", None)
+    config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1, **zero(1)})
+    with pytest.raises(UserError, match=r"pip install 'ldct_dist\[deepspeed\]'"):
+        refuse_deepspeed(config, World())

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ldct_dist.config import Config
 
-Place = Literal["gpu", "cpu"]
+Place = Literal["gpu", "cpu", "nvme"]
 
 
 class DeepSpeedConfig(Config):

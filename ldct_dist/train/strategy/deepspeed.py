@@ -44,6 +44,7 @@ class DeepSpeedStrategy:
 
     def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
+        _choose_device(world)
         parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._adam = _optimizer(model, config)
@@ -176,7 +177,6 @@ class _Working(nn.Module):
 
 def _engine(model: Denoiser, optimizer: Optimizer, config: RunConfig, world: World) -> Any:
     """DeepSpeed's engine on the process group of `world`."""
-    _choose_device(world)
     import deepspeed
 
     # What training does not use shall not be compiled, for minutes, as a run starts.
@@ -254,6 +254,10 @@ def refuse_deepspeed(config: RunConfig, world: World) -> None:
         raise UserError(f"zero={config.zero} has no fp64: precision=fp64 is for strategy=ddp, or take fp32")
     if config.compile:
         raise UserError("compile=true is for strategy=ddp: set compile=false")
+    if "nvme" in (places.optimizer, places.parameters):
+        raise UserError(
+            "deepspeed: nothing is kept on NVMe so far, that is not proven to come back: take cpu"
+        )
     if places.parameters != "gpu" and config.zero != 3:
         raise UserError(
             f"deepspeed.parameters={places.parameters} is for zero=3: below it, every GPU keeps all parameters"

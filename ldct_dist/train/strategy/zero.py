@@ -75,8 +75,8 @@ class _Stage12(_Linked):
         zero.zero_grad()
         zero.micro_step_id = -1
         zero._release_preflattened_grad_buffers()
-        zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
-        zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
+        for group in range(len(self.masters)):
+            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
         if zero.cpu_offload:
             zero.reset_cpu_buffers()
 
