@@ -14,8 +14,9 @@ from pydicom import Dataset
 from pydicom.uid import CTImageStorage, UID_dictionary
 
 from ldct_dist.ct.geometry import Vector, stack
-from ldct_dist.ct.headers import Header, Stored, read_headers
+from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.ct.pixels import Slice, read_dataset, read_slice, rescale
+from ldct_dist.ct.stored import Stored
 from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
 

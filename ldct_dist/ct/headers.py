@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pydicom
 from pydicom import Dataset
@@ -27,38 +27,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from ldct_dist.ct.elements import HEAD, Head, Raw, read_head
+from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.errors import UserError
-
-
-class PixelForm(NamedTuple):
-    """How pixels are stored, in the header's own words; all slices of a series mostly share one. matrix: rows, columns."""
-
-    syntax: str
-    matrix: tuple[int, int] | None
-    bits_allocated: str | None
-    bits_stored: str | None
-    high_bit: str | None
-    representation: str | None
-    samples: str | None
-    photometric: str | None
-    pad_value: str | None
-    pad_limit: str | None
-    slope: float | None
-    intercept: float | None
-
-
-class Stored(NamedTuple):
-    """Where the pixels of a slice are, so that they are read without its header.
-
-    size in bytes and changed in ns: the file's, when the header was read. pixels: where native little-endian ones
-    begin in it, and their length in bytes; None where pydicom has to find or decode them.
-    """
-
-    path: Path
-    size: int
-    changed: int
-    pixels: tuple[int, int] | None
-    form: PixelForm
 
 
 @dataclass(frozen=True)

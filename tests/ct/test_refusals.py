@@ -16,6 +16,7 @@ from pydicom import dcmread
 from pydicom.tag import Tag
 from pydicom.uid import (
     EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLossless,
     JPEGLSLossless,
@@ -271,3 +272,14 @@ def elements(data: bytes, start: int) -> Iterator[tuple[int, int, int]]:
         end = start + (12 if long else 8) + length
         yield start, end, group << 16 | element
         start = end
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, JPEGLSLossless])
+def test_a_file_that_changes_after_the_search_is_not_read_by_its_old_header(tmp_path, syntax):
+    paths = write_series(tmp_path, phantom(), Options(syntax=syntax))
+    (series,), _ = find_series(tmp_path)
+    paths[2].write_bytes(paths[3].read_bytes() + b"\0\0")
+    with pytest.raises(
+        UserError, match=r"slice-002\.dcm: changed since the folder was searched; search it again"
+    ):
+        read_series(series)

@@ -7,11 +7,14 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Store
+from ldct_dist.store.record import array_metadata
+from ldct_dist.store.shards import write_shards
 from stores import SPACING, make_store, smooth_volume
 
 SHAPE = (33, 40, 50)
@@ -86,3 +89,41 @@ def test_a_lost_shard_is_not_taken_for_air(tmp_path):
     (store.path / "cases/case-000/1.00/c/0/0/0").unlink()
     with pytest.raises(UserError, match=r"case case-000 at dose 1\.00 cannot be read.*No such file"):
         store.volume("case-000", "1.00")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_shards_are_the_bytes_that_zarr_writes(tmp_path, layers):
+    chunk, (z, y, x) = (8, 16, 24), SHAPE
+    hu = smooth_volume(SHAPE, seed=0)
+    hu[:8, 16:32] = AIR_HU
+    shards = (layers * chunk[0], -(-y // 16) * 16, -(-x // 24) * 24)
+    array = zarr.create_array(
+        tmp_path / "zarr",
+        shape=SHAPE,
+        dtype="int16",
+        chunks=chunk,
+        shards=shards,
+        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=2), Crc32cCodec()],
+        fill_value=AIR_HU,
+        dimension_names=("z", "y", "x"),
+    )
+    array[:] = hu
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    write_shards(ours, hu, chunk, layers)
+    (ours / "zarr.json").write_bytes(array_metadata(SHAPE, chunk, shards))
+    written = [
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in (ours, tmp_path / "zarr")
+    ]
+    assert written[0] == written[1]
+    assert len(written[0]) == 1 + -(-z // shards[0])
+
+
+def test_a_volume_of_air_has_shards_all_the_same(tmp_path):
+    volume = Volume(np.full((9, 20, 20), AIR_HU, np.int16), SPACING)
+    layout.create(tmp_path / "s")
+    layout.write_case(tmp_path / "s", "air", {1.0: volume}, patient="p", split="train")
+    layout.finalise(tmp_path / "s")
+    assert (Store(tmp_path / "s").volume("air", "1.00").hu == AIR_HU).all()
+    assert (zarr.open_array(tmp_path / "s/cases/air/1.00")[:] == AIR_HU).all()
