@@ -1,0 +1,164 @@
+"""What one GPU makes of this package: ceilings, training steps, a plain loop, the loader, whole volumes.
+
+    python bench/gpu.py                  # under 8 minutes on one GPU
+    python bench/gpu.py --tiny           # the same code on CPU, in small: its figures mean nothing
+
+Needs torch and the package's own dependencies; a part whose packages are missing is skipped, and named so. Parts run
+in the order of their worth, and what would begin after `--budget` seconds is skipped too. Rows go to stderr as they
+come; the last line of stdout is JSON:
+
+device, commit          what ran where
+matmul_tflops           (a) the measured ceiling, bf16; `ceilings` has the copy's and the convolutions'
+mfu                     (b) by size: FLOPs of the best variant against that ceiling; `training` has every row
+roofline                (b) by size: what the measured convolution and copy ceilings allow, over the eager step's time
+vs_monai_loop           (c) a plain loop's time over ours: its defaults, and bf16 autocast
+data_wait               (d) share of a step that waits for the loader
+denoise_vs_monai        (e) our voxels a second over MONAI's sliding window: its defaults, and the same type and memory
+memory_error            (b) the planner's worst, over the measured peaks
+ranks                   two gloo ranks against one, and one on NCCL
+skipped                 part: why
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as it lies here, installed or not
+from gpus.ceilings import ceilings  # noqa: E402
+
+
+class Bench:
+    """Runs parts one after the other, and keeps what they say and why some say nothing."""
+
+    def __init__(self, budget: float) -> None:
+        self._end = time.monotonic() + budget
+        self.skipped: dict[str, str] = {}
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self._end
+
+    def part(self, name: str, act: Callable[[], Any]) -> Any:
+        if self.late:
+            self.skipped[name] = "out of time"
+            return None
+        start = time.monotonic()
+        try:
+            result = act()
+        except ModuleNotFoundError as e:
+            self.skipped[name] = f"package {e.name} is missing"
+            return None
+        except torch.OutOfMemoryError:
+            self.skipped[name] = "does not fit"
+            return None
+        print(f"{name} ({time.monotonic() - start:.0f} s): {json.dumps(result)}", file=sys.stderr, flush=True)
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="on CPU, in small")
+    parser.add_argument("--budget", type=float, default=440.0, help="seconds after which no part begins")
+    parser.add_argument("--out", type=Path, help="folder to keep the JSON in, such as bench/results")
+    args = parser.parse_args()
+    if not args.tiny and not torch.cuda.is_available():
+        sys.exit("no GPU here; --tiny proves the script on CPU")
+    device = torch.device("cpu" if args.tiny else "cuda:0")
+    if args.tiny:
+        torch.set_num_threads(1)
+        torch.compiler.set_stance("force_eager")  # compiling takes minutes on CPU, and is not what is proved here
+    result = run(device, args.tiny, Bench(args.budget))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        name = f"gpu-{result['device'].replace(' ', '-')}-{result['commit']}.json"
+        (args.out / name).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
+    crop, crops, main_size = ((4, 16, 16), 2, "xs") if tiny else ((32, 128, 128), 2, "l")
+    sizes = ["xs"] if tiny else ["l", "xl", "xxl", "m", "s"]
+    shape = (6, 32, 32) if tiny else (300, 512, 512)
+    peaks = bench.part("ceilings", lambda: ceilings(device, tiny))
+    rows = _training(bench, sizes, crop, crops, device, peaks)
+    # Each part imports what it needs by itself, so that one missing package costs its parts alone.
+    loop = bench.part(
+        "monai loop", lambda: _import("steps").against_monai_loop(main_size, crop, crops, device)
+    )
+    denoising = bench.part(
+        "denoising", lambda: _import("volumes").denoising("xs" if tiny else "m", shape, device, tiny)
+    )
+    steps = 2 if tiny else 60
+    wait = bench.part(
+        "loader", lambda: _import("volumes").data_wait("xs" if tiny else "m", crop, 4 * crops, device, steps)
+    )
+    ranks = bench.part("ranks", lambda: _import("ranks").proved(device))
+    if denoising is not None and "skipped" in denoising:
+        bench.skipped["denoising against MONAI"] = f"package {denoising['skipped']} is missing"
+    good = [row for row in rows if "mfu" in row]
+    return {
+        "device": "CPU" if tiny else torch.cuda.get_device_name(device),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "matmul_tflops": peaks["matmul_flops"] / 1e12,
+        "mfu": {size: max(r["mfu"] for r in good if r["size"] == size) for size in sizes if _of(good, size)},
+        "roofline": {r["size"]: r["roofline"] for r in good if r["variant"] == "eager"},
+        "vs_monai_loop": loop and {k: loop[k] for k in ("defaults", "bf16")},
+        "data_wait": wait,
+        "denoise_vs_monai": denoising and {k: denoising.get(k) for k in ("defaults", "same")},
+        "memory_error": max((abs(r["memory_error"]) for r in good if "memory_error" in r), default=None),
+        "ranks": ranks,
+        "ceilings": peaks,
+        "training": rows,
+        "denoising": denoising,
+        "skipped": bench.skipped,
+    }
+
+
+def _training(
+    bench: Bench, sizes: list[str], crop: Any, crops: int, device: torch.device, peaks: Any
+) -> list[dict]:
+    rows: list[dict] = []
+    variants = bench.part("imports", lambda: list(_import("steps").VARIANTS)) or []
+    for variant in variants:
+        for size in sizes:
+            row = bench.part(
+                f"{variant} {size}",
+                lambda size=size, variant=variant: _import("steps").training(
+                    size, variant, crop, crops, device, peaks
+                ),
+            )
+            rows += [row] if row is not None else []
+    return rows
+
+
+def _import(name: str) -> Any:
+    from importlib import import_module
+
+    return import_module(f"gpus.{name}")
+
+
+def _of(rows: list[dict], size: str) -> bool:
+    return any(row["size"] == size for row in rows)
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Ranks on one device: one on NCCL, and two on gloo, whose steps must be those of one rank alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gpus.steps import config_of
+from ldct_dist.models.losses import build_loss
+from ldct_dist.models.registry import build
+from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.world import World
+
+STEPS = 5
+
+
+def proved(device: torch.device) -> dict[str, float]:
+    """Largest difference of the weights, relative to how far training moved them: two gloo ranks against one alone.
+    On a GPU also what NCCL makes of a sum over its one rank."""
+    alone, start = _train(World(device=device))
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (str(device), folder), nprocs=2)
+        together = torch.load(Path(folder) / "weights.pt", weights_only=True)
+    moved = (alone - start).abs().max()
+    told = {"two_gloo_ranks_against_one": ((alone - together).abs().max() / moved).item()}
+    if device.type == "cuda":
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
+        dist.init_process_group("nccl", rank=0, world_size=1)
+        x = torch.ones(1 << 20, device=device)
+        dist.all_reduce(x)
+        told["nccl_sum_of_one_rank"] = x.mean().item()
+        dist.destroy_process_group()
+    return told
+
+
+def _rank(rank: int, device: str, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29532"}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    weights, _ = _train(World(rank, 2, rank, 2, torch.device(device)))
+    if rank == 0:
+        torch.save(weights, Path(folder) / "weights.pt")
+    dist.destroy_process_group()
+
+
+def _train(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """All weights after and before some steps on a global batch of two crops, on the CPU."""
+    torch.manual_seed(0)
+    config = config_of("s", (4, 16, 16), 2, precision="fp32")
+    strategy = DDPStrategy(build(config.model), config, world)
+    loss = build_loss(config.loss)
+    low, full = (
+        torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) * 50 for i in (1, 2)
+    )
+    mine = slice(world.rank, None, world.size)
+    low, full = low[mine].to(world.device), full[mine].to(world.device)
+    start = _weights(strategy)
+    for _ in range(STEPS):
+        with strategy.accumulating(last=True):
+            each = loss(strategy(low), full, torch.ones_like(low, dtype=torch.bool))
+            strategy.backward(each.mean())
+        strategy.clip()
+        strategy.step(1e-3)
+        strategy.forget_gradients()
+    return _weights(strategy), start
+
+
+def _weights(strategy: DDPStrategy) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().cpu() for p in strategy.model.parameters()])

@@ -1,0 +1,170 @@
+"""(b) Training steps of each size, and (c) of the same network in a plain MONAI-style loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from gpus.timing import forget_peak, peak, seconds
+from ldct_dist.models.losses import build_loss
+from ldct_dist.models.registry import build
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.cost.count import count
+from ldct_dist.train.cost.memory import BATCHES, STRATEGIES, Activations, memory
+from ldct_dist.train.cost.speed import ADAM_BYTES, AVERAGE_BYTES
+from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.world import World
+
+VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config, the most telling first
+    "eager": {},
+    "compiled": {"compile": True},
+    "channels first": {"channels_last": False},
+    "full checkpointing": {"model": {"activation_checkpointing": "full"}},
+    "selective checkpointing": {"model": {"activation_checkpointing": "selective"}},
+}
+
+
+def config_of(size: str, crop: tuple[int, int, int], crops: int, **changes: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "name": "bench",
+        "store": "nowhere",
+        "steps": 1,
+        "precision": "bf16",
+        "data": {"crop": crop, "batch": crops},
+        "model": {"size": size},
+        "loss": {"margin": (0, 0, 0)},
+    }
+    for key, value in changes.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) else value
+    return RunConfig(**tree)
+
+
+def our_step(config: RunConfig, device: torch.device) -> Callable[[], Any]:
+    """One step as the Trainer takes it, on a batch that is there already."""
+    strategy = DDPStrategy(build(config.model), config, World(device=device))
+    loss = build_loss(config.loss)
+    low, full = (torch.randn(config.data.batch, 1, *config.data.crop, device=device) * 50 for _ in range(2))
+    mask = torch.ones_like(low, dtype=torch.bool)
+
+    def step() -> None:
+        strategy.backward(loss(strategy(low), full, mask).mean())
+        strategy.clip()
+        strategy.step(1e-4)
+        strategy.forget_gradients()
+
+    return step
+
+
+def training(
+    size: str,
+    variant: str,
+    crop: tuple[int, int, int],
+    crops: int,
+    device: torch.device,
+    peaks: dict[str, float],
+) -> dict[str, Any]:
+    """mfu: against the measured matmul ceiling; roofline: the time that the measured convolution and copy ceilings allow,
+    kernel by kernel, over the time taken; memory_error: the planner's, where the device tells its peak."""
+    config = config_of(size, crop, crops, **VARIANTS[variant])
+    torch.compiler.reset()
+    forget_peak(device)
+    step = our_step(config, device)
+    took = seconds(step, device)
+    cost, crops = count(config, 2), config.data.batch
+    flops = cost.flops * crops / 2
+    kernels = sum(
+        max(op.flops / peaks["conv_flops"], op.bytes / peaks["copy_bytes_per_s"]) for op in cost.ops
+    )
+    update = (ADAM_BYTES + AVERAGE_BYTES) * cost.parameters / peaks["copy_bytes_per_s"]
+    row: dict[str, Any] = {
+        "size": size,
+        "variant": variant,
+        "step_s": took,
+        "tflops": flops / took / 1e12,
+        "mfu": flops / took / peaks["matmul_flops"],
+        "roofline": (kernels * crops / 2 + update) / took,
+        "voxels_per_s": crops * math.prod(config.data.crop) / took,
+    }
+    if (measured := peak(device)) is not None:
+        activations = Activations(cost, count(config, 3), math.prod(config.data.crop))
+        parts = memory(STRATEGIES[0], config, activations, crops, crops, 1)
+        predicted = parts.total - parts.batches * (1 - 1 / BATCHES)
+        row |= {
+            "peak_bytes": measured,
+            "predicted_bytes": predicted,
+            "memory_error": predicted / measured - 1,
+        }
+    return row
+
+
+def against_monai_loop(
+    size: str, crop: tuple[int, int, int], crops: int, device: torch.device
+) -> dict[str, float]:
+    """The plain loop's time over ours: in its defaults (fp32, or TF32 where torch takes it), and in bf16 autocast.
+
+    Both train the same network on the same crops; the plain loop's come from a DataLoader over arrays in memory.
+    """
+    ours = min(
+        seconds(our_step(config_of(size, crop, crops, compile=compiled), device), device)
+        for compiled in (False, True)
+    )
+    plain = {
+        dtype: seconds(_plain_step(size, crop, crops, device, dtype), device)
+        for dtype in (None, torch.bfloat16)
+    }
+    return {"our_step_s": ours, "defaults": plain[None] / ours, "bf16": plain[torch.bfloat16] / ours}
+
+
+def _plain_step(
+    size: str, crop: tuple[int, int, int], crops: int, device: torch.device, dtype: torch.dtype | None
+) -> Callable[[], Any]:
+    """Epochs over cropped volumes, as MONAI's tutorials write them."""
+    model = build(config_of(size, crop, crops).model).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    loss_function = torch.nn.L1Loss()
+    volumes = [torch.randn(2, *(n + 8 for n in crop)) * 50 for _ in range(2)]
+    batches = _loader(volumes, crop, crops)
+
+    def step() -> float:
+        low, full = next(batches).to(device).split(1, dim=1)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            loss = loss_function(model(low), full)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def _loader(volumes: list[torch.Tensor], crop: tuple[int, int, int], crops: int) -> Iterator[torch.Tensor]:
+    """MONAI's cached data set with random crops where MONAI is there, else the same in torch alone."""
+
+    def cut(volume: torch.Tensor) -> torch.Tensor:
+        start = [int(torch.randint(n - c + 1, ())) for n, c in zip(volume.shape[1:], crop, strict=True)]
+        return volume[:, *(slice(s, s + c) for s, c in zip(start, crop, strict=True))]
+
+    try:
+        from monai.data import CacheDataset, DataLoader
+        from monai.transforms import RandSpatialCrop
+
+        data: Any = CacheDataset(volumes * crops, RandSpatialCrop(crop, random_size=False), progress=False)
+    except ModuleNotFoundError:
+        from torch.utils.data import DataLoader
+
+        class Crops(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return len(volumes) * crops
+
+            def __getitem__(self, i: int) -> torch.Tensor:
+                return cut(volumes[i % len(volumes)])
+
+        data = Crops()
+    loader = DataLoader(data, batch_size=crops, shuffle=True, num_workers=0)
+    while True:
+        for batch in loader:
+            yield torch.as_tensor(batch)

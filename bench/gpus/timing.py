@@ -1,0 +1,49 @@
+"""Seconds of what runs on a device, and the most memory it takes there."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LAYOUTS = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
+
+
+def seconds(act: Callable[[], Any], device: torch.device, least: float = 0.5) -> float:
+    """Median of repetitions that together take at least so many seconds, after two that warm up; on CPU, where figures
+    mean nothing, of a single one."""
+    if device.type == "cpu":
+        return once(act, device)
+    once(act, device)
+    once(act, device)
+    took: list[float] = []
+    while sum(took) < least or len(took) < 3:
+        took.append(once(act, device))
+    return statistics.median(took)
+
+
+def once(act: Callable[[], Any], device: torch.device) -> float:
+    wait(device)
+    start = time.perf_counter()
+    act()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int | None:
+    """Bytes of tensors since `forget_peak`; None on CPU, where bench/plan.py measures."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
