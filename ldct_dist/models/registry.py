@@ -50,8 +50,9 @@ class ModelConfig(Config):
     thick_slices: bool = False
     """kernels of 1 in z at the finest level, for slices much thicker than the pixels"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """which stages' activations are computed again in the backward pass: all, for a third more time; or (selective)
-    those of the finest level, which are most of the memory, for a seventh more. redcnn3d has no other level"""
+    """which levels' activations are computed again in the backward pass: all (full), or those of the finest alone
+    (selective). unet3d takes less than half the memory for 17 % more arithmetic, or a quarter less for 7 %; nafnet3d
+    40 % of it for 32 %, or a quarter less for 13 %; redcnn3d has one level, and takes a third less for 17 %"""
 
 
 class Denoiser(nn.Module):

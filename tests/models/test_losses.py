@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldct_dist.errors import UserError
 from ldct_dist.models.losses import LossConfig, build_loss, mask_from_box
 from networks import random_network
 
@@ -81,3 +82,24 @@ def test_with_the_radius_as_margin_crops_that_count_are_what_the_volume_gives():
     assert mask.sum() == 3 * 40 * (56 - model.radius[2])
     assert same[mask].all()
     assert not same[~mask].all()
+
+
+@pytest.mark.parametrize(
+    ("margin", "crop", "expected"),
+    [
+        (None, (64, 128, 128), (10, 48, 48)),
+        (None, (32, 96, 128), (10, 0, 48)),  # 96 voxels are no more than twice 48: none would be left
+        (None, (20, 48, 48), (0, 0, 0)),
+        ((1, 4, 4), (8, 48, 48), (1, 4, 4)),
+        ((0, 0, 0), (64, 128, 128), (0, 0, 0)),
+    ],
+)
+def test_the_margin_is_the_radius_where_a_crop_is_large_enough_or_what_is_said(margin, crop, expected):
+    assert LossConfig(margin=margin).margin_for((10, 48, 48), crop) == expected
+
+
+def test_a_margin_that_leaves_nothing_is_refused():
+    with pytest.raises(
+        UserError, match=r"loss.margin=\[4, 4, 4\] leaves nothing of a crop of \[8, 48, 48\] voxels"
+    ):
+        LossConfig(margin=(4, 4, 4)).margin_for((10, 48, 48), (8, 48, 48))
