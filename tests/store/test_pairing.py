@@ -116,7 +116,9 @@ def test_files_that_lie_flat_in_a_folder_below_the_root_are_no_layout(tmp_path):
     write_series(tmp_path, anatomy(), Options(patient="A"))
     (series,), _ = find_series(tmp_path)
     for folder in ("/data", "/full dose images", "/a/full dose images"):
-        flat = replace(series, slices=tuple(s._replace(path=Path(folder, s.path.name)) for s in series.slices))
+        flat = replace(
+            series, slices=tuple(s._replace(path=Path(folder, s.path.name)) for s in series.slices)
+        )
         assert pairing._tcia_place(flat) is None
         assert pairing._mayo_place(flat) is None
 
