@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from jobs_of import wait
 
 pytestmark = pytest.mark.slurm
 
@@ -24,11 +23,11 @@ def mentions(folder: Path) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-        except OSError:
+            line, environment = ((process / name).read_bytes() for name in ("cmdline", "environ"))
+        except OSError:  # ended meanwhile
             continue
-        if str(folder).encode() in words and int(process.name) != os.getpid():
-            found.append((process / "cmdline").read_bytes().decode())
+        if str(folder).encode() in line + environment and int(process.name) != os.getpid():
+            found.append(line.decode())
     return found
 
 
@@ -43,11 +42,10 @@ def test_nothing_is_left_when_the_tests_are_killed(cluster, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
     ) as tests:
-        assert tests.stdout.readline() == "up\n"
-        assert any("slurmctld" in line for line in mentions(tmp_path / "c"))
-        assert any("sleep\x001001" in line for line in mentions(tmp_path / "c"))
-        tests.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 30
-    while mentions(tmp_path / "c") and time.monotonic() < end:
-        time.sleep(0.1)
-    assert mentions(tmp_path / "c") == []
+        try:
+            assert tests.stdout.readline() == "up\n"
+            assert any("slurmctld" in line for line in mentions(tmp_path / "c"))
+            wait(lambda: any("sleep\x001001" in line for line in mentions(tmp_path / "c")), "the job's work")
+        finally:
+            tests.kill()
+    wait(lambda: mentions(tmp_path / "c") == [], "the end of all of them", 30)
