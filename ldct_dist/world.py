@@ -50,7 +50,7 @@ class World:
         return cls(rank, size, local_rank, local_size, device)
 
     def leave(self) -> None:
-        if self.size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     @property

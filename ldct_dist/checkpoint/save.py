@@ -42,7 +42,7 @@ class Saver:
     """Writes checkpoints of one generation into `root`, one at a time, on a thread of its own.
 
     The training thread calls `save`, then `staged` before it next changes a tensor of the state, and
-    `finish` when it needs the outcome. Memory: one copy of what this rank writes, from the first save on.
+    `finish` when it needs the outcome. Memory: one copy of what this rank gives, from the first save on.
     """
 
     def __init__(

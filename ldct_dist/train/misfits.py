@@ -10,7 +10,7 @@ from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.strategy.deepspeed import refuse_deepspeed
+from ldct_dist.train.strategy.engine import refuse_deepspeed
 from ldct_dist.world import World
 
 

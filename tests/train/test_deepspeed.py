@@ -23,7 +23,7 @@ from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.stop import Stop
-from ldct_dist.train.strategy.deepspeed import refuse_deepspeed
+from ldct_dist.train.strategy.engine import refuse_deepspeed
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
 from runs import equal, final_state, losses, unsharded, write_config
@@ -72,8 +72,11 @@ def train_all(runs: list[tuple[Path, float | None]], rank: int) -> None:
     world = World.join(threads=1)
     for path, seconds in runs:
         with Stop(seconds, grace_s=30.0) as stop:
-            ending = Trainer(configs.read(RunConfig, path), world, stop).fit()
+            trainer = Trainer(configs.read(RunConfig, path), world, stop)
+            ending = trainer.fit()
         assert ending == (Ending.DONE if seconds is None else Ending.RESUMABLE)
+        staged = sum(t.nbytes for t in trainer.checkpoints.saver._memory.values())
+        path.with_name(f"staged-{rank}").write_text(str(staged))
     world.leave()
     sys.exit(0)
 
@@ -140,6 +143,15 @@ def test_stopped_and_taken_up_it_is_bitwise_the_unbroken_run(trained, stage):
     broken, whole = run_of(trained, f"broken-{stage}"), run_of(trained, f"fp32-{stage}")
     assert losses(broken) == losses(whole)
     assert equal(final_state(broken), final_state(whole))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_to_save_it_no_rank_holds_more_than_its_share(trained, stage):
+    run = run_of(trained, f"fp32-{stage}")
+    whole = sum(t.nbytes for t in final_state(run).values())
+    staged = [int((trained / f"fp32-{stage}" / f"staged-{rank}").read_text()) for rank in (0, 1)]
+    assert sum(staged) == whole
+    assert max(staged) < 0.51 * whole
 
 
 def test_a_rank_without_room_costs_a_checkpoint_and_holds_up_nobody(trained):
@@ -218,7 +230,7 @@ def test_what_does_not_go_together_is_refused(changes, words):
 
 
 def test_without_deepspeed_the_refusal_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1, **zero(1)})
     with pytest.raises(UserError, match=r"pip install 'ldct_dist\[deepspeed\]'"):
         refuse_deepspeed(config, World())

@@ -35,8 +35,8 @@ class Strategy(Protocol):
         """Add the gradient of this rank's `loss`; after the last micro-batch it is the mean over ranks."""
 
     def clip(self) -> torch.Tensor:
-        """The gradient's L2 norm, a scalar that is the same on all ranks and not finite where the gradient is not.
-        `step` scales the gradient down to optim.clip_norm."""
+        """The gradient's L2 norm, a scalar, not finite where the gradient is not. What `step` applies is scaled down
+        to optim.clip_norm."""
 
     def step(self, lr: float) -> None:
         """Apply the gradients, and let the average follow."""

@@ -13,6 +13,7 @@ class DeepSpeedConfig(Config):
     """Where a rank keeps its share of the state."""
 
     optimizer: Place = "gpu"
-    """fp32 weights, their average and Adam's means; cpu: 16 bytes a parameter less on the GPUs together"""
+    """fp32 weights, their average and Adam's means; cpu: 16 bytes a parameter less on the GPUs together, for a step
+    by the CPU: set threads to the cores that a rank may use"""
     parameters: Place = "gpu"
     """the working weights, with zero=3"""

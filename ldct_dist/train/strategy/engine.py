@@ -1,0 +1,149 @@
+"""DeepSpeed itself: imported, given the run's config in its own words, or refused in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from ldct_dist.errors import UserError
+from ldct_dist.models.registry import Denoiser
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.optim import build_optimizer
+from ldct_dist.train.strategy.config import DeepSpeedConfig
+from ldct_dist.world import World
+
+BUCKET = 50_000_000
+"""elements that are reduced or gathered at a time"""
+
+
+class _Working(nn.Module):
+    """The network in the precision of the run: its weights are bf16, what goes in and comes out is float32 HU."""
+
+    def __init__(self, model: Denoiser, autocast: AbstractContextManager[Any]) -> None:
+        super().__init__()
+        self.model, self._autocast = model, autocast
+
+    def forward(self, hu: torch.Tensor) -> torch.Tensor:
+        with self._autocast:
+            return self.model(hu)
+
+
+def build_engine(model: Denoiser, optimizer: Optimizer, config: RunConfig, world: World) -> Any:
+    """DeepSpeed's engine on the process group of `world`."""
+    deepspeed = _deepspeed(world)
+    if not dist.is_initialized():  # one rank alone
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    bf16 = config.precision == "bf16"
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
+    with redirect_stdout(io.StringIO()):  # it tells memory figures that nobody asked for
+        engine, *_ = deepspeed.initialize(
+            model=_Working(model, autocast),
+            optimizer=optimizer,
+            config=_settings(config, world),
+            dist_init_required=False,
+        )
+    return engine
+
+
+def _settings(config: RunConfig, world: World) -> dict[str, Any]:
+    """The run's config in DeepSpeed's words."""
+    gpu, places = world.device.type == "cuda", config.deepspeed
+    zero: dict[str, Any] = {
+        "stage": config.zero,
+        "overlap_comm": gpu,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if places.optimizer != "gpu":
+        zero["offload_optimizer"] = {"device": places.optimizer, "pin_memory": gpu}
+    if places.parameters != "gpu":
+        zero["offload_param"] = {"device": places.parameters, "pin_memory": gpu}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
+        "steps_per_print": None,
+        "gradient_clipping": config.optim.clip_norm or 0.0,
+        # The guard judges gradients before they are applied.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+    }
+
+
+def on_cpu(optimizer: Optimizer) -> bool:
+    """Whether it is DeepSpeed's Adam for masters on the CPU."""
+    return type(optimizer).__name__ == "DeepSpeedCPUAdam"
+
+
+def build_adam(model: Denoiser, config: RunConfig, world: World) -> Optimizer:
+    if config.deepspeed.optimizer == "gpu":
+        return build_optimizer(model.parameters(), config.optim)
+    o = config.optim
+    return _deepspeed(world).ops.adam.DeepSpeedCPUAdam(
+        model.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, adamw_mode=o.name == "adamw"
+    )
+
+
+def refuse_deepspeed(config: RunConfig, world: World) -> None:
+    """Raises UserError where the run asks for what DeepSpeed cannot do, here or at all."""
+    places = config.deepspeed
+    if config.strategy == "ddp" and (config.zero or places != DeepSpeedConfig()):
+        raise UserError("zero and deepspeed are for strategy=deepspeed: set it, or leave them out")
+    if config.zero == 0 and places != DeepSpeedConfig():
+        raise UserError(
+            "deepspeed.optimizer and deepspeed.parameters move what ZeRO shares out: set zero=1, 2 or 3"
+        )
+    if config.zero == 0:
+        return
+    if config.precision == "fp64":
+        raise UserError(f"zero={config.zero} has no fp64: precision=fp64 is for strategy=ddp, or take fp32")
+    if config.compile:
+        raise UserError("compile=true is for strategy=ddp: set compile=false")
+    if "nvme" in (places.optimizer, places.parameters):
+        raise UserError(
+            "deepspeed: nothing is kept on NVMe so far, that is not proven to come back: take cpu"
+        )
+    if places.parameters != "gpu" and config.zero != 3:
+        raise UserError(
+            f"deepspeed.parameters={places.parameters} is for zero=3: below it, every GPU keeps all parameters"
+        )
+    _refuse_missing(config, world)
+
+
+def _refuse_missing(config: RunConfig, world: World) -> None:
+    try:
+        builders = _deepspeed(world).ops.op_builder
+    except ImportError as e:
+        raise UserError(
+            f"strategy=deepspeed: DeepSpeed is missing ({e}): pip install 'ldct_dist[deepspeed]'"
+        ) from e
+    if config.deepspeed.optimizer == "cpu":
+        try:
+            builders.CPUAdamBuilder().load()
+        except Exception as e:  # whatever compilers meet: a missing nvcc is a class of its own
+            raise UserError(
+                f"deepspeed.optimizer=cpu: its Adam could not be compiled ({str(e)[-200:]}): install g++ and ninja, "
+                "and nvcc on a node with GPUs, or leave the optimizer on the GPU"
+            ) from e
+
+
+def _deepspeed(world: World) -> Any:
+    """The library: imported by the runs that ask for it alone, on the device that is this rank's, in silence."""
+    # It asks the environment which device that is; `world` has chosen it.
+    os.environ |= {"DS_ACCELERATOR": world.device.type, "LOCAL_RANK": str(world.device.index or 0)}
+    # It calls functions that torch has since renamed.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    with redirect_stdout(io.StringIO()):
+        import deepspeed
+    # What training does not use shall not be compiled, for minutes, as a run starts.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
