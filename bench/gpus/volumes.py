@@ -13,7 +13,7 @@ from gpus.timing import once, wait
 from ldct_dist.ct.volume import Volume
 from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import Plan
-from ldct_dist.denoise.tiles import TILE, denoise_volume
+from ldct_dist.denoise.tiles import TILES, denoise_volume
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.store import layout
@@ -66,7 +66,7 @@ def denoising(size: str, shape: tuple[int, int, int], device: torch.device, tiny
     hu = np.random.default_rng(0).normal(0, 200, shape).astype(np.int16)
     model = build(config_of(size, (8, 32, 32), 1).model).to(device).eval()
     torch.nn.init.normal_(model.network.last.weight, std=0.01)
-    tile = (4, 16, 16) if tiny else TILE
+    tile = (4, 16, 16) if tiny else TILES[device.type][0]
     ours = {}
     for name, bf16 in (("fp32", False), ("bf16", True)):
         denoise_volume(model, hu[: tile[0]], tile=tile, bf16=bf16)

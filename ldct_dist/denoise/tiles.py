@@ -8,8 +8,9 @@ what the whole volume at once would have given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -24,8 +25,12 @@ Triple = tuple[int, int, int]
 Slices = tuple[slice, slice, slice]
 Progress = Callable[[int, int], None]
 
-TILE: Triple = (32, 256, 256)
-"""Voxels of output, (z, y, x). With the halo, xl computes on 52 x 352 x 352, 3 GB for one activation in fp32."""
+TILES: dict[str, tuple[Triple, ...]] = {
+    "cpu": ((32, 256, 256),),
+    "cuda": ((64, 512, 512), (32, 512, 512), (32, 256, 256), (16, 128, 128)),
+}
+"""Voxels of output, (z, y, x), by device: the first that memory allows. The larger, the less of it is halo: whole
+slices need none in the plane. With it, (32, 256, 256) is 52 x 352 x 352, 3 GB for one activation of xl in fp32."""
 HU_RANGE = (AIR_HU, 32767)
 
 
@@ -55,14 +60,14 @@ def denoise_volume(
     model: Denoiser,
     hu: np.ndarray,
     *,
-    tile: Triple = TILE,
+    tile: Triple | None = None,
     device: torch.device | str | None = None,
     bf16: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> np.ndarray:
     """`model` on a whole volume: int16 HU (z, y, x) in and out, rounded to the nearest HU.
 
-    Padding (AIR_HU and below) stays as it is. `device`: where the model is, or shall be moved; None leaves it
+    Padding (AIR_HU and below) stays as it is. `tile`: None takes what suits the device. `device`: where the model is, or shall be moved; None leaves it
     there. `progress` hears (tiles done, tiles in all).
     Raises NotFiniteError where the network's answer is not finite.
     """
@@ -81,7 +86,7 @@ def denoised_tiles(
     model: Denoiser,
     hu: np.ndarray,
     *,
-    tile: Triple = TILE,
+    tile: Triple | None = None,
     device: torch.device | str | None = None,
     bf16: bool = False,
     progress: Progress = lambda done, total: None,
@@ -92,7 +97,6 @@ def denoised_tiles(
     weight = next(model.parameters())
     missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
     padded = np.pad(hu, missing, constant_values=AIR_HU)
-    cut = tiles(padded.shape, tile, model.radius, model.stride)
     autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
     layout = torch.channels_last_3d if weight.is_cuda else torch.contiguous_format
     training = model.training
@@ -107,9 +111,22 @@ def denoised_tiles(
                 model(given.to(weight.dtype)[None, None].contiguous(memory_format=layout))[0, 0][t.keep]
             )
 
+    def cut_and_begun() -> tuple[list[Tile], _Answer]:
+        """The largest tiles that fit, and the answer for the first, which is the largest of them."""
+        sizes = (tile,) if tile is not None else TILES[weight.device.type]
+        for size in sizes:
+            cut = sorted(tiles(padded.shape, size, model.radius, model.stride), key=_voxels, reverse=True)
+            with suppress(torch.OutOfMemoryError):
+                return cut, start(cut[0])
+            torch.cuda.empty_cache()
+        raise UserError(
+            f"{model.config.name}-{model.config.size} does not fit the memory of {weight.device} even in tiles of "
+            f"{size}: take another device, or a smaller tile"
+        )
+
     try:
         # A GPU is given the next tile before this one's answer is waited for, so that it always has work.
-        ahead = start(cut[0])
+        cut, ahead = cut_and_begun()
         for done, t in enumerate(cut, start=1):
             answer = ahead
             if done < len(cut):
@@ -119,6 +136,10 @@ def denoised_tiles(
             progress(done, len(cut))
     finally:
         model.train(training)
+
+
+def _voxels(t: Tile) -> int:
+    return math.prod(s.stop - s.start for s in t.read)
 
 
 class _Answer:

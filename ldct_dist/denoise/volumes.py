@@ -10,7 +10,7 @@ import torch
 import ldct_dist
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import read_series, sound_series
-from ldct_dist.denoise.tiles import TILE, Progress, Triple, denoise_volume
+from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume
 from ldct_dist.errors import UserError
 from ldct_dist.models.weights import load_weights, weights_hash
 
@@ -20,7 +20,7 @@ def denoise_series(
     source: Path,
     out: Path,
     *,
-    tile: Triple = TILE,
+    tile: Triple | None = None,
     device: torch.device | str | None = None,
     bf16: bool = False,
     progress: Progress = lambda done, total: None,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldct_dist.ct.volume import AIR_HU
-from ldct_dist.denoise.tiles import denoise_volume, denoised_tiles, tiles
+from ldct_dist.denoise.tiles import TILES, denoise_volume, denoised_tiles, tiles
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from networks import random_network
@@ -133,3 +133,25 @@ def test_the_models_mode_is_left_as_it_was(training):
     model = build(ModelConfig(size="xs")).train(training)
     denoise_volume(model, np.zeros((2, 8, 8), np.int16))
     assert model.training is training
+
+
+def test_the_largest_tiles_that_memory_allows_are_taken(monkeypatch):
+    model = random_network("redcnn3d")
+    hu = noise((6, 24, 120))
+    expected = denoise_volume(model, hu)
+    given, forward = [], model.forward
+
+    def small_memory(x: torch.Tensor) -> torch.Tensor:
+        given.append(x.numel())
+        if x.numel() > 6 * 24 * 60:
+            raise torch.OutOfMemoryError("no room")
+        return forward(x)
+
+    monkeypatch.setattr(model, "forward", small_memory)
+    monkeypatch.setitem(TILES, "cpu", ((6, 24, 120), (6, 24, 60), (6, 24, 10)))
+    assert np.array_equal(denoise_volume(model, hu), expected)
+    sees = model.radius[2]
+    assert given[:3] == [6 * 24 * 120, 6 * 24 * (60 + sees), 6 * 24 * (10 + 2 * sees)]
+    monkeypatch.setitem(TILES, "cpu", ((6, 24, 120),))
+    with pytest.raises(UserError, match="redcnn3d-xs does not fit the memory of cpu"):
+        denoise_volume(model, hu)
