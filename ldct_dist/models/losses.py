@@ -5,6 +5,7 @@ Per sample, so that their mean over a global batch is the same number however ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -83,3 +84,8 @@ def mask_from_box(box: torch.Tensor, shape: torch.Size, margin: Triple) -> torch
         inside = along if inside is None else inside & along
     assert inside is not None
     return inside
+
+
+def share_counted(margin: Triple, crop: Triple) -> float:
+    """Of the voxels of a crop (z, y, x) that touches no border of its volume."""
+    return math.prod(1 - 2 * m / c for m, c in zip(margin, crop, strict=True))

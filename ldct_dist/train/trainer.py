@@ -12,7 +12,7 @@ from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.data.plan import Plan
 from ldct_dist.data.stage import StagedStore
 from ldct_dist.errors import UserError
-from ldct_dist.models.losses import build_loss, mask_from_box
+from ldct_dist.models.losses import build_loss, mask_from_box, share_counted
 from ldct_dist.train.checkpoints import Checkpoints, fresh_model
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
@@ -77,11 +77,12 @@ class Trainer:
         self.folder = RunFolder(config.runs / config.name)
         for line in world.agree(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
-        if config.loss.margin is None and self.margin != model.radius:
+        if config.loss.margin is None:
+            share = share_counted(self.margin, config.data.crop)
             self._say(
-                f"note: {config.model.name} sees {model.radius} voxels (z, y, x) to each side, too far for crops of "
-                f"{config.data.crop}: the loss leaves out {self.margin} at their inner faces; set loss.margin, or plan "
-                "for larger crops (ldct-dist plan)"
+                f"note: of the {model.radius} voxels (z, y, x) that {config.model.name} sees to each side, the loss "
+                f"leaves out {self.margin} at a crop's inner faces: {100 * share:.0f} % of a crop counts. Larger crops, "
+                "or loss.margin, change that"
             )
         self.checkpoints = Checkpoints(
             config, self.folder, self.strategy, world, self.store.fingerprint, allow_new_data, self._say

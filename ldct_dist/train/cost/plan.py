@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ldct_dist.errors import UserError
+from ldct_dist.models.losses import share_counted
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost import speed
@@ -111,7 +112,7 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
         parameters=parameters,
         radius=model.radius,
         crop=crop,
-        counted=math.prod(1 - 2 * m / c for m, c in zip(margin, crop, strict=True)),
+        counted=share_counted(margin, crop),
         flops_per_step=config.data.batch * activations.few.flops // activations.few.crops,
         gpu=gpu,
         usable=usable,
