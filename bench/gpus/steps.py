@@ -19,7 +19,7 @@ from ldct_dist.train.cost.speed import ADAM_BYTES, AVERAGE_BYTES
 from ldct_dist.train.strategy.ddp import DDPStrategy
 from ldct_dist.world import World
 
-VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config, the most telling first
+VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config
     "eager": {},
     "compiled": {"compile": True},
     "channels first": {"channels_last": False},
