@@ -17,7 +17,8 @@ BATCHES = 3  # the loader's: the one at work and two ahead
 
 @dataclass(frozen=True)
 class Sharing:
-    """A strategy: `zero` None is DDP. offload: what lies in the node's memory, the optimizer or the weights too."""
+    """A strategy: `zero` None is DDP. offload: what lies in the node's memory, the optimizer with its
+    gradients, or the weights too."""
 
     name: str
     zero: int | None = None
@@ -92,13 +93,13 @@ def memory(
     copies = (
         2 * p if config.precision == "bf16" else 0.0
     )  # autocast's, which DeepSpeed's weights make needless
-    state = 4 * p * (3 if config.precision == "bf16" else 2)  # master weights and both moments
+    state = 12 * p  # fp32 weights and both moments
     workspace = peak - saved + 2 * 4 * min(p, BUCKET)  # one bucket is filled while the other one travels
     if sharing.zero == 3:
         workspace += low * min(p, BUCKET)  # weights gathered ahead
     return Memory(
         weights=0 if sharing.offload_weights else low * p / (gpus if sharing.zero == 3 else 1),
-        gradients=4 * p / (gpus if sharing.zero >= 2 else 1),
+        gradients=0 if sharing.offload_optimizer else 4 * p / (gpus if sharing.zero >= 2 else 1),
         optimizer=0 if sharing.offload_optimizer else state / gpus,
         ema=0 if sharing.offload_optimizer else 4 * p / gpus,
         batches=batches,
