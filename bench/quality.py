@@ -1,0 +1,168 @@
+"""Is a network of this package the best denoiser of these patients, and does it keep what matters?
+
+    python bench/quality.py                                   # measures the weights there are; 2 cores, under 40 minutes
+    python bench/quality.py --train --budget 28800            # first trains all folds on, that long in all; resumable
+
+Four quiet series of four patients (--data, see bench/leave_one_out/patients.py), a quarter of the dose simulated.
+Each patient is left out once: a network learns from two of the others and is chosen by the third; the filters are tuned
+on it. So that two cores can do it, pixels are first averaged over 2 x 2 (--binning 1 for the full matrix): the
+figures are of 256 x 256 images. The last line printed is JSON:
+
+rmse, ssim         by method: mean over patients, with the 95 % bootstrap interval over patients; under `protocol`
+d_prime            the channelised Hotelling observer's, on a phantom with each patient's kernel and noise
+worst_bias_hu      mean bias in the tissue class where it is furthest from 0, and its name
+goals              ours: first in RMSE, in SSIM; d' not below low dose's, RED-CNN's; every bias below 2 HU
+not_measured       methods without weights for every patient
+at_plateau         by patient: whether RED-CNN's training came to its plateau of validation; curves lie beside the weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from leave_one_out import redcnn2d
+from leave_one_out.patients import DOSE, folds
+
+from ldct_dist.checkpoint.load import weights_of
+from ldct_dist.errors import UserError
+from ldct_dist.evaluate import results
+from ldct_dist.evaluate.baselines import BASELINES, tune
+from ldct_dist.evaluate.methods import LOW, Method, network
+from ldct_dist.evaluate.statistics import estimate
+from ldct_dist.evaluate.study import Study, StudyConfig, measure
+from ldct_dist.store.layout import FULL_DOSE, dose_name
+from ldct_dist.store.reader import Store
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.trainer import train
+
+HERE = Path(__file__).resolve().parent
+OURS, PEER = "ours", "redcnn2d"
+FILTERS = ("gaussian", "tv", "nlm")
+PROTOCOL = "ldctbench-abdomen"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=HERE / ".cache" / "quality", help="stores and runs")
+    parser.add_argument("--weights", type=Path, default=HERE / "leave_one_out" / "weights")
+    parser.add_argument("--binning", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--only", choices=(OURS, PEER), help="train one of the two")
+    parser.add_argument("--budget", type=float, default=28800, help="seconds of training in all")
+    parser.add_argument("--steps", type=int, default=30000, help="of ours")
+    options = parser.parse_args()
+    work = options.work / f"binning-{options.binning}"
+    work.mkdir(parents=True, exist_ok=True)
+    stores = folds(options.data, work, options.binning)
+    weights = options.weights / f"binning-{options.binning}"
+    if options.train:
+        weights.mkdir(parents=True, exist_ok=True)
+        kinds = (options.only,) if options.only else (OURS, PEER)
+        share = options.budget / len(kinds) / len(stores)  # what a fold leaves over is not passed on
+        for patient, path in stores.items():
+            if OURS in kinds:
+                train_ours(path, work, weights, patient, options.steps, share)
+            if PEER in kinds:
+                train_peer(path, work, weights, patient, share)
+    studies = {patient: study_of(Store(path), weights, patient) for patient, path in stores.items()}
+    print(json.dumps(figures(studies, weights)))
+
+
+def train_ours(store: Path, work: Path, weights: Path, patient: str, steps: int, seconds: float) -> None:
+    """The package's own trainer; its best weights by the validation patient, and its losses, go to `weights`."""
+    config = RunConfig(
+        name=f"{OURS}-{patient}",
+        runs=work / "runs",
+        store=store,
+        steps=steps,
+        data={"dose": DOSE, "crop": (8, 64, 64), "batch": 4, "memory_mib": 512},
+        model={"name": "unet3d", "size": "xs", "thick_slices": True},
+        loss={"eps_hu": 10, "margin": (0, 0, 0)},
+        optim={"lr": 3e-3, "warmup": 100, "ema": 0.995},
+        validation={"every": max(1, steps // 20), "protocol": PROTOCOL},
+        checkpoint={"every": max(1, steps // 20)},
+        log={"every": 100, "images": False},
+        time_limit_s=seconds,
+    )
+    train(config)
+    run = config.runs / config.name
+    shutil.copy(weights_of(run), weights / f"{config.name}.safetensors")
+    shutil.copy(run / "losses.jsonl", weights / f"{config.name}.jsonl")
+
+
+def train_peer(store: Path, work: Path, weights: Path, patient: str, seconds: float) -> None:
+    """RED-CNN's best weights in half precision and its curve go to `weights`."""
+    run = work / "runs" / f"{PEER}-{patient}"
+    redcnn2d.train(Store(store), DOSE, run, seconds)
+    if (run / "best.safetensors").exists():
+        redcnn2d.halve(run / "best.safetensors", weights / f"{PEER}-{patient}.safetensors")
+        shutil.copy(run / "curve.jsonl", weights / f"{PEER}-{patient}.jsonl")
+
+
+def study_of(store: Store, weights: Path, patient: str) -> Study:
+    """Every method on the patient that this store's training leaves out."""
+    print(f"{patient}: measuring", file=sys.stderr)
+    val = store.cases[int(store.split("val")[0])].name
+    low, full = (store.volume(val, dose) for dose in (dose_name(DOSE), FULL_DOSE))
+    methods: dict[str, Method] = {LOW: lambda volume: volume.hu}
+    methods |= {name: _filter(name, tune(name, low, full)) for name in FILTERS}
+    for kind, load in ((OURS, network), (PEER, redcnn2d.load)):
+        if (path := weights / f"{kind}-{patient}.safetensors").exists():
+            methods[kind] = load(path)
+    return measure(store, StudyConfig(protocol=PROTOCOL, dose=DOSE), methods)
+
+
+def _filter(name: str, strength: float) -> Method:
+    return lambda low: BASELINES[name].filter(low, strength).hu
+
+
+def figures(studies: dict[str, Study], weights: Path) -> dict[str, Any]:
+    """What the last line says, of the methods that every patient has."""
+    shared = set.intersection(*(set(study.methods) for study in studies.values()))
+    first = next(iter(studies.values()))
+    whole = Study("four patients", "", DOSE, first.protocols)
+    whole.rows = [row for study in studies.values() for row in study.rows if row.method in shared]
+    means = results.summary(whole, PROTOCOL)
+    bias = results.bias(whole)
+    worst = {m: max(bias[m].items(), key=lambda item: abs(item[1].mean or 0)) for m in whole.methods}
+    seen = {
+        m: estimate(
+            [study.detection[m].d_prime for study in studies.values() if study.detection], list(studies)
+        )
+        for m in whole.methods
+    }
+    return {
+        "protocol": str(whole.protocols[0]),
+        "patients": list(studies),
+        "rmse": {m: asdict(means[m]["rmse_hu"]) for m in whole.methods},
+        "ssim": {m: asdict(means[m]["ssim"]) for m in whole.methods},
+        "d_prime": {m: asdict(seen[m]) for m in whole.methods},
+        "worst_bias_hu": {m: {"tissue": t, **asdict(e)} for m, (t, e) in worst.items()},
+        "goals": _goals(means, seen, worst) if {OURS, PEER} <= shared else None,
+        "not_measured": [m for m in (OURS, PEER) if m not in shared],
+        "at_plateau": {p: redcnn2d.at_plateau(weights / f"{PEER}-{p}.jsonl") for p in studies},
+    }
+
+
+def _goals(means: Any, seen: Any, worst: Any) -> dict[str, bool]:
+    rmse, ssim = ({m: row[key].mean for m, row in means.items()} for key in ("rmse_hu", "ssim"))
+    return {
+        "first_in_rmse": min(rmse, key=rmse.__getitem__) == OURS,
+        "first_in_ssim": max(ssim, key=ssim.__getitem__) == OURS,
+        "d_prime_kept": seen[OURS].mean >= max(seen[LOW].mean, seen[PEER].mean),
+        "bias_below_2_hu": abs(worst[OURS][1].mean) < 2,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"bench/quality.py: {e}")
