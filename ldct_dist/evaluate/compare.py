@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from ldct_dist.evaluate.metrics import LABELS
 from ldct_dist.evaluate.protocols import protocol_named
 
-COLUMNS = {"rmse_hu": "RMSE, HU", "psnr_db": "PSNR, dB", "ssim": "SSIM"}
+COLUMNS = ("rmse_hu", "psnr_db", "ssim")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Comparison:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     measure = protocol_named(comparison.protocol)
-    table = Table("", *COLUMNS.values(), title=f"against full dose: {measure}")
+    table = Table("", *(LABELS[key] for key in COLUMNS), title=f"against full dose: {measure}")
     for image, figures in comparison.figures.items():
         table.add_row(
             image, *(f"{figures[key]:.3f}" if key == "ssim" else f"{figures[key]:.2f}" for key in COLUMNS)

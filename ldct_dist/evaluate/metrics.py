@@ -112,6 +112,8 @@ def vif(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.
 
 _MEASURES = {"rmse_hu": rmse_hu, "psnr_db": psnr_db, "ssim": ssim, "vif": vif}
 MEASURES = tuple(_MEASURES)
+LABELS = {"rmse_hu": "RMSE, HU", "psnr_db": "PSNR, dB", "ssim": "SSIM", "vif": "VIF"}
+"""What tables call them."""
 
 
 def _check_fits(measure: str, hu: np.ndarray, window: tuple[int, int]) -> None:

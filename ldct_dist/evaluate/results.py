@@ -14,7 +14,6 @@ from ldct_dist.evaluate.physics.tissue import TISSUES
 from ldct_dist.evaluate.statistics import Estimate, Paired, estimate, paired_tests
 from ldct_dist.evaluate.study import Row, Study
 
-LABELS = {"rmse_hu": "RMSE, HU", "psnr_db": "PSNR, dB", "ssim": "SSIM", "vif": "VIF"}
 _MISSING = math.nan
 
 

@@ -13,7 +13,7 @@ from ldct_dist import config as configs
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.classify import classify
-from ldct_dist.evaluate.compare import Comparison, print_comparison
+from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_comparison
 from ldct_dist.evaluate.methods import peer
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.report.page import prepare, write_report
@@ -49,7 +49,8 @@ def evaluate(
     cohort = _cohort(opened, config, labels) if labels else None
 
     def show(name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
-        pictures.add(name, low, full, images)
+        if out is not None:
+            pictures.add(name, low, full, images)
         if cohort:
             cohort.add(name, low, full, images)
 
@@ -60,7 +61,7 @@ def evaluate(
             config,
             methods,
             physics=out is not None,
-            show=show if out else _nothing,
+            show=show,
             say=status.update,
         )
         status.update("classifying")
@@ -70,10 +71,6 @@ def evaluate(
         console.print(f"not measured: {note}", markup=False)
     if out is not None:
         console.print(f"report -> {write_report(out, study, pictures, classified)}")
-
-
-def _nothing(name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
-    """Without a report, nothing is shown."""
 
 
 def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:
@@ -89,5 +86,4 @@ def _comparison(study: Study) -> Comparison:
         values = [row.figures[name].get(key, np.nan) for row in study.of(method)]
         return float(np.mean(values)) if np.isfinite(values).any() else values[0]
 
-    keys = ("rmse_hu", "psnr_db", "ssim")
-    return Comparison(name, {method: {key: mean(method, key) for key in keys} for method in study.methods})
+    return Comparison(name, {method: {key: mean(method, key) for key in COLUMNS} for method in study.methods})

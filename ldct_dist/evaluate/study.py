@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply, network, tuned_baselines
 from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
-from ldct_dist.evaluate.physics.maps import CONSPICUOUS, hallucination_map
+from ldct_dist.evaluate.physics.maps import CONSPICUOUS, hallucination_map, smoothed_noise
 from ldct_dist.evaluate.physics.nps import NoisePower, flat_regions, noise_power
 from ldct_dist.evaluate.physics.observer import Detectability
-from ldct_dist.evaluate.physics.tissue import tissue_bias
+from ldct_dist.evaluate.physics.tissue import tissue_bias, tissues
 from ldct_dist.evaluate.physics.trial import make_trial
 from ldct_dist.evaluate.physics.ttf import Transfer
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
@@ -137,15 +137,16 @@ def measure(
     for i in store.split(config.split):
         case = store.cases[int(i)]
         low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
+        ground = _Ground(low, full) if physics else None
         images = {}
         for name, method in methods.items():
             say(f"{case.name}: {name}")
             images[name] = apply(name, method, low)
             figures = {p.name: _figures(images[name], full.hu, p, study) for p in protocols}
             row = Row(case.name, case.patient, name, figures)
-            study.rows.append(_with_physics(row, images[name], low, full, study) if physics else row)
-        if physics:
-            _noise_powers(study, case.name, full, images)
+            study.rows.append(_with_physics(row, images[name], ground, study) if ground else row)
+        if ground:
+            _noise_powers(study, case.name, ground, images)
         show(case.name, low, full, images)
         if physics and not study.detection:
             _try_phantom(study, config, methods, low, full, say)
@@ -163,24 +164,38 @@ def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Stu
     return figures
 
 
-def _with_physics(row: Row, image: np.ndarray, low: Volume, full: Volume, study: Study) -> Row:
-    bias = {tissue: found.hu for tissue, found in tissue_bias(image, full).items()}
-    moments = noise.local_moments(full.hu, full.spacing)
-    soft = noise.homogeneous(moments)
-    if soft is None:
+class _Ground:
+    """What every method on a case is measured on, worked out of its low and full dose once.
+
+    soft: None where there is too little soft tissue to measure noise; std is None then, too.
+    """
+
+    def __init__(self, low: Volume, full: Volume) -> None:
+        self.full = full
+        self.moments = noise.local_moments(full.hu, full.spacing)
+        self.tissues = tissues(full, self.moments)
+        self.soft = noise.homogeneous(self.moments)
+        self.std = None if self.soft is None else smoothed_noise(low, full, self.moments)
+
+
+def _with_physics(row: Row, image: np.ndarray, ground: _Ground, study: Study) -> Row:
+    full = ground.full
+    bias = {tissue: found.hu for tissue, found in tissue_bias(image, full, ground.tissues).items()}
+    if ground.soft is None or ground.std is None:
         study.note(f"{row.case}: too little soft tissue to measure noise")
-        return Row(row.case, row.patient, row.method, row.figures, bias)
-    body = moments.mean > -500
-    conspicuous = float((np.abs(hallucination_map(image, low, full))[body] > CONSPICUOUS).mean())
-    level = noise.noise_std(noise.local_moments(image, full.spacing), soft)
-    return Row(row.case, row.patient, row.method, row.figures, bias, conspicuous, level)
+        return replace(row, bias_hu=bias)
+    body = ground.moments.mean > -500
+    conspicuous = float((np.abs(hallucination_map(image, full, ground.std))[body] > CONSPICUOUS).mean())
+    level = noise.noise_std(noise.local_moments(image, full.spacing), ground.soft)
+    return replace(row, bias_hu=bias, conspicuous=conspicuous, noise_hu=level)
 
 
-def _noise_powers(study: Study, case: str, full: Volume, images: Mapping[str, np.ndarray]) -> None:
+def _noise_powers(study: Study, case: str, ground: _Ground, images: Mapping[str, np.ndarray]) -> None:
     """From the first case with enough flat regions, at the same places in every image."""
     if study.nps:
         return
-    regions = flat_regions(full)
+    full = ground.full
+    regions = flat_regions(full, ground.moments)
     if len(regions) < _ENOUGH_REGIONS:
         study.note(
             f"{case}: only {len(regions)} flat regions of soft tissue, too few for a noise power spectrum"

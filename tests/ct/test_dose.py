@@ -9,6 +9,7 @@ import ldct_dist
 from ldct_dist.ct import dose as dose_module
 from ldct_dist.ct.dicom import one_series, read_series
 from ldct_dist.ct.dose import DoseConfig, matched, simulate_full_dose, simulate_low_dose, simulate_low_doses
+from ldct_dist.ct.noise import local_moments
 from ldct_dist.ct.phantom import body, water_cylinder
 from ldct_dist.ct.projector import filtered_backprojection
 from ldct_dist.ct.scanner import scan_of, transmission
@@ -224,7 +225,7 @@ def test_inserted_noise_has_the_texture_of_the_scan_s_own():
     full = replace(scan, hu=scan.hu[12:20])
     assert scan_of(full, DoseConfig()).source_mm == 541  # this scanner's, by its tags
     low = simulate_low_dose(full, 0.25, seed=1)
-    regions = flat_regions(full)
+    regions = flat_regions(full, local_moments(full.hu, full.spacing))
     assert len(regions) >= 8
     added = low.hu.astype(float) - full.hu
     own, inserted = (

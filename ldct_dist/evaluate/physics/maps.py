@@ -18,29 +18,34 @@ def noise_map(hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray
     return np.sqrt(noise.local_moments(hu, spacing).variance)
 
 
-def hallucination_map(image_hu: np.ndarray, low: Volume, full: Volume) -> np.ndarray:
+def hallucination_map(image_hu: np.ndarray, full: Volume, std: np.ndarray) -> np.ndarray:
     """Structure that the image has and the full dose has not, in standard deviations of the full dose's noise.
 
-    The difference image - full dose, smoothed by 2 mm in plane, over what the full dose's own noise leaves of itself
-    under the same smoothing: (z, y, x), near a standard normal for a perfect denoiser; above 0 where brightness was
-    added, below 0 where it was lost. Where the noise is high and low is told by low - full, which holds no anatomy; how
-    high it is, by the full dose's soft tissue.
-
-    Raises UserError where the full dose has too little soft tissue to measure its noise.
+    The difference image - full dose, smoothed by 2 mm in plane, over `std` of `smoothed_noise`: (z, y, x), near a
+    standard normal for a perfect denoiser; above 0 where brightness was added, below 0 where it was lost.
     """
-    moments = noise.local_moments(full.hu, full.spacing)
+    return _smooth(image_hu.astype(np.float32) - full.hu, full.spacing) / std
+
+
+def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np.ndarray:
+    """What the full dose's own noise leaves of itself under 2 mm of smoothing: standard deviation in HU, (z, y, x).
+
+    Where the noise is high and low is told by low - full, which holds no anatomy; how high it is, by the full dose's
+    soft tissue, from its `moments`. Raises UserError where there is too little of it.
+    """
     soft = noise.homogeneous(moments)
     if soft is None:
         raise UserError("hallucination map: too little soft tissue to measure the full dose's noise")
-    sigma = [STRUCTURE_MM / mm for mm in full.spacing[1:]]
-
-    def smooth(hu: np.ndarray) -> np.ndarray:
-        return gaussian_filter1d(gaussian_filter1d(hu, sigma[0], axis=1), sigma[1], axis=2)
-
     added = low.hu.astype(np.float32) - full.hu
-    left = float(smooth(added)[soft].std() / added[soft].std())
-    where = gaussian_filter(noise_map(added, full.spacing), [0, *(3 * s for s in sigma)])
-    level = noise.noise_std(moments, soft) * left / float(np.median(where[soft]))
+    left = float(_smooth(added, full.spacing)[soft].std() / added[soft].std())
+    blur = [0, *(3 * STRUCTURE_MM / mm for mm in full.spacing[1:])]
+    where = gaussian_filter(noise_map(added, full.spacing), blur)
+    middle = float(np.median(where[soft]))
     # Outside the body the low dose adds next to nothing, and a quotient of nothings means nothing.
-    std = np.maximum(where, 0.2 * float(np.median(where[soft]))) * level
-    return smooth(image_hu.astype(np.float32) - full.hu) / std
+    return np.maximum(where, 0.2 * middle) * (noise.noise_std(moments, soft) * left / middle)
+
+
+def _smooth(hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    for axis in (1, 2):
+        hu = gaussian_filter1d(hu, STRUCTURE_MM / spacing[axis], axis=axis)
+    return hu

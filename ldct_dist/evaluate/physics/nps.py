@@ -71,13 +71,13 @@ def noise_power(regions: np.ndarray, spacing: tuple[float, float], detrend: bool
     return NoisePower(power * (spacing[0] * spacing[1] / (rows * columns)), fy, fx, len(regions))
 
 
-def flat_regions(volume: Volume) -> list[tuple[int, slice, slice]]:
-    """Squares of about 22 mm, at least 12 voxels, apart from each other, in which soft tissue holds noise alone.
+def flat_regions(volume: Volume, moments: noise.LocalMoments) -> list[tuple[int, slice, slice]]:
+    """Squares of about 22 mm, at least 12 voxels, apart from each other, in which soft tissue holds noise alone, by
+    the volume's own `moments`.
 
     Choose them in the full dose, and measure every image at the same places. Empty where there are none.
     """
     size = max(_LEAST_VOXELS, round(_REGION_MM / max(volume.spacing[1:])))
-    moments = noise.local_moments(volume.hu, volume.spacing)
     homogeneous = noise.homogeneous(moments)
     if homogeneous is None:
         return []

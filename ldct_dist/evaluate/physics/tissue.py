@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import binary_erosion
 
-from ldct_dist.ct.noise import local_moments
+from ldct_dist.ct.noise import LocalMoments
 from ldct_dist.ct.volume import AIR_HU, Volume
 
 TISSUES = {
@@ -30,22 +31,21 @@ class Bias:
     voxels: int
 
 
-def tissue_bias(image_hu: np.ndarray, full: Volume) -> dict[str, Bias]:
-    """The bias in each tissue class of which the volume has some; image_hu (z, y, x)."""
+def tissue_bias(image_hu: np.ndarray, full: Volume, classes: Mapping[str, np.ndarray]) -> dict[str, Bias]:
+    """The bias in each of the full dose's `tissues` of which there is some; image_hu (z, y, x)."""
     error = image_hu.astype(np.float32) - full.hu
     return {
         name: Bias(float(error[where].mean(dtype=np.float64)), int(where.sum()))
-        for name, where in tissues(full).items()
+        for name, where in classes.items()
         if where.any()
     }
 
 
-def tissues(full: Volume) -> dict[str, np.ndarray]:
-    """Class -> bool (z, y, x), told by the full dose's local mean: by single voxels, noise would choose its own class,
+def tissues(full: Volume, moments: LocalMoments) -> dict[str, np.ndarray]:
+    """Class -> bool (z, y, x), told by the full dose's local mean, of its `moments`: by single voxels, noise would choose its own class,
     and the best denoiser would look biased. A rim of one voxel is left out, where tissues mix."""
-    mean = local_moments(full.hu, full.spacing).mean
     scanned = full.hu > AIR_HU
     return {
-        name: binary_erosion((mean > low) & (mean <= high), _IN_PLANE) & scanned
+        name: binary_erosion((moments.mean > low) & (moments.mean <= high), _IN_PLANE) & scanned
         for name, (low, high) in TISSUES.items()
     }

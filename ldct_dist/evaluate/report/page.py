@@ -15,6 +15,7 @@ import ldct_dist
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.methods import FULL, LOW
+from ldct_dist.evaluate.metrics import LABELS
 from ldct_dist.evaluate.report.curves import curves
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.statistics import Estimate
@@ -108,14 +109,14 @@ def _summary(study: Study, protocol: str, words: str) -> Table:
     ]
     where = "in 3-D" if protocol.endswith("-3d") else "slice by slice"
     caption = f"Against full dose, {where}: {words}. Means over patients, with 95 % bootstrap intervals."
-    return Table(caption, ["method", *(results.LABELS[m] for m in measured)], rows)
+    return Table(caption, ["method", *(LABELS[m] for m in measured)], rows)
 
 
 def _tests(study: Study, protocol: str) -> Table:
     rows = [
         [
             Cell(f"{t.a} − {t.b}", f"{t.a} {t.b}"),
-            Cell(results.LABELS[measure], measure),
+            Cell(LABELS[measure], measure),
             _number(t.difference, _DIGITS[measure], sign=True),
             _number(t.p, 4),
             _number(t.p_holm, 4),
@@ -174,7 +175,7 @@ def _per_case(study: Study) -> Table:
         ]
         for row in study.rows
     ]
-    named = [f"{results.LABELS[m]}{' (3-D)' if p.endswith('-3d') else ''}" for p, m in columns]
+    named = [f"{LABELS[m]}{' (3-D)' if p.endswith('-3d') else ''}" for p, m in columns]
     caption = f"Every case, protocol {study.protocols[0]}. Bias in HU by tissue."
     return Table(caption, ["case", "method", *named, *(f"bias, {t}" for t in tissues)], rows)
 

@@ -17,7 +17,7 @@ from ldct_dist.ct import noise
 from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, planes, round_up
 from ldct_dist.evaluate.methods import FULL
-from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map
+from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map, smoothed_noise
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
 
 _HEAT = colormaps["magma"]
@@ -62,11 +62,13 @@ def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.nd
     label = f"noise, 0 to {limit:g} HU"
     views[label] = {name: _planes_as_png(hu, box, _HEAT, Normalize(0, limit)) for name, hu in noises.items()}
 
-    if noise.homogeneous(noise.local_moments(full.hu, full.spacing)) is not None:
+    moments = noise.local_moments(full.hu, full.spacing)
+    if noise.homogeneous(moments) is not None:
+        std = smoothed_noise(low, full, moments)
         scale = Normalize(-_STRUCTURE_LIMIT, _STRUCTURE_LIMIT)
         label = f"structure that full dose has not, ±{_STRUCTURE_LIMIT:g} standard deviations of its noise"
         views[label] = {
-            name: _planes_as_png(hallucination_map(hu, low, full), box, SIGNED, scale)
+            name: _planes_as_png(hallucination_map(hu, full, std), box, SIGNED, scale)
             for name, hu in images.items()
         }
     return {"sizes": [(y, x), (z, x), (z, y)], "views": views}

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from ldct_dist.ct.noise import local_moments
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.physics.nps import flat_regions, noise_power
@@ -61,7 +62,8 @@ def test_flat_regions_lie_in_soft_tissue_and_apart():
     hu[:, 20:140, 20:140] = -100
     hu[:, 40:120, 30:130] = 60
     hu = hu + np.random.default_rng(0).normal(0, 10, hu.shape)
-    found = flat_regions(Volume(np.rint(hu).astype(np.int16), (5.0, 1.0, 1.0)))
+    volume = Volume(np.rint(hu).astype(np.int16), (5.0, 1.0, 1.0))
+    found = flat_regions(volume, local_moments(volume.hu, volume.spacing))
     assert len(found) >= 8
     covered = np.zeros(hu.shape, int)
     for region in found:

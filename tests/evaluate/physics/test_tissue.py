@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from ldct_dist.ct.noise import local_moments
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.evaluate.physics.tissue import tissue_bias, tissues
@@ -12,6 +13,10 @@ def truth():
     return clean
 
 
+def classes(full):
+    return tissues(full, local_moments(full.hu, full.spacing))
+
+
 def noisy(clean, std, seed):
     noise = np.random.default_rng(seed).normal(0, std, clean.shape)
     return np.where(clean.hu == AIR_HU, AIR_HU, np.rint(clean.hu + noise).clip(AIR_HU + 1)).astype(np.int16)
@@ -21,7 +26,7 @@ def test_a_shift_in_one_tissue_is_found_there_alone(truth):
     full = Volume(noisy(truth, 10, 1), truth.spacing)
     image = noisy(truth, 30, 2)
     image[(truth.hu > -140) & (truth.hu < -50)] += 15
-    bias = tissue_bias(image, full)
+    bias = tissue_bias(image, full, classes(full))
     assert bias["fat"].hu == pytest.approx(15, abs=1.5)
     assert abs(bias["soft"].hu) < 1
     assert abs(bias["bone"].hu) < 3
@@ -31,7 +36,7 @@ def test_a_shift_in_one_tissue_is_found_there_alone(truth):
 def test_the_perfect_denoiser_has_no_bias(truth):
     """Though its voxels lie nearer to their class's mean than those of the full dose, by which classes are told."""
     full = Volume(noisy(truth, 25, 1), truth.spacing)
-    bias = tissue_bias(truth.hu, full)
+    bias = tissue_bias(truth.hu, full, classes(full))
     assert all(abs(bias[name].hu) < 1 for name in ("fat", "soft"))
 
 
@@ -39,8 +44,9 @@ def test_lung_is_no_air_and_padding_is_nothing():
     hu = np.full((2, 80, 80), -1000, np.int16)
     hu[:, 20:60, 20:60] = -800
     hu[:, :, :10] = AIR_HU
-    found = tissues(Volume(hu, (5.0, 1.0, 1.0)))
+    full = Volume(hu, (5.0, 1.0, 1.0))
+    found = classes(full)
     assert found["lung"][0, 40, 40]
     assert found["air"][0, 10, 70]
     assert not found["air"][:, :, :10].any()
-    assert set(tissue_bias(hu, Volume(hu, (5.0, 1.0, 1.0)))) == {"air", "lung"}
+    assert set(tissue_bias(hu, full, found)) == {"air", "lung"}
