@@ -9,8 +9,10 @@ from pathlib import Path
 from ldct_dist.cluster.progress import read_starts
 
 JOB = Path("slurm/job.json")
-CONFIG = Path("slurm/job.yaml")  # what the latest job was given, which a job in the queue reads when it starts
-CANCELLED = Path("slurm/cancelled")  # holds the id of the latest job that a person ended
+CONFIG = Path("slurm/job.yaml")
+"""what the latest job was given, which a job in the queue reads when it starts"""
+CANCELLED = Path("slurm/cancelled")
+"""holds the id of the latest job that a person ended"""
 _ERROR = re.compile(r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 
 
