@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,10 +23,13 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.volumes import denoise_series
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.baselines import gaussian, tune_gaussian
-from ldct_dist.evaluate.compare import Comparison, print_comparison
+from ldct_dist.evaluate.classify import classify
+from ldct_dist.evaluate.compare import Comparison, print_classification, print_comparison
 from ldct_dist.evaluate.figures import three_planes
+from ldct_dist.evaluate.methods import network
 from ldct_dist.evaluate.metrics import evaluate_volume
 from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.evaluate.tasks import LESION_TRAINING, lesion_samples
 from ldct_dist.store.ingest import IngestConfig, ingest
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
@@ -55,12 +59,17 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
     low, denoised, full = _denoise(config, folder, console)
     console.rule("4/4  what came out")
     comparison = _compare(config, low, denoised, full)
+    classified = classify(lesion_samples({"denoised": network(weights_of(folder))}), LESION_TRAINING)
     picture = folder / "comparison.png"
     window = protocol_named(comparison.protocol).window
     three_planes(picture, {"low dose": low, "denoised": denoised, "full dose": full}, window, TEST_PATIENT)
-    _write_result(folder, comparison, resumed_at, time.monotonic() - start)
+    _write_result(folder, comparison, classified, resumed_at, time.monotonic() - start)
 
     print_comparison(comparison, console)
+    console.print(
+        "\nIs there a lesion? A generated task, at 4 % of the dose, for a CNN trained on each kind of image:"
+    )
+    print_classification(classified, console)
     console.print(f"\nTensorBoard      {_beside_python('tensorboard')} --logdir {folder / 'tensorboard'}")
     console.print(f"denoised series  {folder / 'denoised'}")
     console.print(f"picture          {picture}")
@@ -136,9 +145,11 @@ def _compare(config: RunConfig, low: Volume, denoised: Volume, full: Volume) -> 
     return Comparison(measure.name, figures)
 
 
-def _write_result(folder: Path, comparison: Comparison, resumed_at: int, seconds: float) -> None:
+def _write_result(
+    folder: Path, comparison: Comparison, classified: dict[str, Any], resumed_at: int, seconds: float
+) -> None:
     low, denoised, filtered = (comparison.figures[k] for k in ("low dose", "denoised", "gaussian"))
-    result: dict[str, float | str] = {
+    result: dict[str, Any] = {
         "rmse_low": low["rmse_hu"],
         "rmse_denoised": denoised["rmse_hu"],
         "rmse_gaussian": filtered["rmse_hu"],
@@ -147,6 +158,7 @@ def _write_result(folder: Path, comparison: Comparison, resumed_at: int, seconds
         "ssim_low": low["ssim"],
         "ssim_denoised": denoised["ssim"],
         "protocol": comparison.protocol,
+        "classification_auc": {image: row["auc"] for image, row in classified["images"].items()},
         "resumed_at_step": resumed_at,
         "seconds": round(seconds, 1),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,4 +29,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         table.add_row(
             image, *(f"{figures[key]:.3f}" if key == "ssim" else f"{figures[key]:.2f}" for key in COLUMNS)
         )
+    console.print(table)
+
+
+def print_classification(found: dict[str, Any], console: Console) -> None:
+    """What `classify` found."""
+    title = f"classified: {found['samples']} images of {found['patients']} patients, 95 % intervals"
+    table = Table("", "AUC", "accuracy", title=title)
+    for image, row in found["images"].items():
+        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*row[key]) for key in ("auc", "accuracy"))
+        table.add_row(image, *cells)
     console.print(table)

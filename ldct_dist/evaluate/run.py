@@ -12,8 +12,8 @@ from rich.console import Console
 from ldct_dist import config as configs
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.classify import classify
-from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_comparison
+from ldct_dist.evaluate.classify import Training, classify, patient_folds
+from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_classification, print_comparison
 from ldct_dist.evaluate.methods import peer
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.report.page import prepare, write_report
@@ -43,10 +43,10 @@ def evaluate(
     opened = Store(store)
     if out is None and labels is not None:
         raise UserError("--labels: classification is part of the report; add --out FOLDER")
+    cohort = _cohort(opened, config, labels) if labels else None
     if out is not None:
         prepare(out)
     pictures = Pictures(protocol_named(config.protocol), cases_shown)
-    cohort = _cohort(opened, config, labels) if labels else None
 
     def show(name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
         if out is not None:
@@ -67,6 +67,8 @@ def evaluate(
         status.update("classifying")
         classified = classify(cohort.samples()) if cohort else None
     print_comparison(_comparison(study), console)
+    if classified:
+        print_classification(classified, console)
     for note in study.notes:
         console.print(f"not measured: {note}", markup=False)
     if out is not None:
@@ -75,7 +77,12 @@ def evaluate(
 
 def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:
     patients = {store.cases[int(i)].name: store.cases[int(i)].patient for i in store.split(config.split)}
-    return Cohort(read_labels(labels), protocol_named(config.protocol).window, patients)
+    given = read_labels(labels)
+    own = [(patients[case], label) for case in given if case in patients for label in given[case].values()]
+    if own:  # too few patients: better told before all is denoised than after
+        whose, what = map(np.array, zip(*own, strict=True))
+        patient_folds(what, whose, Training().folds, Training().seed)
+    return Cohort(given, protocol_named(config.protocol).window, patients)
 
 
 def _comparison(study: Study) -> Comparison:

@@ -14,12 +14,16 @@ from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
 from ldct_dist.ct.phantom import Disc, discs
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.classify import Samples
-from ldct_dist.evaluate.methods import FULL
+from ldct_dist.evaluate.classify import Samples, Training
+from ldct_dist.evaluate.methods import FULL, LOW, Method, apply
 from ldct_dist.evaluate.protocols import Range
 
 SIDE = 64  # of the images that the classifier is given
 _SLICES_A_CASE = 8
+
+LESION_TRAINING = Training(folds=4, epochs=14)
+_LESION_DOSE = 0.04
+_LESION_WINDOW = (-100.0, 220.0)
 
 Labels = dict[str, dict[int | None, int]]
 """case -> slice, or None for the whole case -> 0 or 1."""
@@ -122,3 +126,20 @@ def lesion_task(count: int, dose: float, seed: int = 0) -> tuple[Volume, Volume,
     low = simulate_low_dose(full, dose, seed + 1, scanner)
     low, full = (replace(scan, hu=np.ascontiguousarray(scan.hu[:, inner, inner])) for scan in (low, full))
     return low, full, labels
+
+
+def lesion_samples(methods: Mapping[str, Method], count: int = 160) -> Samples:
+    """The `lesion_task` at 4 % of the dose, as low dose, under each method and at full dose; for `LESION_TRAINING`.
+
+    A method is given one slice at a time, since the next is another patient's.
+    """
+    low, full, labels = lesion_task(count, _LESION_DOSE)
+    images = {LOW: low.hu}
+    for name, method in methods.items():
+        images[name] = np.concatenate([apply(name, method, replace(low, hu=hu[None])) for hu in low.hu])
+    images[FULL] = full.hu
+    seen = {
+        kind: np.stack([shown(hu, _LESION_WINDOW, side=32) for hu in volume])
+        for kind, volume in images.items()
+    }
+    return Samples(seen, labels, tuple(f"patient {i}" for i in range(count)))

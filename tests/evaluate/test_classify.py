@@ -16,7 +16,7 @@ from ldct_dist.evaluate.classify import (
     mcnemar,
     patient_folds,
 )
-from ldct_dist.evaluate.tasks import SIDE, Cohort, lesion_task, read_labels, shown
+from ldct_dist.evaluate.tasks import LESION_TRAINING, SIDE, Cohort, lesion_samples, read_labels
 
 WINDOW = (-100.0, 220.0)
 
@@ -24,12 +24,8 @@ WINDOW = (-100.0, 220.0)
 @pytest.fixture(scope="module")
 def found():
     """The generated task, on low dose, on a filtered and on full dose."""
-    low, full, labels = lesion_task(160, dose=0.04)
-    denoised = gaussian_filter(low.hu.astype(float), (0, 1, 1))
-    images = {"low dose": low.hu, "denoised": denoised, "full dose": full.hu}
-    seen = {kind: np.stack([shown(hu, WINDOW, side=32) for hu in volume]) for kind, volume in images.items()}
-    patients = tuple(f"p{i}" for i in range(len(labels)))
-    return classify(Samples(seen, labels, patients), Training(folds=4, epochs=14))
+    samples = lesion_samples({"denoised": lambda low: gaussian_filter(low.hu.astype(float), (0, 1, 1))})
+    return classify(samples, LESION_TRAINING)
 
 
 def test_the_intervals_of_low_and_full_dose_part(found):
