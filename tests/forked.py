@@ -48,7 +48,7 @@ class ForkedRanks:
         """Exit codes of these ranks, or of all, once they have ended."""
         waited = [self.processes[rank] for rank in ranks or range(len(self.processes))]
         for process in waited:
-            process.join(180)
+            process.join(600)
         return [process.exitcode for process in waited]
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
