@@ -59,17 +59,16 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
     low, denoised, full = _denoise(config, folder, console)
     console.rule("4/4  what came out")
     comparison = _compare(config, low, denoised, full)
-    classified = classify(lesion_samples({"denoised": network(weights_of(folder))}), LESION_TRAINING)
+    print_comparison(comparison, console)
     picture = folder / "comparison.png"
     window = protocol_named(comparison.protocol).window
     three_planes(picture, {"low dose": low, "denoised": denoised, "full dose": full}, window, TEST_PATIENT)
-    _write_result(folder, comparison, classified, resumed_at, time.monotonic() - start)
-
-    print_comparison(comparison, console)
     console.print(
         "\nIs there a lesion? A generated task, at 4 % of the dose, for a CNN trained on each kind of image:"
     )
+    classified = classify(lesion_samples({"denoised": network(weights_of(folder))}), LESION_TRAINING)
     print_classification(classified, console)
+    _write_result(folder, comparison, classified, resumed_at, time.monotonic() - start)
     console.print(f"\nTensorBoard      {_beside_python('tensorboard')} --logdir {folder / 'tensorboard'}")
     console.print(f"denoised series  {folder / 'denoised'}")
     console.print(f"picture          {picture}")
