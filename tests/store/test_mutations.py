@@ -19,6 +19,7 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import BaseTag, Tag
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from ldct_dist.ct.dicom import Series, find_series, read_series
@@ -206,6 +207,11 @@ def tells_padding(series: Series) -> bool:
 def plain(ds: Dataset) -> Dataset:
     """`ds` with what describes its pixels as it should be, without which pydicom decodes nothing."""
     ds.pop("NumberOfFrames", None)
+    if (
+        "TransferSyntaxUID" not in ds.file_meta
+    ):  # as in old exports: then it is what the elements are written in
+        implicit, _ = ds.original_encoding
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
         ds.add_new(keyword, "US", int(number(ds, keyword)))
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
