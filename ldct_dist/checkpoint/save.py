@@ -1,7 +1,8 @@
 """Saving beside training: stage this rank's share, write it, and commit all shares or none.
 
 A checkpoint is a set of named parts, the same on every rank; each part is one safetensors file, written
-by one rank, whichever ranks hold its tensors. The directory appears under its name only when every file and the manifest are on disk.
+by one rank, whichever ranks hold its tensors. The directory appears under its name only when every file
+and the manifest are on disk.
 """
 
 from __future__ import annotations

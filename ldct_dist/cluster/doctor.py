@@ -24,10 +24,10 @@ from ldct_dist.cluster.site import read_site
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.strategy.parts import STATE_BYTES
 from ldct_dist.world import World
 
 JOIN_TIMEOUT_S = 60.0
-STATE_BYTES = 16  # a parameter of a checkpoint: the weights, their average, Adam's two moments, in fp32
 Report = Callable[[Finding], None]
 
 

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 
 class PixelForm(NamedTuple):
-    """How pixels are stored, in the header's own words; all slices of a series mostly share one. matrix: rows, columns."""
+    """How pixels are stored, in the header's own words; all slices of a series mostly share one.
+
+    matrix: rows, columns.
+    """
 
     syntax: str
     matrix: tuple[int, int] | None

@@ -67,8 +67,8 @@ def denoise_volume(
 ) -> np.ndarray:
     """`model` on a whole volume: int16 HU (z, y, x) in and out, rounded to the nearest HU.
 
-    Padding (AIR_HU and below) stays as it is. `tile`: None takes what suits the device. `device`: where the model is, or shall be moved; None leaves it
-    there. `progress` hears (tiles done, tiles in all).
+    Padding (AIR_HU and below) stays as it is. `tile`: None takes what suits the device. `device`: where the model
+    is, or shall be moved; None leaves it there. `progress` hears (tiles done, tiles in all).
     Raises NotFiniteError where the network's answer is not finite.
     """
     out = np.empty_like(hu)

@@ -267,43 +267,41 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_and_started_again_it_makes_the_same_store(tmp_path, out):
-    """SIGKILL to the parent alone: its workers must end by themselves, and leave nothing that stays."""
-    source = write_patients(tmp_path / "in", 8)
-    program = tmp_path / "program.py"
+@pytest.fixture
+def unbroken(tmp_path, out, monkeypatch) -> tuple[Path, Path, Path]:
+    """Eight patients, a program that ingests, and their store made without a break; here, in threads of this process."""
+    source, program, store = (tmp_path / name for name in ("in", "program.py", "reference.zarr"))
+    write_patients(source, 8)
     program.write_text(PROGRAM)
-    reference = tmp_path / "reference.zarr"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "pool", ThreadPoolExecutor)
-        ingest(source, reference, CONFIG)
-        out.with_name("ct.zarr.key").write_text(reference.with_name("reference.zarr.key").read_text())
-        kill_when(lambda: len(whole_cases(out)) >= 3, program, source, out)
-        assert len(whole_cases(out)) < 8, "it was done before it was killed"
-        (out / "cases" / f"{layout.TEMPORARY}killed").mkdir()
-        report = ingest(source, out, CONFIG)
+    monkeypatch.setattr(workers, "pool", ThreadPoolExecutor)
+    ingest(source, store, CONFIG)
+    out.with_name("ct.zarr.key").write_text(store.with_name("reference.zarr.key").read_text())
+    return source, program, store
+
+
+def test_killed_and_started_again_it_makes_the_same_store(out, unbroken):
+    """SIGKILL to the parent alone: its workers must end by themselves, and leave nothing that stays."""
+    source, program, reference = unbroken
+    kill_when(lambda: len(whole_cases(out)) >= 3, program, source, out)
+    assert len(whole_cases(out)) < 8, "it was done before it was killed"
+    (out / "cases" / f"{layout.TEMPORARY}killed").mkdir()
+    report = ingest(source, out, CONFIG)
     assert len(report.skipped) >= 3
     assert content(out) == content(reference)
     assert not list((out / "cases").glob(".*"))
 
 
-def test_killed_again_and_again_at_any_instant_it_makes_the_same_store(tmp_path, out):
+def test_killed_again_and_again_at_any_instant_it_makes_the_same_store(out, unbroken):
     """SIGKILL to all its processes at once, as a node does that loses power; instants count in files and folders
     made, so that they are the same on fast and slow machines."""
-    draw, source = random.Random(1), write_patients(tmp_path / "in", 8)
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    reference = tmp_path / "reference.zarr"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "pool", ThreadPoolExecutor)
-        ingest(source, reference, CONFIG)
-        out.with_name("ct.zarr.key").write_text(reference.with_name("reference.zarr.key").read_text())
-        kills = 0
-        for _ in range(3):
-            wanted = made(out) + draw.randrange(1, 45)
-            kills += killed_at(lambda wanted=wanted: made(out) >= wanted, program, source, out)
-            for name in whole_cases(out):
-                read_record(out / "cases" / name)
-        ingest(source, out, CONFIG)
+    source, program, reference = unbroken
+    draw, kills = random.Random(1), 0
+    for _ in range(3):
+        wanted = made(out) + draw.randrange(1, 45)
+        kills += killed_at(lambda wanted=wanted: made(out) >= wanted, program, source, out)
+        for name in whole_cases(out):
+            read_record(out / "cases" / name)
+    ingest(source, out, CONFIG)
     assert kills >= 2
     assert content(out) == content(reference)
     assert not list((out / "cases").glob(".*"))

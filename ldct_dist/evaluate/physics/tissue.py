@@ -42,8 +42,11 @@ def tissue_bias(image_hu: np.ndarray, full: Volume, classes: Mapping[str, np.nda
 
 
 def tissues(full: Volume, moments: LocalMoments) -> dict[str, np.ndarray]:
-    """Class -> bool (z, y, x), told by the full dose's local mean, of its `moments`: by single voxels, noise would choose its own class,
-    and the best denoiser would look biased. A rim of one voxel is left out, where tissues mix."""
+    """Class -> bool (z, y, x), told by the full dose's local mean, of its `moments`.
+
+    By single voxels, noise would choose its own class, and the best denoiser would look biased. A rim of one voxel is
+    left out, where tissues mix.
+    """
     scanned = full.hu > AIR_HU
     return {
         name: binary_erosion((moments.mean > low) & (moments.mean <= high), _IN_PLANE) & scanned

@@ -50,13 +50,11 @@ GPUS = {
     "v100-32g": Gpu(31 * GIB, None, 15.7e12, 0.9e12, 150e9, 6.25e9, 12e9, 8),
 }
 # What torch.cuda.get_device_name says. Boards other than SXM run at lower clocks, so they have a peak of their own.
+_BOARDS = {"H100": "h100-80g", "H200": "h200-141g", "A100": "a100-80g", "V100": "v100-32g"}
 _NAMES = (
     ("H100 PCIe", 756e12, 378e12),
     ("H100 NVL", 835e12, 417e12),
-    ("H100", 989e12, 494e12),
-    ("H200", 989e12, 494e12),
-    ("A100", 312e12, 156e12),
-    ("V100", None, 15.7e12),
+    *((part, GPUS[name].bf16, GPUS[name].fp32) for part, name in _BOARDS.items()),
 )
 
 

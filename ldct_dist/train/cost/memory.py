@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ldct_dist.data.loader import READY
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import StepCost
+from ldct_dist.train.strategy.config import BUCKET
 
-BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at a time
-BATCHES = 3  # the loader's: the one at work and two ahead
+BATCHES = 1 + READY
+"""on the device: the one at work, and those that the loader has made ahead"""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,8 @@ def memory(
         workspace = max(peak, 4 * p) - saved
         return Memory(4 * p, 4 * p, 8 * p, 4 * p, batches, saved, workspace)
     low = 2 if config.precision == "bf16" else 4  # bytes of a weight that the network computes with
-    copies = (
-        2 * p if config.precision == "bf16" else 0.0
-    )  # autocast's, which DeepSpeed's weights make needless
+    # autocast's copies, which DeepSpeed's weights make needless
+    copies = 2 * p if config.precision == "bf16" else 0.0
     state = 12 * p  # fp32 weights and both moments
     workspace = peak - saved + 2 * 4 * min(p, BUCKET)  # one bucket is filled while the other one travels
     if sharing.zero == 3:

@@ -18,6 +18,7 @@ from ldct_dist.train.cost.count import count
 from ldct_dist.train.cost.gpus import GIB, Gpu, gpu_named
 from ldct_dist.train.cost.memory import STRATEGIES, Activations, Memory, Sharing, memory
 from ldct_dist.train.misfits import refuse_crop
+from ldct_dist.train.strategy.parts import STATE_BYTES
 
 OUTSIDE = 1.5 * GIB
 """of a GPU's memory that CUDA, cuDNN and NCCL take for themselves"""
@@ -106,7 +107,7 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
     parameters = activations.few.parameters
     usable = (kind.memory - OUTSIDE) * (1 - FRAGMENTED)
     margin = config.loss.margin_for(model.radius, crop)
-    checkpoint = 16 * parameters  # fp32: weights, their average, both moments
+    checkpoint = STATE_BYTES * parameters
     return Plan(
         model=f"{config.model.name}-{config.model.size}",
         parameters=parameters,

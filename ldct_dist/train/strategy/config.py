@@ -6,6 +6,8 @@ from typing import Literal
 
 from ldct_dist.config import Config
 
+BUCKET = 50_000_000
+"""elements that are reduced or gathered at a time"""
 Place = Literal["gpu", "cpu", "nvme"]
 
 

@@ -17,11 +17,8 @@ from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
-from ldct_dist.train.strategy.config import DeepSpeedConfig
+from ldct_dist.train.strategy.config import BUCKET, DeepSpeedConfig
 from ldct_dist.world import World
-
-BUCKET = 50_000_000
-"""elements that are reduced or gathered at a time"""
 
 
 class _Working(nn.Module):

@@ -12,6 +12,8 @@ from ldct_dist.models.weights import weights_facts
 RAW_WEIGHTS = "weights-raw.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's running means. Its count of steps is the strategy's own."""
+STATE_BYTES = 16
+"""of a checkpoint, a parameter: the weights, their average and both moments, in fp32"""
 
 
 def parts_of(
