@@ -31,7 +31,7 @@ def submit(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, submit nothing")] = False,
 ) -> None:
-    """Train as a job: saved and requeued at the time limit, on preemption and after a node failure.
+    """Train as a job: requeued, and going on, after the time limit, preemption, a node failure or a hang.
 
     The code and the config are copied into the run's folder, and requeues run these copies. One rank a GPU; on
     CPUs, --ntasks-per-node says how many.
