@@ -1,5 +1,14 @@
-"""`python -m ldct_dist`: the same as the command `ldct-dist`."""
+"""The command `ldct-dist`, which is also `python -m ldct_dist`.
 
-from ldct_dist.cli import main
+Its imports wait for its start: an ingest's workers import the main module of the process that started them.
+"""
 
-main()
+
+def main() -> None:
+    from ldct_dist import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["ldct_dist.train.trainer", "ldct_dist.cli", "torch._dynamo", "forked"])
+_PRELOAD = ["ldct_dist.train.trainer", "ldct_dist.cli", "torch._dynamo", "forked"]
 
 Plant = Callable[[int], None]
 
@@ -30,6 +30,7 @@ class ForkedRanks:
     """
 
     def __init__(self, config: Path, *overrides: str, ranks: int = 2, plant: Plant | None = None) -> None:
+        _FORK.set_forkserver_preload(_PRELOAD)  # each time: an ingest in this process sets its own
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

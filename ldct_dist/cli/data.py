@@ -27,6 +27,10 @@ def ingest(
 
     Example: ldct-dist ingest /data/dicom /scratch/ct.zarr dose=0.25 splits='{train: 0.8, val: 0.1, test: 0.1}'
     """
+    from ldct_dist.store.processes import start_server
+
+    start_server()  # first, so that its imports and those below, of half a second each, go on at the same time
+
     from ldct_dist import config as configs
     from ldct_dist.store.ingest import IngestConfig, Survey
     from ldct_dist.store.ingest import ingest as run

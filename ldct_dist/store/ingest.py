@@ -78,8 +78,8 @@ def ingest(
 
     part: (i, n) takes every n-th case, for the tasks of an array job; once all parts are done, `finalise` writes
     the catalogue. `announce` hears what will be written before it is, `progress` each case that is done. What is
-    refused is listed in OUT.rejected.csv and does not stop the others. Works in processes that import the calling
-    script: it needs an `if __name__ == "__main__"`.
+    refused is listed in OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork
+    server, which import the calling script: it needs an `if __name__ == "__main__"`.
 
     Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split, and if
     `out` cannot be written; cases that are whole by then stay, and the next start goes on from there.

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from pathlib import Path
 
-from numcodecs import blosc
-
 from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.errors import UserError
+from ldct_dist.store.processes import pool
 from ldct_dist.store.task import Task, make_case
 
 KILLED = "its process was killed, most likely for want of memory; give fewer workers or more memory"
 _FEW_HEADERS = 1000  # are read sooner than processes start
 _BATCH = 32  # headers
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Workers:
@@ -89,43 +81,9 @@ class Workers:
         return self._processes
 
 
-def pool(workers: int) -> Executor:
-    # Not fork: the parent has threads (torch's) that a forked child would wait for for ever.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
-
-
 def _alone(task: Task) -> str | None:
     with pool(1) as process:
         try:
             return process.submit(make_case, task).result()
         except BrokenProcessPool:
             return f"{task.pair.full.name}: {KILLED}"
-
-
-def _prepare() -> None:
-    _keep_memory()
-    blosc.use_threads = False
-    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which is imported when low dose is simulated
-    if "torch" in sys.modules:  # the calling script imports it
-        sys.modules["torch"].set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _keep_memory() -> None:
-    """Volumes of one case after the other lie in the same memory: to take it anew each time, from glibc's default of
-    giving back what is large, costs a tenth of the work."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot end its pool, and a worker that lives on would write into the store
-    beside those of the next start."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -238,7 +238,7 @@ class Deadly:
         return os._exit, (9,)
 
 
-def test_a_killed_worker_is_refused_and_takes_no_other_case_along(tmp_path, out):
+def test_a_killed_worker_is_refused_and_takes_no_other_case_along(tmp_path, out, own_server):
     pairs, _ = find_pairs(write_patients(tmp_path / "in", 2), PairingConfig())
     layout.create(out)
     settings = {"dose": 0.25, "seed": 0, "simulation": QUICK}
@@ -333,13 +333,18 @@ def kill_when(reached, program: Path, *arguments: Path) -> None:
     while not reached():
         assert run.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    started = descendants(str(run.pid))
     run.send_signal(signal.SIGKILL)
     run.wait()
     deadline = time.monotonic() + 20
-    while any(is_alive(pid) for pid in children):
+    while any(is_alive(pid) for pid in started):
         assert time.monotonic() < deadline, "its workers outlive it"
         time.sleep(0.01)
+
+
+def descendants(pid: str) -> list[str]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 def is_alive(pid: str) -> bool:
