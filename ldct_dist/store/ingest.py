@@ -139,7 +139,10 @@ def _make(
 ) -> IngestReport:
     """Make the cases that are not there yet; the report of that."""
     report = IngestReport(skipped=[t.name for t in tasks if t.is_done])
-    todo = [t for t in tasks if t.name not in set(report.skipped)]
+    skipped = set(report.skipped)
+    todo = [t for t in tasks if t.name not in skipped]
+    # Large ones first: the last to be made are then short, and no process waits long for the others.
+    todo.sort(key=lambda t: math.prod(t.pair.full.shape), reverse=True)
     announce(_survey(out, todo))
     for done, refusal in workers.make(todo):
         if refusal is None:
