@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from ldct_dist.ct.dicom import one_series, read_series
 from ldct_dist.ct.dose import simulate_low_dose
-from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.store import layout
 
 DOSE = 0.25
@@ -21,18 +17,17 @@ SERIES = {
 }
 
 
-def folds(data: Path, work: Path, binning: int) -> dict[str, Path]:
+def folds(data: Path, work: Path) -> dict[str, Path]:
     """Patient -> the store in which it is the test split, the next patient validation, the other two training.
 
-    Pixels are first averaged over squares of `binning` voxels; the low dose is simulated after that. Made once.
-    Raises UserError for a series that is not there.
+    Made once. Raises UserError for a series that is not there.
     """
     names = list(SERIES)
     stores = {name: work / f"without-{name}.zarr" for name in names}
     if any(not (store / "catalogue.parquet").exists() for store in stores.values()):
         pairs = {}
         for seed, (name, place) in enumerate(SERIES.items()):
-            full = binned(read_series(one_series(data / place)), binning)
+            full = read_series(one_series(data / place))
             pairs[name] = {1.0: full, DOSE: simulate_low_dose(full, DOSE, seed)}
         for i, store in enumerate(stores.values()):
             layout.create(store)
@@ -41,15 +36,3 @@ def folds(data: Path, work: Path, binning: int) -> dict[str, Path]:
                 layout.write_case(store, name, doses, patient=name, split=split)
             layout.finalise(store)
     return stores
-
-
-def binned(volume: Volume, n: int) -> Volume:
-    """Means over n x n voxels in plane; padding where any of them is."""
-    if n == 1:
-        return volume
-    z, y, x = volume.shape
-    cut = volume.hu[:, : y // n * n, : x // n * n].reshape(z, y // n, n, x // n, n)
-    mean = np.rint(cut.mean(axis=(2, 4), dtype=np.float32)).astype(np.int16)
-    hu = np.where((cut == AIR_HU).any(axis=(2, 4)), np.int16(AIR_HU), mean)
-    dz, dy, dx = volume.spacing
-    return replace(volume, hu=hu, spacing=(dz, n * dy, n * dx))

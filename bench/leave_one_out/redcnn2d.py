@@ -1,33 +1,43 @@
 """RED-CNN as published, slice by slice, and a plain loop that trains it.
 
 Chen et al., IEEE Trans Med Imaging 36 (2017): five 5 x 5 convolutions of 96 filters without padding, five
-deconvolutions, three shortcuts, ReLU; mean square error, Adam at 1e-4, patches of 55 x 55, weights drawn with 0.01.
+deconvolutions, three shortcuts, ReLU; mean square error, Adam, patches of 55 x 55, weights drawn with 0.01. Its
+learning rate falls whenever validation stands still, and the plateau is reached when the last one brings no more.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 
-_FILTERS, _PATCH, _BATCH, _RATE = 96, 55, 16, 1e-4
-_RANGE_HU = 4096.0  # images enter as (HU - air) / range, between 0 and 1
-_EVERY, _PATIENCE = 500, 10  # steps between validations; so many without a better one are the plateau
+_FILTERS, _PATCH, _BATCH = 96, 55, 8
+_RATES = (3e-4, 6e-5)
+_UNIT_HU = 1024.0  # images enter as HU / 1024: bf16 keeps most digits of what is near water
+_AVERAGE = 0.99  # decay of the moving average of the weights, which is what is validated and kept
+_EVERY = 250  # steps between validations
+_PATIENCE = 3  # validations without a better one, after which the rate falls
+_BETTER = 0.998  # of the least error so far is better
+_VALIDATED, _FIELD = 10, 256  # slices of a validation, and the width of their middle that counts
 
 
 class REDCNN2d(nn.Module):
-    """float (b, 1, y, x) in, the same out; at least 21 voxels wide."""
+    """float (b, 1, y, x) in, the same out; at least 21 voxels wide. Air is -1, where the last ReLU cuts off."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,26 +57,28 @@ class REDCNN2d(nn.Module):
             x = layer(x).relu()
         for i, layer in enumerate(self.up):
             x = layer(x)
-            x = (x + kept.pop() if i % 2 == 0 else x).relu()
+            x = x + kept.pop() if i % 2 == 0 else x
+            x = x.relu() if kept else x.clamp(min=-1)
         return x
 
 
-def denoiser(network: REDCNN2d) -> Callable[[Volume], np.ndarray]:
+def denoiser(network: nn.Module) -> Callable[[Volume], np.ndarray]:
     """A method as `evaluate.study` takes them: a Volume to HU (z, y, x)."""
+    device = next(network.parameters()).device
 
     @torch.inference_mode()
     def denoise(low: Volume) -> np.ndarray:
-        device = next(network.parameters()).device
-        slices = ((torch.from_numpy(hu).to(device).float() - AIR_HU) / _RANGE_HU for hu in low.hu)
-        return np.stack([(network(s[None, None])[0, 0] * _RANGE_HU + AIR_HU).cpu().numpy() for s in slices])
+        slices = (_enter(torch.from_numpy(hu)[None, None]).to(device) for hu in low.hu)
+        return np.stack([_leave(network(one))[0, 0].cpu().numpy() for one in slices])
 
     return denoise
 
 
 def load(path: Path) -> Callable[[Volume], np.ndarray]:
+    """The method that these weights are, in fp32."""
     network = REDCNN2d()
     network.load_state_dict({name: w.float() for name, w in load_file(path).items()})
-    return denoiser(network.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
+    return denoiser(network.eval().to(_device(), memory_format=torch.channels_last))
 
 
 def halve(weights: Path, out: Path) -> None:
@@ -76,41 +88,107 @@ def halve(weights: Path, out: Path) -> None:
 
 def at_plateau(curve: Path) -> bool:
     """Whether the training that left this curve was over."""
-    return curve.exists() and _plateau([json.loads(line) for line in curve.read_text().splitlines()])
+    return curve.exists() and _rate([json.loads(line) for line in curve.read_text().splitlines()]) is None
 
 
-def train(store: Store, dose: float, run: Path, seconds: float) -> bool:
-    """Go on with the training in `run` for that long; whether the plateau of validation is reached.
+def train(store: Store, dose: float, run: Path, seconds: float) -> None:
+    """Go on with the training in `run` for that long, or until validation comes to its plateau.
 
-    run/best.safetensors: the weights of least RMSE over the validation patient; run/curve.jsonl: all validations.
+    run/best.safetensors: the averaged weights of least RMSE over the validation patient; run/curve.jsonl: all
+    validations. bf16 where that is the convolutions' fast way, with weights and sums of errors in fp32.
     """
     run.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    network = REDCNN2d().to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=_RATE)
-    step, curve = _resume(run, network, optimizer)
-    pairs = _pairs(store, dose, "train")
+    training = _Training(run)
+    pairs, held_out = _pairs(store, dose, "train"), _middles(_pairs(store, dose, "val"))
     end = time.monotonic() + seconds
-    while not _plateau(curve) and time.monotonic() < end:
-        low, full = _patches(pairs, step)
-        loss = (network(low.to(device)) - full.to(device)).square().mean()
-        optimizer.zero_grad()
+    while (rate := _rate(training.curve)) is not None and time.monotonic() < end:
+        for _ in range(_EVERY):
+            training.learn(*_patches(pairs, training.step), rate)
+        training.validate(*held_out)
+
+
+def _rate(curve: list[dict[str, float]]) -> float | None:
+    """The learning rate after these validations; None at the plateau."""
+    least, since, fallen = math.inf, 0, 0
+    for point in curve:
+        since += 1
+        if point["rmse_hu"] < _BETTER * least:
+            least, since = point["rmse_hu"], 0
+        elif since == _PATIENCE:
+            fallen, since = fallen + 1, 0
+    return _RATES[fallen] if fallen < len(_RATES) else None
+
+
+class _Training:
+    """Network, optimizer, average and curve, kept in `run` at each validation and taken up from there."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.step, self.curve = run, 0, []
+        self.network = REDCNN2d().to(_device(), memory_format=torch.channels_last)
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE))
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=_RATES[0])
+        if (run / "last.pt").exists():
+            state = torch.load(run / "last.pt", weights_only=True)
+            self.step, self.curve = state["step"], state["curve"]
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"network": self.network, "average": self.average, "optimizer": self.optimizer}
+
+    def learn(self, low: torch.Tensor, full: torch.Tensor, rate: float) -> None:
+        """One step on patches of HU (b, 1, y, x)."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        with _autocast():
+            denoised = _leave(self.network(_enter(low.to(_device()))))
+        # in HU^2: on images between 0 and 1, gradients would come close to Adam's epsilon
+        loss = (denoised - full.to(_device())).square().mean()
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        step += 1
-        if step % _EVERY == 0:
-            curve.append({"step": step, "rmse_hu": _rmse(network, _pairs(store, dose, "val"))})
-            if curve[-1] == min(curve, key=lambda point: point["rmse_hu"]):
-                save_file(network.state_dict(), run / "best.safetensors")
-            _keep(run, network, optimizer, step, curve)
-    _keep(run, network, optimizer, step, curve)
-    return _plateau(curve)
+        self.optimizer.step()
+        self.average.update_parameters(self.network)
+        self.step += 1
+
+    def validate(self, low: torch.Tensor, full: torch.Tensor) -> None:
+        """RMSE over slices of HU (n, 1, y, x); the weights are kept where it is the least so far."""
+        with torch.inference_mode(), _autocast():
+            denoised = torch.cat(
+                [_leave(self.average(_enter(one.to(_device())))).cpu() for one in low.split(1)]
+            )
+        rmse = (denoised - full)[full > AIR_HU].square().mean().sqrt().item()
+        self.curve.append({"step": self.step, "rmse_hu": rmse})
+        print(f"{self.run.name}: step {self.step}, validation {rmse:.3f} HU", file=sys.stderr)
+        if rmse == min(point["rmse_hu"] for point in self.curve):
+            save_file(
+                {name: w.contiguous() for name, w in self.average.module.state_dict().items()},
+                self.run / "best.safetensors",
+            )
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        torch.save(state | {"step": self.step, "curve": self.curve}, self.run / "last.tmp")
+        (self.run / "last.tmp").replace(self.run / "last.pt")
+        (self.run / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in self.curve))
 
 
-def _plateau(curve: list[dict[str, float]]) -> bool:
-    best = min(range(len(curve)), key=lambda i: curve[i]["rmse_hu"], default=0)
-    return len(curve) > best + _PATIENCE
+def _enter(hu: torch.Tensor) -> torch.Tensor:
+    return hu.float() / _UNIT_HU
+
+
+def _leave(image: torch.Tensor) -> torch.Tensor:
+    return image.float() * _UNIT_HU
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _autocast() -> torch.autocast:
+    """bf16 on a GPU, and on a CPU that multiplies matrices in it."""
+    device = _device()
+    return torch.autocast(
+        device, torch.bfloat16, enabled=device == "cuda" or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def _pairs(store: Store, dose: float, split: str) -> list[tuple[Volume, Volume]]:
@@ -119,7 +197,7 @@ def _pairs(store: Store, dose: float, split: str) -> list[tuple[Volume, Volume]]
 
 
 def _patches(pairs: list[tuple[Volume, Volume]], step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches of the step, (b, 1, 55, 55) between 0 and 1; slices drawn alike from all patients, some turned over."""
+    """Patches of the step, HU (b, 1, 55, 55); slices drawn alike from all patients, some turned over."""
     random, cut = np.random.default_rng((0, step)), []
     for _ in range(_BATCH):
         pair = pairs[random.integers(len(pairs))]
@@ -129,35 +207,14 @@ def _patches(pairs: list[tuple[Volume, Volume]], step: int) -> tuple[torch.Tenso
         )
         turn = random.choice([-1, 1], 2)
         cut.append([v.hu[z, y : y + _PATCH, x : x + _PATCH][:: turn[0], :: turn[1]] for v in pair])
-    both = (torch.from_numpy(np.array(cut)).float() - AIR_HU) / _RANGE_HU
+    both = torch.from_numpy(np.array(cut)).float()
     return both[:, :1], both[:, 1:]
 
 
-def _rmse(network: REDCNN2d, pairs: list[tuple[Volume, Volume]]) -> float:
-    denoise = denoiser(network)
-    errors = [np.square(denoise(low) - full.hu)[full.hu > AIR_HU].mean() for low, full in pairs]
-    return float(np.sqrt(np.mean(errors)))
-
-
-def _resume(run: Path, network: REDCNN2d, optimizer: torch.optim.Adam) -> tuple[int, list[dict[str, float]]]:
-    path = run / "last.pt"
-    if not path.exists():
-        return 0, []
-    state = torch.load(path, weights_only=True)
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["curve"]
-
-
-def _keep(
-    run: Path, network: REDCNN2d, optimizer: torch.optim.Adam, step: int, curve: list[dict[str, float]]
-) -> None:
-    state = {
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "curve": curve,
-    }
-    torch.save(state, run / "last.tmp")
-    (run / "last.tmp").replace(run / "last.pt")
-    (run / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
+def _middles(pairs: list[tuple[Volume, Volume]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some slices' middle fields, spread over the first of `pairs`: HU (n, 1, y, x), low dose and full."""
+    shape = pairs[0][0].shape
+    z = np.linspace(0, shape[0] - 1, _VALIDATED).round().astype(int)
+    y, x = (slice((n - _FIELD) // 2, (n + _FIELD) // 2) for n in shape[1:])
+    low, full = (torch.from_numpy(v.hu[z][:, y, x]).float()[:, None] for v in pairs[0])
+    return low, full
