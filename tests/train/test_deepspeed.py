@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from itertools import product
@@ -227,6 +228,18 @@ def test_what_does_not_go_together_is_refused(changes, words):
     config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1} | changes)
     with pytest.raises(UserError, match=words):
         refuse_deepspeed(config, World())
+
+
+def test_a_compiler_that_was_killed_is_named_and_none_waits_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    config = {"name": "x", "store": "x", "steps": 1, "deepspeed": {"optimizer": "cpu"}, **zero(1)}
+    with pytest.raises(UserError, match=rf"{lock} has been there .* delete it"):
+        refuse_deepspeed(RunConfig.model_validate(config), World())
+    assert f"compiled, once, into {lock.parent}: a minute or two" in capsys.readouterr().out
 
 
 def test_without_deepspeed_the_refusal_says_how_to_get_it(monkeypatch):

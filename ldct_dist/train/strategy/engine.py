@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.cpp_extension import _get_build_directory
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser
@@ -19,6 +22,9 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
 from ldct_dist.train.strategy.config import BUCKET, DeepSpeedConfig
 from ldct_dist.world import World
+
+COMPILING_S = 600.0
+"""after which a process that compiles has been killed"""
 
 
 class _Working(nn.Module):
@@ -125,12 +131,39 @@ def _refuse_missing(config: RunConfig, world: World) -> None:
         ) from e
     if config.deepspeed.optimizer == "cpu":
         try:
+            _await_compiler(world)
             builders.CPUAdamBuilder().load()
+        except UserError:
+            raise
         except Exception as e:  # whatever compilers meet: a missing nvcc is a class of its own
             raise UserError(
                 f"deepspeed.optimizer=cpu: its Adam could not be compiled ({str(e)[-200:]}): install g++ and ninja, "
                 "and nvcc on a node with GPUs, or leave the optimizer on the GPU"
             ) from e
+
+
+def _await_compiler(world: World) -> None:
+    """Say what a first start waits for, and let another process finish what it compiles.
+
+    torch itself would wait for ever, without a word, for one that was killed at it. Raises UserError for such a one.
+    """
+    folder = Path(_get_build_directory("cpu_adam", verbose=False))
+    lock = folder / "lock"
+    if world.is_main and not (folder / "cpu_adam.so").exists():
+        print(f"deepspeed: its Adam for CPUs is compiled, once, into {folder}: a minute or two", flush=True)
+    while (age := _age(lock)) is not None:
+        if age > COMPILING_S:
+            raise UserError(
+                f"{lock} has been there for {age / 60:.0f} minutes: what compiled DeepSpeed's Adam was killed; delete it"
+            )
+        time.sleep(0.5)
+
+
+def _age(path: Path) -> float | None:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _deepspeed(world: World) -> Any:
