@@ -31,11 +31,13 @@ CHUNK = 4 * 2**20
 @dataclass(frozen=True)
 class Piece:
     """What this rank holds of a tensor of `shape`: `values`, one-dimensional, are its elements from `start` on in
-    C order; none is an empty one."""
+    C order; none is an empty one. room: as large, for a copy of them while they are saved; None: the Saver takes
+    memory for it."""
 
     shape: tuple[int, ...]
     start: int
     values: torch.Tensor
+    room: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -43,7 +43,8 @@ class Saver:
     """Writes checkpoints of one generation into `root`, one at a time, on a thread of its own.
 
     The training thread calls `save`, then `staged` before it next changes a tensor of the state, and
-    `finish` when it needs the outcome. Memory: one copy of what this rank gives, from the first save on.
+    `finish` when it needs the outcome. Memory: one copy of what this rank gives, from the first save on, but for
+    pieces that bring their own room.
     """
 
     def __init__(
@@ -163,16 +164,17 @@ class Saver:
         for name, part in parts.items():
             for key, tensor in part.tensors.items():
                 if isinstance(tensor, Piece):
-                    shape, start, values = tensor.shape, tensor.start, tensor.values
+                    shape, start, values, place = tensor.shape, tensor.start, tensor.values, tensor.room
                 elif owner[name] == self.world.rank:
-                    shape, start, values = tensor.shape, 0, tensor
+                    shape, start, values, place = tensor.shape, 0, tensor, None
                 else:
                     continue
-                place = before.pop((name, key), None)
-                if place is None or (place.shape, place.dtype) != (values.shape, values.dtype):
-                    place = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-                self._memory[name, key] = place.copy_(values.detach())
-                held[name][key] = Piece(tuple(shape), start, place.view(-1))
+                if place is None:
+                    place = before.pop((name, key), None)
+                    if place is None or (place.shape, place.dtype) != (values.shape, values.dtype):
+                        place = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                    self._memory[name, key] = place
+                held[name][key] = Piece(tuple(shape), start, place.copy_(values.detach()).view(-1))
         return held
 
     def _together(self, phase: Callable[[], Any]) -> list[Any]:

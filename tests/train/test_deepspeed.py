@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from itertools import product
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from plants import spoilt, together
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils.cpp_extension import _get_build_directory
 
 from commands import command
 from forked import fork
@@ -23,10 +24,11 @@ from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.stop import Stop
+from ldct_dist.train.strategy.disk import Disk
 from ldct_dist.train.strategy.engine import refuse_deepspeed
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
-from runs import equal, final_state, losses, unsharded, write_config
+from runs import equal, final_state, losses, same, unsharded, write_config
 from stores import make_store
 
 STEPS = 20
@@ -42,7 +44,14 @@ def run_of(folder: Path, name: str) -> Path:
     return folder / name / "runs" / "run"
 
 
-ADAM_ON_CPU = any(Path(get_default_build_root()).glob("*/cpu_adam/cpu_adam.so"))
+ADAM_ON_CPU = Path(_get_build_directory("cpu_adam", verbose=False), "cpu_adam.so").exists()
+with_adam_on_cpu = pytest.mark.skipif(
+    not ADAM_ON_CPU,
+    reason="needs DeepSpeed's Adam for CPUs, which a run with deepspeed.optimizer=cpu compiles (g++, ninja; 2 minutes)",
+)
+
+NVME = ((2, "gpu", "bf16"), (3, "nvme", "fp32"))
+"""stage, place of the parameters and precision of the runs on a disk"""
 
 
 def zero(stage: int) -> dict:
@@ -90,7 +99,8 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(store, tmp_path_factory):
     """Folder of 20 steps by two ranks: PRECISION-STAGE; in fp32 also broken-STAGE, stopped and taken up,
-    rolled-STAGE, which goes back, and offload, if what it needs was compiled before."""
+    rolled-STAGE, which goes back, and if what they need was compiled before offload, on the CPU, nvme-STAGE and
+    broken-nvme-STAGE, in the folder nvme."""
     folder = tmp_path_factory.mktemp("trained")
     wanted: list[tuple[Path, float | None]] = []
 
@@ -110,6 +120,14 @@ def trained(store, tmp_path_factory):
     if ADAM_ON_CPU:
         places = {"optimizer": "cpu", "parameters": "cpu"}
         wanted += [(configured("offload", deepspeed=places, **zero(3)), None)]
+        (folder / "nvme").mkdir()
+        for stage, parameters, precision in NVME:
+            places = {"optimizer": "nvme", "parameters": parameters, "nvme_path": str(folder / "nvme")}
+            whole, broken = (
+                configured(name, deepspeed=places, precision=precision, **zero(stage))
+                for name in (f"nvme-{stage}", f"broken-nvme-{stage}")
+            )
+            wanted += [(whole, None), (broken, 0.1), (broken, None)]
     start = folder / "start.yaml"
     assert fork(start, plant=partial(train_all, wanted)) == [0, 0], start.with_suffix(".log").read_text()
     return folder
@@ -170,9 +188,28 @@ def test_it_goes_back_to_its_last_checkpoint_as_ddp_does(trained):
     assert np.allclose([line["loss"] for line in ours], [line["loss"] for line in ddp], rtol=1e-5, atol=0)
 
 
-@pytest.mark.skipif(not ADAM_ON_CPU, reason="DeepSpeed's Adam for CPUs takes two minutes to compile")
+@with_adam_on_cpu
 def test_with_all_of_it_on_the_cpu_it_learns_the_same(trained):
     assert np.allclose(curve(run_of(trained, "offload")), curve(run_of(trained, "fp32-0")), rtol=1e-5, atol=0)
+
+
+@with_adam_on_cpu
+def test_with_all_of_it_on_a_disk_it_is_bitwise_the_run_on_the_cpu(trained):
+    assert same(run_of(trained, "nvme-3"), run_of(trained, "offload"))
+
+
+@with_adam_on_cpu
+@pytest.mark.parametrize(("stage", "precision"), [(stage, precision) for stage, _, precision in NVME])
+def test_on_a_disk_stopped_and_taken_up_it_is_bitwise_the_unbroken_run(trained, stage, precision):
+    whole, rtol = run_of(trained, f"nvme-{stage}"), {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    assert np.allclose(curve(whole), curve(run_of(trained, f"{precision}-0")), rtol=rtol, atol=0)
+    assert same(run_of(trained, f"broken-nvme-{stage}"), whole)
+
+
+@with_adam_on_cpu
+def test_on_a_disk_it_takes_no_memory_to_save_and_leaves_nothing_there(trained):
+    assert [(trained / "nvme-3" / f"staged-{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
+    assert list((trained / "nvme").iterdir()) == []
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -188,12 +225,14 @@ def test_its_weights_denoise(trained, stage):
 def test_a_run_goes_on_by_any_strategy_at_any_number_of_ranks_past_a_damaged_checkpoint(
     store, trained, tmp_path
 ):
-    """DDP on 2 ranks, ZeRO 3 on 1, 1 on 2, 2 on 4, 3 on 2, a step each, then DDP on 2; a byte changes on the way."""
+    """DDP on 2 ranks, ZeRO 3 on 1, 1 on 2, 2 on 4 from a disk, 3 on 2, a step each, then DDP on 2; a byte changes on
+    the way."""
     path = write_config(tmp_path, store, steps=STEPS, **OPTIONS)
     run, log = run_of(trained, "fp32-0"), path.with_suffix(".log")
     mine = tmp_path / "runs" / "run"
-    for ranks, stage in ((2, 0), (1, 3), (2, 1), (4, 2), (2, 3)):
-        options = [f"{key}={value}" for key, value in zero(stage).items()]
+    on_disk = ("deepspeed.optimizer=nvme", f"deepspeed.nvme_path={tmp_path}") if ADAM_ON_CPU else ()
+    for ranks, stage, places in ((2, 0, ()), (1, 3, ()), (2, 1, ()), (4, 2, on_disk), (2, 3, ())):
+        options = [*places, *(f"{key}={value}" for key, value in zero(stage).items())]
         ends = fork(path, "time_limit_s=0.1", *options, ranks=ranks, plant=spoilt_step)
         assert ends == [75] * ranks, log.read_text()
     assert command("verify", mine).returncode == 0
@@ -220,13 +259,36 @@ def test_a_run_goes_on_by_any_strategy_at_any_number_of_ranks_past_a_damaged_che
         ({**zero(2), "precision": "fp64"}, "has no fp64"),
         ({**zero(2), "compile": True}, "compile=false"),
         ({**zero(2), "deepspeed": {"parameters": "cpu"}}, "is for zero=3"),
-        ({**zero(3), "deepspeed": {"optimizer": "nvme"}}, "nothing is kept on NVMe"),
+        ({**zero(2), "deepspeed": {"parameters": "nvme"}}, "is for zero=3"),
+        ({**zero(3), "deepspeed": {"optimizer": "nvme"}}, "needs nvme_path=FOLDER"),
+        (
+            {**zero(3), "deepspeed": {"optimizer": "nvme", "nvme_path": "/no/such"}},
+            r"nvme_path=/no/such on .* is no folder that one may write in",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes, words):
     config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1} | changes)
     with pytest.raises(UserError, match=words):
         refuse_deepspeed(config, World())
+
+
+def test_a_disk_without_room_is_refused_with_what_it_takes(tmp_path):
+    with pytest.raises(UserError, match=r"each rank there takes 1.05e\+06 GiB: make room"):
+        Disk(tmp_path, 2**50)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_was_killed_is_named_and_none_waits_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    config = {"name": "x", "store": "x", "steps": 1, "deepspeed": {"optimizer": "cpu"}, **zero(1)}
+    with pytest.raises(UserError, match=rf"{lock} has been there .* delete it"):
+        refuse_deepspeed(RunConfig.model_validate(config), World())
+    assert f"compiled, once, into {lock.parent}: a minute or two" in capsys.readouterr().out
 
 
 def test_without_deepspeed_the_refusal_says_how_to_get_it(monkeypatch):

@@ -128,7 +128,7 @@ def test_parts_are_those_of_the_zero_paper():
     assert shares["zero 1"] == [128, 256, 12]
     assert shares["zero 2"] == [128, 4, 12]
     assert shares["zero 3"] == [2, 4, 12]
-    assert shares["zero 3 offload"] == [0, 0, 0]
+    assert shares["zero 3 offload"] == shares["zero 3 nvme"] == [0, 0, 0]
     ddp = parts["ddp"]
     assert (ddp.weights + ddp.gradients + ddp.optimizer + ddp.ema) == 20 * p
 
@@ -175,6 +175,15 @@ def test_communication_costs_scaling_where_the_network_is_slow():
     assert ddp[1].efficiency == 1
     assert ddp[8].sent == 2 * 7 / 8 * 4 * build_parameters(config)
     assert ddp[512].efficiency < ddp[8].efficiency
+
+
+def test_each_place_further_off_costs_time():
+    config = run_config(precision="bf16", model={"size": "l"})
+    rows = {row.strategy: row.times for row in plan(config, "a100-40g", [8]).rows}
+    step_s = [rows[name].step_s for name in ("zero 3", "zero 3 offload", "zero 3 nvme")]
+    assert step_s == sorted(step_s)
+    # eight ranks read and write 44 bytes a parameter at the node's 2 GB/s
+    assert step_s[2] - step_s[1] >= 44 * build_parameters(config) / 2e9
 
 
 def build_parameters(config: RunConfig) -> int:

@@ -20,12 +20,13 @@ BATCHES = 1 + READY
 @dataclass(frozen=True)
 class Sharing:
     """A strategy: `zero` None is DDP. offload: what lies in the node's memory, the optimizer with its
-    gradients, or the weights too."""
+    gradients, or the weights too; nvme: on its disk."""
 
     name: str
     zero: int | None = None
     offload_optimizer: bool = False
     offload_weights: bool = False
+    nvme: bool = False
 
 
 STRATEGIES = (
@@ -35,6 +36,7 @@ STRATEGIES = (
     Sharing("zero 3", 3),
     Sharing("zero 2 offload", 2, True),
     Sharing("zero 3 offload", 3, True, True),
+    Sharing("zero 3 nvme", 3, True, True, True),
 )
 
 

@@ -191,6 +191,7 @@ def _assumed(gpu: Gpu) -> dict[str, Any]:
         "launch_s": speed.LAUNCH_S,
         "disk_bytes_per_s": speed.DISK,
         "host_adam_bytes_per_s": speed.HOST_ADAM,
+        "nvme_bytes_per_s": speed.NVME,
         "outside_bytes": OUTSIDE,
         "fragmented_share": FRAGMENTED,
         "left_out": "waiting for data, validation, torch.compile's fusion",

@@ -17,6 +17,8 @@ LINKS = 0.7
 """of a link's bandwidth that collectives reach"""
 LAUNCH_S = 5e-6
 """to start a kernel: small crops wait for nothing else"""
+NVME = 2e9
+"""bytes a second from and to the NVMe of a node, of which its memory is taken to hold nothing"""
 HOST_ADAM = 25e9
 """bytes a second that Adam moves in the node's memory, for each GPU of the node"""
 LAST_BUCKET = 25 << 20
@@ -73,13 +75,14 @@ def timing(
         hidden = others * p * (4 * scatters + low * gathers)
         after = 0.0 if sharing.zero == 3 else others * low * p
         update = (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / (COPIES * gpu.bandwidth)
-    host = 0.0
-    if (
-        sharing.offload_optimizer
-    ):  # gradients there, weights back, and the arithmetic on the node's processors
-        update = (4 + low) * p / gpus / gpu.host + (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / HOST_ADAM
+    host, owned = 0.0, p / gpus
+    nvme: float = NVME / min(gpus, gpu.per_node)
+    if sharing.offload_optimizer:  # gradients there, weights back, arithmetic on the node's processors
+        update = (4 + low) * owned / gpu.host + (FUSED_BYTES + AVERAGE_BYTES) * owned / HOST_ADAM
+        if sharing.nvme:
+            update += (4 + FUSED_BYTES + AVERAGE_BYTES) * owned / nvme
     if sharing.offload_weights:
-        host = 2 * passes * low * p / gpus / gpu.host
+        host = 2 * passes * low * owned / (min(nvme, gpu.host) if sharing.nvme else gpu.host)
     # Gradients travel while the last micro-batch's backward, two thirds of its time, goes on; weights at any time.
     window = compute if sharing.zero == 3 else compute / passes * 2 / 3
     exposed = max(0.0, hidden / link + host - window) + after / link

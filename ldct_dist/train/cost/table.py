@@ -81,7 +81,8 @@ def _assumptions(plan: Plan) -> str:
         f"{100 * a['copies_share']:.0f} % of {gpu['bandwidth'] / 1e12:.2f} TB/s in the rest; "
         f"{100 * a['links_share']:.0f} % of {gpu['nvlink'] / 1e9:.0f} GB/s within a node of {gpu['per_node']}, of "
         f"{gpu['network'] / 1e9:.0f} GB/s a GPU between nodes, and of {gpu['host'] / 1e9:.0f} GB/s to the node's memory; "
-        f"{a['disk_bytes_per_s'] / 1e9:.0f} GB/s to disk. Left out: {a['left_out']}.[/]"
+        f"{a['nvme_bytes_per_s'] / 1e9:.0f} GB/s of a node's NVMe; {a['disk_bytes_per_s'] / 1e9:.0f} GB/s to disk. "
+        f"Left out: {a['left_out']}.[/]"
     )
 
 

@@ -16,6 +16,9 @@ class DeepSpeedConfig(Config):
 
     optimizer: Place = "gpu"
     """fp32 weights, their average and Adam's means; cpu: 16 bytes a parameter less on the GPUs together, for a step
-    by the CPU: set threads to the cores that a rank may use"""
+    by the CPU: set threads to the cores that a rank may use; nvme: nor in the node's memory"""
     parameters: Place = "gpu"
     """the working weights, with zero=3"""
+    nvme_path: str | None = None
+    """for nvme: a folder on a disk of each node, such as /local/nvme or $SLURM_TMPDIR (looked up on the node). What
+    lies there is gone when the process ends; checkpoints do not need it"""

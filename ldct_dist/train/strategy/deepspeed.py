@@ -17,10 +17,14 @@ from ldct_dist.models.ema import decay_after
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.strategy.ddp import to_channels_last
+from ldct_dist.train.strategy.disk import Disk, folder_on_this_node, room_for
 from ldct_dist.train.strategy.engine import build_adam, build_engine, on_cpu
 from ldct_dist.train.strategy.parts import MOMENTS, RAW_WEIGHTS, parts_of
 from ldct_dist.train.strategy.zero import Owned, zero_of
 from ldct_dist.world import World
+
+KEPT = ("average", "raw", *MOMENTS)
+"""what a rank keeps of each weight that it owns"""
 
 
 class DeepSpeedStrategy:
@@ -38,7 +42,13 @@ class DeepSpeedStrategy:
         self._engine = build_engine(model, self._adam, config, world)
         self._zero = zero_of(self._engine.optimizer)
         self._owned = {name: self._zero.owned(p) for name, p in parameters.items()}
-        self._state = [_state(master) for master in self._zero.masters]
+        disk = world.each(self._move_to_disk)
+        self._state = [_state(master, disk) for master in self._zero.masters]
+        self._room: list[dict[str, torch.Tensor]] | None = None
+        if disk is not None:
+            self._room = [_like(state, disk) for state in self._state]
+            self._adam.register_step_pre_hook(lambda *_: disk.read_ahead(self._at_hand()))
+        self._adam.register_step_post_hook(self._follow)
         self._set_updates(0)
 
     @torch.no_grad()
@@ -75,9 +85,6 @@ class DeepSpeedStrategy:
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._engine.step()
-        decay = decay_after(self.updates, self.config.optim.ema)
-        for state in self._state:
-            state["average"].lerp_(state["raw"], 1 - decay)
         self.updates += 1
 
     def forget_gradients(self) -> None:
@@ -101,9 +108,7 @@ class DeepSpeedStrategy:
 
     def parts(self, step: int) -> dict[str, Part]:
         """Files of a checkpoint, of which this rank gives the pieces that it owns."""
-        average, raw, *moments = (
-            {name: self._piece(name, key) for name in self._shapes} for key in ("average", "raw", *MOMENTS)
-        )
+        average, raw, *moments = ({name: self._piece(name, key) for name in self._shapes} for key in KEPT)
         by_moment = {
             f"{name}/{key}": piece
             for key, pieces in zip(MOMENTS, moments, strict=True)
@@ -127,6 +132,34 @@ class DeepSpeedStrategy:
         self._set_updates(updates)
         self._zero.spread()
 
+    def _move_to_disk(self) -> Disk | None:
+        """Where the optimizer is to have its state, if that is a disk. Raises UserError if it has no room there."""
+        zero, places = self._zero, self.config.deepspeed
+        optimizer, parameters = (place == "nvme" for place in (places.optimizer, places.parameters))
+        if not optimizer and not parameters:
+            return None
+        # of each master, all that is kept, a copy of it to save, and the gradient
+        needed = (2 * len(KEPT) + 1) * room_for(*zero.masters) if optimizer else 0
+        needed += room_for(*zero.working) if parameters else 0
+        disk = Disk(folder_on_this_node(places.nvme_path), needed)
+        if parameters:
+            zero.move_working(disk)
+        if optimizer:
+            zero.move_masters(disk)
+        return disk if optimizer else None
+
+    def _at_hand(self) -> list[dict[str, torch.Tensor]]:
+        """State of the masters that Adam steps now: ZeRO 3 may give it one after the other."""
+        given = {id(master) for group in self._adam.param_groups for master in group["params"]}
+        pairs = zip(self._zero.masters, self._state, strict=True)
+        return [state for master, state in pairs if id(master) in given]
+
+    def _follow(self, *_: object) -> None:
+        """The average follows what Adam has just changed, while that is at hand."""
+        decay = decay_after(self.updates, self.config.optim.ema)
+        for state in self._at_hand():
+            state["average"].lerp_(state["raw"], 1 - decay)
+
     def _set_updates(self, updates: int) -> None:
         """Steps applied so far: what Adam's bias correction and the average's decay depend on."""
         self.updates = updates
@@ -135,16 +168,27 @@ class DeepSpeedStrategy:
             self._adam.state[master] = {"step": step, **{key: state[key] for key in MOMENTS}}
 
     def _values(self, owned: Owned, key: str) -> torch.Tensor:
-        return self._state[owned.master][key].narrow(0, owned.place, owned.count)
+        return _of(self._state, owned, key)
 
     def _piece(self, name: str, key: str) -> Piece:
         owned = self._owned[name]
         if owned is None:
             return Piece(self._shapes[name], 0, torch.empty(0))
-        return Piece(self._shapes[name], owned.start, self._values(owned, key))
+        room = None if self._room is None else _of(self._room, owned, key)
+        return Piece(self._shapes[name], owned.start, self._values(owned, key), room)
 
 
-def _state(master: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A flat stretch of the fp32 weights, and what is kept beside it."""
+def _of(state: list[dict[str, torch.Tensor]], owned: Owned, key: str) -> torch.Tensor:
+    return state[owned.master][key].narrow(0, owned.place, owned.count)
+
+
+def _state(master: torch.Tensor, disk: Disk | None) -> dict[str, torch.Tensor]:
+    """A flat stretch of the fp32 weights, and what is kept beside it: in its memory, or on `disk` as it is."""
     raw = master.detach()
-    return {"raw": raw, "average": raw.clone(), **{key: torch.zeros_like(raw) for key in MOMENTS}}
+    empty_like = torch.empty_like if disk is None else disk.empty_like
+    beside = {key: empty_like(raw).zero_() for key in MOMENTS}
+    return {"raw": raw, "average": empty_like(raw).copy_(raw), **beside}
+
+
+def _like(state: dict[str, torch.Tensor], disk: Disk) -> dict[str, torch.Tensor]:
+    return {key: disk.empty_like(tensor) for key, tensor in state.items()}

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.cpp_extension import _get_build_directory
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
 from ldct_dist.train.strategy.config import BUCKET, DeepSpeedConfig
+from ldct_dist.train.strategy.disk import STRETCH, folder_on_this_node
 from ldct_dist.world import World
+
+COMPILING_S = 600.0
+"""after which a process that compiles has been killed"""
 
 
 class _Working(nn.Module):
@@ -60,10 +67,12 @@ def _settings(config: RunConfig, world: World) -> dict[str, Any]:
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
     }
-    if places.optimizer != "gpu":
-        zero["offload_optimizer"] = {"device": places.optimizer, "pin_memory": gpu}
-    if places.parameters != "gpu":
-        zero["offload_param"] = {"device": places.parameters, "pin_memory": gpu}
+    # What lies on a disk is the CPU's to DeepSpeed (see disk.py).
+    for what, place in (("offload_optimizer", places.optimizer), ("offload_param", places.parameters)):
+        if place != "gpu":
+            zero[what] = {"device": "cpu", "pin_memory": gpu and place == "cpu"}
+    if places.optimizer == "nvme":
+        zero["sub_group_size"] = STRETCH  # what one pass of a step has read, the next is to find in memory
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
         "steps_per_print": None,
@@ -105,14 +114,12 @@ def refuse_deepspeed(config: RunConfig, world: World) -> None:
         raise UserError(f"zero={config.zero} has no fp64: precision=fp64 is for strategy=ddp, or take fp32")
     if config.compile:
         raise UserError("compile=true is for strategy=ddp: set compile=false")
-    if "nvme" in (places.optimizer, places.parameters):
-        raise UserError(
-            "deepspeed: nothing is kept on NVMe so far, that is not proven to come back: take cpu"
-        )
     if places.parameters != "gpu" and config.zero != 3:
         raise UserError(
             f"deepspeed.parameters={places.parameters} is for zero=3: below it, every GPU keeps all parameters"
         )
+    if "nvme" in (places.optimizer, places.parameters):
+        folder_on_this_node(places.nvme_path)
     _refuse_missing(config, world)
 
 
@@ -123,14 +130,41 @@ def _refuse_missing(config: RunConfig, world: World) -> None:
         raise UserError(
             f"strategy=deepspeed: DeepSpeed is missing ({e}): pip install 'ldct_dist[deepspeed]'"
         ) from e
-    if config.deepspeed.optimizer == "cpu":
+    if (place := config.deepspeed.optimizer) != "gpu":
         try:
+            _await_compiler(world)
             builders.CPUAdamBuilder().load()
+        except UserError:
+            raise
         except Exception as e:  # whatever compilers meet: a missing nvcc is a class of its own
             raise UserError(
-                f"deepspeed.optimizer=cpu: its Adam could not be compiled ({str(e)[-200:]}): install g++ and ninja, "
+                f"deepspeed.optimizer={place}: its Adam could not be compiled ({str(e)[-200:]}): install g++ and ninja, "
                 "and nvcc on a node with GPUs, or leave the optimizer on the GPU"
             ) from e
+
+
+def _await_compiler(world: World) -> None:
+    """Say what a first start waits for, and let another process finish what it compiles.
+
+    torch itself would wait for ever, without a word, for one that was killed at it. Raises UserError for such a one.
+    """
+    folder = Path(_get_build_directory("cpu_adam", verbose=False))
+    lock = folder / "lock"
+    if world.is_main and not (folder / "cpu_adam.so").exists():
+        print(f"deepspeed: its Adam for CPUs is compiled, once, into {folder}: a minute or two", flush=True)
+    while (age := _age(lock)) is not None:
+        if age > COMPILING_S:
+            raise UserError(
+                f"{lock} has been there for {age / 60:.0f} minutes: what compiled DeepSpeed's Adam was killed; delete it"
+            )
+        time.sleep(0.5)
+
+
+def _age(path: Path) -> float | None:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _deepspeed(world: World) -> Any:

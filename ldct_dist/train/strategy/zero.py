@@ -7,10 +7,13 @@ runtime/zero/stage3.py, and runtime/bf16_optimizer.py, which is ZeRO 1 in bf16.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from ldct_dist.train.strategy.disk import Disk
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class Zero(Protocol):
     """One of the three."""
 
     masters: list[torch.Tensor]
+    working: Sequence[torch.Tensor]
+    """this rank's share of the working weights; none below ZeRO 3, where it has them all"""
+
+    def move_masters(self, disk: Disk) -> None:
+        """Have them there instead of in memory, and the gradients that a step takes."""
+
+    def move_working(self, disk: Disk) -> None:
+        """Have them there instead of in memory."""
 
     def owned(self, parameter: Any) -> Owned | None:
         """What this rank owns of it."""
@@ -51,8 +62,20 @@ def zero_of(optimizer: Any) -> Zero:
     return _Stage1Bf16(optimizer) if isinstance(optimizer, BF16_Optimizer) else _Stage12(optimizer)
 
 
+def _move(masters: list[torch.Tensor], disk: Disk) -> None:
+    for master in masters:
+        gradient = master.grad
+        assert gradient is not None  # with its optimizer on the CPU, each has one all the time
+        master.data, master.grad = disk.moved(master), disk.moved(gradient)
+
+
 class _Linked:
     """Parameters know by themselves what this rank owns of them."""
+
+    working: Sequence[torch.Tensor] = ()
+
+    def move_working(self, disk: Disk) -> None:
+        pass
 
     def owned(self, parameter: Any) -> Owned | None:
         link = parameter._hp_mapping
@@ -66,6 +89,10 @@ class _Stage12(_Linked):
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self.masters = optimizer.single_partition_of_fp32_groups
+
+    def move_masters(self, disk: Disk) -> None:
+        _move(self.masters, disk)
+        self._optimizer._link_all_hp_params()  # else links to where they were would keep that memory
 
     def norm(self) -> torch.Tensor:
         return self._optimizer.scaled_global_norm()
@@ -89,6 +116,9 @@ class _Stage1Bf16(_Linked):
         self._optimizer = optimizer
         self.masters = optimizer.fp32_groups_flat_partition
 
+    def move_masters(self, disk: Disk) -> None:
+        raise AssertionError("with its optimizer elsewhere than on the GPU, DeepSpeed takes _Stage12")
+
     def norm(self) -> torch.Tensor:
         from deepspeed.runtime.utils import get_global_norm_of_tensors
 
@@ -107,6 +137,17 @@ class _Stage3:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self.masters = optimizer.fp32_partitioned_groups_flat
+        self.working: Sequence[torch.Tensor] = optimizer.fp16_partitioned_groups_flat
+
+    def move_masters(self, disk: Disk) -> None:
+        _move(self.masters, disk)
+
+    def move_working(self, disk: Disk) -> None:
+        zero = self._optimizer
+        for group, flat in enumerate(self.working):
+            flat.data = disk.moved(flat)
+            zero._unflatten_partitioned_parameters(group)
+        zero.param_groups_fp16_flat_cpu_memory.clear()
 
     def owned(self, parameter: Any) -> Owned | None:
         zero = self._optimizer
