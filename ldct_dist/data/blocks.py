@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 
 import numpy as np
@@ -31,6 +31,15 @@ class Block:
     def size(self) -> Triple:
         z, y, x = (s.stop - s.start for s in self.region)
         return z, y, x
+
+    @cached_property
+    def tiles(self) -> tuple[Region, ...]:
+        """The regions of its chunks, in C order."""
+        edges = [
+            [slice(start, min(start + n, r.stop)) for start in range(r.start, r.stop, n)]
+            for r, n in zip(self.region, self.chunk, strict=True)
+        ]
+        return tuple(product(*edges))
 
     def body_share(self, starts: np.ndarray, crop: Triple) -> np.ndarray:
         """Share of body in crops at `starts` (n, 3), taking each chunk's body as spread evenly over it."""

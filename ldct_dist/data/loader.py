@@ -6,10 +6,12 @@ is pickled, and a signal has one process to reach.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.data import augment
 from ldct_dist.data.memory import Recycler
 from ldct_dist.data.plan import Crop, Plan, lanes_of
+from ldct_dist.data.tiles import Tiles
 from ldct_dist.errors import UserError
 
 READY = 2  # batches made ahead of the step that runs
@@ -60,9 +63,7 @@ class Loader:
         self.lanes = lanes_of(rank, world, plan.config.batch)
         self.waited_s = 0.0
         self._ahead = self._steps_ahead()
-        self._blocks: dict[
-            tuple[int, int], tuple[Future[np.ndarray], ...]
-        ] = {}  # by (lane, number): low, full
+        self._blocks: dict[tuple[int, int], tuple[Future[Tiles], ...]] = {}  # by (lane, number): low, full
         self._batches: dict[int, Future[_Made]] = {}
         self._block_memory = Recycler(self._block_bytes() // len(plan.doses))
         self._batch_memory = Recycler(self._batch_bytes())
@@ -128,25 +129,23 @@ class Loader:
             for number in range((first + lane) // k, (last + lane) // k + 1):
                 yield lane, number
 
-    def _decode(self, lane: int, number: int, dose: str) -> np.ndarray:
+    def _decode(self, lane: int, number: int, dose: str) -> Tiles:
         block = self.plan.block(lane, number)
-        memory = self._block_memory.take(block.size, np.int16)
-        return self.plan.store.read(block.case, dose, block.region, memory)
+        tiles = Tiles(block, self._block_memory.take((math.prod(block.size),), np.int16))
+        return tiles.fill(partial(self.plan.store.read, block.case, dose))
 
     def _make(self, step: int) -> Future[_Made]:
         crops = tuple(self.plan.crop(step, lane) for lane in self.lanes)
         return self._threads.submit(self._cut, step, crops, [self._blocks[c.key] for c in crops])
 
-    def _cut(self, step: int, crops: tuple[Crop, ...], blocks: list[tuple[Future[np.ndarray], ...]]) -> _Made:
+    def _cut(self, step: int, crops: tuple[Crop, ...], blocks: list[tuple[Future[Tiles], ...]]) -> _Made:
         pair = self._staging()
         hu = pair.numpy()
         for i, (crop, doses) in enumerate(zip(crops, blocks, strict=True)):
-            source, target = _overlap(crop, self.plan.config.crop)
             for dose, block in enumerate(doses):
-                cut = block.result()[source]
-                if cut.shape != self.plan.config.crop:
+                if crop.is_padded(self.plan.config.crop):
                     hu[dose, i].fill(AIR_HU)
-                hu[dose, i, 0][target] = cut  # converts on the way
+                block.result().cut(crop.start, hu[dose, i, 0])
         start, shape = np.array([c.start for c in crops]), np.array([c.block.shape for c in crops])
         box = torch.from_numpy(np.stack((-start, shape - start), axis=-1))
         if self._copies is None:
@@ -213,16 +212,6 @@ class _Made:
     batch: Batch
     copied: torch.cuda.Event | None = None
     """set once the batch lies on the GPU"""
-
-
-def _overlap(crop: Crop, size: tuple[int, int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where a crop takes its voxels from in its block, and where in the crop they go."""
-    source, target = [], []
-    for r, s, c, n in zip(crop.block.region, crop.start, size, crop.block.shape, strict=True):
-        start, stop = max(s, 0), min(s + c, n)
-        source.append(slice(start - r.start, stop - r.start))
-        target.append(slice(start - s, stop - s))
-    return tuple(source), tuple(target)
 
 
 def _cancel(futures: Iterable[Future]) -> None:

@@ -72,6 +72,10 @@ class Crop:
     block: Block
     start: Triple
 
+    def is_padded(self, size: Triple) -> bool:
+        """Whether a crop of that size reaches beyond its volume."""
+        return any(s < 0 or s + c > n for s, c, n in zip(self.start, size, self.block.shape, strict=True))
+
 
 class Plan:
     """The sample order of a run: a pure function of (store, config, seed, step).

@@ -58,13 +58,17 @@ class ShardedArray:
         scratch = np.empty(self.chunk, np.int16)
         touched = (range(r.start // c, -(-r.stop // c)) for r, c in zip(region, self.chunk, strict=True))
         for index in product(*touched):
-            self._read_chunk(index, scratch)
             source, target = [], []
             for i, c, r in zip(index, self.chunk, region, strict=True):
                 start, stop = max(i * c, r.start), min((i + 1) * c, r.stop)
                 source.append(slice(start - i * c, stop - i * c))
                 target.append(slice(start - r.start, stop - r.start))
-            out[tuple(target)] = scratch[tuple(source)]
+            part = out[tuple(target)]
+            if part.shape == self.chunk and part.flags.c_contiguous:
+                self._read_chunk(index, part)
+            else:
+                self._read_chunk(index, scratch)
+                part[...] = scratch[tuple(source)]
 
     def shards(self) -> list[str]:
         """The array's shard files, relative to its path."""

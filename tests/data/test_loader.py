@@ -118,7 +118,7 @@ def test_blocks_held_stay_within_the_memory_budget(store):
         most = 0
         for step in range(40):
             batch = loader.batch(step)
-            blocks = sum(f.result().nbytes for doses in loader._blocks.values() for f in doses)
+            blocks = sum(f.result().memory.nbytes for doses in loader._blocks.values() for f in doses)
             batches = len(loader._batches) * 2 * batch.low.nbytes
             most = max(most, blocks + batches)
     assert 2 << 20 < most <= 6 << 20
