@@ -33,13 +33,14 @@ class Block:
         return z, y, x
 
     @cached_property
-    def tiles(self) -> tuple[Region, ...]:
-        """The regions of its chunks, in C order."""
-        edges = [
+    def columns(self) -> tuple[Region, ...]:
+        """The regions of its columns of chunks, which lie one above the other."""
+        z, *plane = self.region
+        edges = (
             [slice(start, min(start + n, r.stop)) for start in range(r.start, r.stop, n)]
-            for r, n in zip(self.region, self.chunk, strict=True)
-        ]
-        return tuple(product(*edges))
+            for r, n in zip(plane, self.chunk[1:], strict=True)
+        )
+        return tuple((z, y, x) for y, x in product(*edges))
 
     def body_share(self, starts: np.ndarray, crop: Triple) -> np.ndarray:
         """Share of body in crops at `starts` (n, 3), taking each chunk's body as spread evenly over it."""

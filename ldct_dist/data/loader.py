@@ -18,9 +18,9 @@ import torch
 
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.data import augment
+from ldct_dist.data.columns import Columns
 from ldct_dist.data.memory import Recycler
 from ldct_dist.data.plan import Crop, Plan, lanes_of
-from ldct_dist.data.tiles import Tiles
 from ldct_dist.errors import UserError
 
 READY = 2  # batches made ahead of the step that runs
@@ -63,7 +63,7 @@ class Loader:
         self.lanes = lanes_of(rank, world, plan.config.batch)
         self.waited_s = 0.0
         self._ahead = self._steps_ahead()
-        self._blocks: dict[tuple[int, int], tuple[Future[Tiles], ...]] = {}  # by (lane, number): low, full
+        self._blocks: dict[tuple[int, int], tuple[Future[Columns], ...]] = {}  # by (lane, number): low, full
         self._batches: dict[int, Future[_Made]] = {}
         self._block_memory = Recycler(self._block_bytes() // len(plan.doses))
         self._batch_memory = Recycler(self._batch_bytes())
@@ -129,16 +129,16 @@ class Loader:
             for number in range((first + lane) // k, (last + lane) // k + 1):
                 yield lane, number
 
-    def _decode(self, lane: int, number: int, dose: str) -> Tiles:
+    def _decode(self, lane: int, number: int, dose: str) -> Columns:
         block = self.plan.block(lane, number)
-        tiles = Tiles(block, self._block_memory.take((math.prod(block.size),), np.int16))
-        return tiles.fill(partial(self.plan.store.read, block.case, dose))
+        columns = Columns(block, self._block_memory.take((math.prod(block.size),), np.int16))
+        return columns.fill(partial(self.plan.store.read, block.case, dose))
 
     def _make(self, step: int) -> Future[_Made]:
         crops = tuple(self.plan.crop(step, lane) for lane in self.lanes)
         return self._threads.submit(self._cut, step, crops, [self._blocks[c.key] for c in crops])
 
-    def _cut(self, step: int, crops: tuple[Crop, ...], blocks: list[tuple[Future[Tiles], ...]]) -> _Made:
+    def _cut(self, step: int, crops: tuple[Crop, ...], blocks: list[tuple[Future[Columns], ...]]) -> _Made:
         pair = self._staging()
         hu = pair.numpy()
         for i, (crop, doses) in enumerate(zip(crops, blocks, strict=True)):

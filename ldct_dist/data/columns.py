@@ -1,4 +1,5 @@
-"""A block in memory, tile by tile: each chunk is decoded to where it stays, and is not copied to join the others."""
+"""A block in memory, a column of chunks after the other: each chunk is decoded to where it stays, for in a column it
+is contiguous. In one array, all would have to be copied to join the others."""
 
 from __future__ import annotations
 
@@ -10,21 +11,21 @@ import numpy as np
 from ldct_dist.data.blocks import Block, Region, Triple
 
 
-class Tiles:
+class Columns:
     """The voxels of `block`, int16 HU, in `memory`, which is flat and at least as large."""
 
     def __init__(self, block: Block, memory: np.ndarray) -> None:
         self.memory = memory  # held, because a view of it does not keep it alive
         self._parts: list[tuple[Region, np.ndarray]] = []
         start = 0
-        for region in block.tiles:
+        for region in block.columns:
             shape = [r.stop - r.start for r in region]
             stop = start + math.prod(shape)
             self._parts.append((region, memory[start:stop].reshape(shape)))
             start = stop
 
-    def fill(self, read: Callable[[Region, np.ndarray], object]) -> Tiles:
-        """Have `read` put each tile's voxels where they belong."""
+    def fill(self, read: Callable[[Region, np.ndarray], object]) -> Columns:
+        """Have `read` put each column's voxels where they belong."""
         for region, hu in self._parts:
             read(region, hu)
         return self
