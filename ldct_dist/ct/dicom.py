@@ -133,7 +133,7 @@ def read_series(series: Series) -> Volume:
     hu = np.empty(series.shape, np.int16)
     for stored, target in zip(series.slices, hu, strict=True):
         slice_ = _slice(series, stored)
-        np.take(slice_.meaning.hu, slice_.patterns, out=target, mode="clip")  # mode: the one without a copy
+        slice_.meaning.write_hu(slice_.patterns, target)
     return Volume(hu, series.spacing, series.origin, series.direction, series.acquisition)
 
 

@@ -97,8 +97,9 @@ def _windows(values: np.ndarray, axis: int, weights: np.ndarray, stride: int = 1
     margin = [(half, half) if i == axis else (0, 0) for i in range(values.ndim)]
     padded = np.moveaxis(np.pad(values, margin, mode="symmetric"), axis, 0)
     total = np.zeros_like(padded[:size:stride])
+    weighted = np.empty_like(total)  # once: memory taken anew for each would cost more than the sums
     for i, weight in enumerate(weights.astype(values.dtype)):
-        total += weight * padded[i : i + size : stride]
+        total += np.multiply(padded[i : i + size : stride], weight, out=weighted)
     return np.moveaxis(total, 0, axis)
 
 

@@ -50,6 +50,8 @@ class Meaning:
     stored: int32, the stored value. hu: int16, AIR_HU where padding or below AIR_HU. padding: bool.
     sound: bool, False for a pattern that refuses the slice it occurs in.
     low, high: the stored range. pad: the range PixelPaddingValue takes, if any.
+    shift: what is added to the stored values to make them HU, where that and AIR_HU for what lies below it are all
+    there is to do, as for most scanners; None elsewhere.
     """
 
     stored: np.ndarray
@@ -61,6 +63,15 @@ class Meaning:
     low: int
     high: int
     pad: tuple[int, int] | None
+    signed: bool
+    shift: int | None
+
+    def write_hu(self, patterns: np.ndarray, out: np.ndarray) -> None:
+        """The HU of sound `patterns`, uint16, to `out`, int16."""
+        if self.shift is None:
+            np.take(self.hu, patterns, out=out, mode="clip")  # mode: the one without a copy
+        else:  # in a quarter of the time
+            _shifted(patterns, self.signed, self.shift, out)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,9 @@ class Slice:
     @cached_property
     def hu(self) -> np.ndarray:
         """(y, x) int16, AIR_HU where padding or below AIR_HU."""
-        return self.meaning.hu[self.patterns]
+        hu = np.empty(self.patterns.shape, np.int16)
+        self.meaning.write_hu(self.patterns, hu)
+        return hu
 
     @cached_property
     def stored(self) -> np.ndarray:
@@ -135,7 +148,27 @@ def _meaning(bits: int, signed: bool, slope: float, intercept: float, pad: tuple
     within = tagged | (stored >= low) & (stored <= high)
     sound = within & ~(tagged & (hu > TISSUE_HU)) & (hu <= _HIGHEST_HU)
     clipped = np.where(padding, AIR_HU, np.clip(hu, AIR_HU, _HIGHEST_HU)).astype(np.int16)
-    return Meaning(stored, clipped, padding, sound, slope, intercept, low, high, pad)
+    shift = _shift(patterns, signed, stored, clipped, sound)
+    return Meaning(stored, clipped, padding, sound, slope, intercept, low, high, pad, signed, shift)
+
+
+def _shift(
+    patterns: np.ndarray, signed: bool, stored: np.ndarray, hu: np.ndarray, sound: np.ndarray
+) -> int | None:
+    """`Meaning.shift` of these tables."""
+    above = np.flatnonzero(sound & (hu > AIR_HU))
+    if not len(above):
+        return None
+    shift = int(hu[above[0]]) - int(stored[above[0]])
+    same = _shifted(patterns, signed, shift, np.empty_like(hu)) == hu
+    return shift if same[sound].all() else None
+
+
+def _shifted(patterns: np.ndarray, signed: bool, shift: int, out: np.ndarray) -> np.ndarray:
+    kind: type[np.int16] | type[np.uint16] = np.int16 if signed else np.uint16
+    lowest = np.clip(AIR_HU - shift, np.iinfo(kind).min, np.iinfo(kind).max)
+    np.maximum(patterns.view(kind), kind(lowest), out=out.view(kind))
+    return np.add(out, np.array(shift).astype(np.int16), out=out)  # wraps around, as 16 bits do
 
 
 def rescale(where: object, slope: float | None, intercept: float | None) -> tuple[float, float]:
