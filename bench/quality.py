@@ -1,7 +1,7 @@
 """Is a network of this package the best denoiser of these patients, and does it keep what matters?
 
     python bench/quality.py                                   # measures the weights there are; 2 cores, under 40 minutes
-    python bench/quality.py --train --budget 28800            # first trains all folds on, that long in all; resumable
+    python bench/quality.py --train --budget 28800            # first trains what is not trained, that long in all; resumable
 
 Four quiet series of four patients (--data, see bench/leave_one_out/patients.py), a quarter of the dose simulated.
 Each patient is left out once: a network learns from two of the others and is chosen by the third; the filters are tuned
@@ -64,16 +64,21 @@ def main() -> None:
         kinds = (options.only,) if options.only else (OURS, PEER)
         share = options.budget / len(kinds) / len(stores)  # what a fold leaves over is not passed on
         for patient, path in stores.items():
-            if OURS in kinds:
+            if OURS in kinds and not is_trained(weights / f"{OURS}-{patient}.jsonl", options.steps):
                 train_ours(path, work, weights, patient, options.steps, share)
-            if PEER in kinds:
+            if PEER in kinds and not redcnn2d.at_plateau(weights / f"{PEER}-{patient}.jsonl"):
                 train_peer(path, work, weights, patient, share)
     studies = {patient: study_of(Store(path), weights, patient) for patient, path in stores.items()}
     print(json.dumps(figures(studies, weights)))
 
 
+def is_trained(losses: Path, steps: int) -> bool:
+    """Whether the training that left these losses of ours came to its end."""
+    return losses.exists() and json.loads(losses.read_text().splitlines()[-1])["step"] == steps
+
+
 def train_ours(store: Path, work: Path, weights: Path, patient: str, steps: int, seconds: float) -> None:
-    """The package's own trainer; its best weights by the validation patient, and its losses, go to `weights`."""
+    """The package's own trainer; its best weights by the validation patient, and every 50th loss, go to `weights`."""
     config = RunConfig(
         name=f"{OURS}-{patient}",
         runs=work / "runs",
@@ -92,7 +97,8 @@ def train_ours(store: Path, work: Path, weights: Path, patient: str, steps: int,
     train(config)
     run = config.runs / config.name
     shutil.copy(weights_of(run), weights / f"{config.name}.safetensors")
-    shutil.copy(run / "losses.jsonl", weights / f"{config.name}.jsonl")
+    losses = (run / "losses.jsonl").read_text().splitlines(keepends=True)
+    (weights / f"{config.name}.jsonl").write_text("".join(losses[49::50]))
 
 
 def train_peer(store: Path, work: Path, weights: Path, patient: str, seconds: float) -> None:
