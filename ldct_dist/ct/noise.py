@@ -104,13 +104,13 @@ def _windows(values: np.ndarray, axis: int, weights: np.ndarray, stride: int = 1
     padded = np.moveaxis(np.pad(values, margin, mode="symmetric"), axis, 0)
     taps = [padded[i : i + size : stride] for i in range(len(weights))]
     weights = weights.astype(values.dtype)
-    total = taps[0] * weights[0]
     if (weights == weights[0]).all():
-        total = np.add(taps[0], taps[1], out=total)
+        total = taps[0] + taps[1]
         for tap in taps[2:]:
             total += tap
         total *= weights[0]
     else:
+        total = taps[0] * weights[0]
         weighted = np.empty_like(total)  # once: memory taken anew for each would cost more than the sums
         for tap, weight in zip(taps[1:], weights[1:], strict=True):
             total += np.multiply(tap, weight, out=weighted)
