@@ -7,6 +7,7 @@ anatomy scatter upwards, windows that hold noise alone pile up, so the histogram
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,30 +48,35 @@ class LocalMoments:
 
 def local_moments(hu: np.ndarray, spacing: tuple[float, float, float], stride: int = 1) -> LocalMoments:
     """Moments of `hu` (z, y, x) in square in-plane windows of about 6 mm, at least 5 voxels wide."""
-    hu = hu.astype(np.float32)
     sizes = [max(_MIN_WINDOW, 2 * round(_WINDOW_MM / mm / 2) + 1) for mm in spacing[1:]]
+    # slice by slice: one, and what is made of it, stays in the processor's cache
+    moments = [_moments_in_plane(image, sizes, stride) for image in hu]
+    mean, slope, variance, neighbour = (np.stack(parts) for parts in zip(*moments, strict=True))
+    return LocalMoments(mean, slope, variance, neighbour, stride)
+
+
+def _moments_in_plane(image: np.ndarray, sizes: Sequence[int], stride: int) -> tuple[np.ndarray, ...]:
+    """The four of LocalMoments in windows of `sizes`, each (y, x)."""
+    image = image.astype(np.float32)
     flat_y, flat_x = (np.full(n, 1 / n) for n in sizes)
     at_y, at_x = (np.arange(n) - n // 2 for n in sizes)
-    mean = _windows(_windows(hu, 1, flat_y), 2, flat_x)
-    rough = hu - mean  # first, because squares of HU would drown the noise in float32
-    below, beside = (rough * np.roll(rough, -1, axis) for axis in (1, 2))
+    mean = _windows(_windows(image, 0, flat_y), 1, flat_x)
+    rough = image - mean  # first, because squares of HU would drown the noise in float32
+    beside = rough * np.roll(rough, -1, 0)
+    beside += rough * np.roll(rough, -1, 1)
+    beside /= 2
 
     def average(values: np.ndarray) -> np.ndarray:
-        return _windows(_windows(values, 1, flat_y, stride), 2, flat_x, stride)
+        return _windows(_windows(values, 0, flat_y, stride), 1, flat_x, stride)
 
     # What a straight slope along y and one along x, fitted in each window, contribute to its variance.
-    rows = _windows(rough, 1, flat_y, stride)
-    along_y = _windows(_windows(rough, 1, at_y * flat_y, stride), 2, flat_x, stride)
-    along_x = _windows(rows, 2, at_x * flat_x, stride)
+    rows = _windows(rough, 0, flat_y, stride)
+    along_y = _windows(_windows(rough, 0, at_y * flat_y, stride), 1, flat_x, stride)
+    along_x = _windows(rows, 1, at_x * flat_x, stride)
     slope = along_y**2 / (at_y * at_y).mean() + along_x**2 / (at_x * at_x).mean()
-    plane = _windows(rows, 2, flat_x, stride) ** 2 + slope
-    return LocalMoments(
-        mean=mean[:, ::stride, ::stride],
-        slope=slope,
-        variance=(average(rough * rough) - plane).clip(min=0),
-        neighbour=average((below + beside) / 2) - plane,
-        stride=stride,
-    )
+    plane = _windows(rows, 1, flat_x, stride) ** 2 + slope
+    variance = (average(rough * rough) - plane).clip(min=0)
+    return mean[::stride, ::stride], slope, variance, average(beside) - plane
 
 
 def sampled_moments(volume: Volume, stride: int | None = None) -> LocalMoments:
@@ -96,10 +102,18 @@ def _windows(values: np.ndarray, axis: int, weights: np.ndarray, stride: int = 1
     half, size = len(weights) // 2, values.shape[axis]
     margin = [(half, half) if i == axis else (0, 0) for i in range(values.ndim)]
     padded = np.moveaxis(np.pad(values, margin, mode="symmetric"), axis, 0)
-    total = np.zeros_like(padded[:size:stride])
-    weighted = np.empty_like(total)  # once: memory taken anew for each would cost more than the sums
-    for i, weight in enumerate(weights.astype(values.dtype)):
-        total += np.multiply(padded[i : i + size : stride], weight, out=weighted)
+    taps = [padded[i : i + size : stride] for i in range(len(weights))]
+    weights = weights.astype(values.dtype)
+    if (weights == weights[0]).all():
+        total = taps[0] + taps[1]
+        for tap in taps[2:]:
+            total += tap
+        total *= weights[0]
+    else:
+        total = taps[0] * weights[0]
+        weighted = np.empty_like(total)  # once: memory taken anew for each would cost more than the sums
+        for tap, weight in zip(taps[1:], weights[1:], strict=True):
+            total += np.multiply(tap, weight, out=weighted)
     return np.moveaxis(total, 0, axis)
 
 

@@ -166,8 +166,10 @@ def _shift(
 
 def _shifted(patterns: np.ndarray, signed: bool, shift: int, out: np.ndarray) -> np.ndarray:
     kind: type[np.int16] | type[np.uint16] = np.int16 if signed else np.uint16
-    lowest = np.clip(AIR_HU - shift, np.iinfo(kind).min, np.iinfo(kind).max)
-    np.maximum(patterns.view(kind), kind(lowest), out=out.view(kind))
+    range_ = np.iinfo(kind)
+    lowest = min(max(AIR_HU - shift, range_.min), range_.max)
+    # not np.maximum, which takes six times as long where one side is a scalar
+    np.clip(patterns.view(kind), kind(lowest), kind(range_.max), out=out.view(kind))
     return np.add(out, np.array(shift).astype(np.int16), out=out)  # wraps around, as 16 bits do
 
 

@@ -38,7 +38,7 @@ from ldct_dist.store.record import (
 )
 from ldct_dist.store.shards import write_shards
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FULL_DOSE = "1.00"
 CATALOGUE = "catalogue.parquet"
 CASES = "cases"
@@ -96,9 +96,9 @@ def check_format(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: a Zarr group, but not one that ldct-dist ingest made") from e
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: store format {version}, this ldct_dist reads {FORMAT_VERSION}; update the package"
-        )
+        older = version in range(FORMAT_VERSION)
+        todo = "ingest its source again, into a new folder" if older else "update the package"
+        raise UserError(f"{path}: store format {version}, this ldct_dist reads {FORMAT_VERSION}; {todo}")
     return attributes[FORMAT].get("catalogue")
 
 

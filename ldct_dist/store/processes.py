@@ -14,7 +14,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import forkserver
 
 PRELOAD = ["ldct_dist.store.single_thread", "ldct_dist.store.task", __name__]  # in this order
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def start_server() -> None:
@@ -49,7 +49,7 @@ def _keep_memory() -> None:
     giving back what is large, costs a tenth of the work."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.catalogue import catalogue
 from ldct_dist.store.reader import Store
-from ldct_dist.store.record import CaseRecord, array_hash, read_record
+from ldct_dist.store.record import CaseRecord, array_hash, read_record, voxel_hash
 from ldct_dist.store.shards import DamagedError, ShardedArray
 
 
@@ -78,7 +77,7 @@ def _array_fault(array: Path, record: CaseRecord, voxels: str, metadata: str) ->
     try:
         if array_hash(array) != metadata:
             return "its zarr.json is not what was written"
-        if _voxel_hash(ShardedArray(array, record.shape, record.chunk)) != voxels:
+        if voxel_hash(_slices(ShardedArray(array, record.shape, record.chunk))) != voxels:
             return "its voxels are not those that were ingested"
     except DamagedError as e:
         return f"damaged ({e})"
@@ -87,12 +86,10 @@ def _array_fault(array: Path, record: CaseRecord, voxels: str, metadata: str) ->
     return None
 
 
-def _voxel_hash(array: ShardedArray) -> str:
-    """`record.voxel_hash` of a whole array, of which no more than a layer of chunks is held at a time."""
-    digest = hashlib.sha256()
+def _slices(array: ShardedArray) -> Iterator[np.ndarray]:
+    """Of a whole array, of which no more than a layer of chunks is held at a time."""
     depth, height, width = array.shape
     for top in range(0, depth, array.chunk[0]):
         slab = np.empty((min(array.chunk[0], depth - top), height, width), "<i2")
         array.read((slice(top, top + len(slab)), slice(0, height), slice(0, width)), slab)
-        digest.update(slab.data)
-    return digest.hexdigest()
+        yield from slab

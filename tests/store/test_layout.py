@@ -140,8 +140,12 @@ def edit(store: Path, text: str) -> None:
         ),
         (lambda s: edit(s, "{"), "not one that ldct-dist"),
         (
-            lambda s: edit(s, '{"attributes": {"ldct_dist": {"version": 2}}}'),
-            "store format 2.*update the package",
+            lambda s: edit(s, '{"attributes": {"ldct_dist": {"version": 3}}}'),
+            "store format 3, this ldct_dist reads 2; update the package",
+        ),
+        (
+            lambda s: edit(s, '{"attributes": {"ldct_dist": {"version": 1}}}'),
+            "store format 1, this ldct_dist reads 2; ingest its source again, into a new folder",
         ),
         (lambda s: (s / "catalogue.parquet").unlink(), "did not finish: run it again"),
         (lambda s: (s / "catalogue.parquet").write_bytes(b"PAR1"), "catalogue.parquet is damaged"),

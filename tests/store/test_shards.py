@@ -14,7 +14,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Store
 from ldct_dist.store.record import array_metadata
-from ldct_dist.store.shards import write_shards
+from ldct_dist.store.shards import LEVEL, write_shards
 from stores import SPACING, make_store, smooth_volume
 
 SHAPE = (33, 40, 50)
@@ -103,7 +103,7 @@ def test_shards_are_the_bytes_that_zarr_writes(tmp_path, layers):
         dtype="int16",
         chunks=chunk,
         shards=shards,
-        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=2), Crc32cCodec()],
+        compressors=[BloscCodec(cname="lz4", clevel=LEVEL, shuffle="bitshuffle", typesize=2), Crc32cCodec()],
         fill_value=AIR_HU,
         dimension_names=("z", "y", "x"),
     )
