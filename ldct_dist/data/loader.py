@@ -142,9 +142,9 @@ class Loader:
         pair = self._staging()
         hu = pair.numpy()
         for i, (crop, doses) in enumerate(zip(crops, blocks, strict=True)):
+            if crop.is_padded(self.plan.config.crop):
+                hu[:, i].fill(AIR_HU)
             for dose, block in enumerate(doses):
-                if crop.is_padded(self.plan.config.crop):
-                    hu[dose, i].fill(AIR_HU)
                 block.result().cut(crop.start, hu[dose, i, 0])
         start, shape = np.array([c.start for c in crops]), np.array([c.block.shape for c in crops])
         box = torch.from_numpy(np.stack((-start, shape - start), axis=-1))
