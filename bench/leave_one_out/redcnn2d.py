@@ -184,10 +184,10 @@ def _device() -> str:
 
 
 def _autocast() -> torch.autocast:
-    """bf16 on a GPU, and on a CPU that multiplies matrices in it."""
+    """bf16 on a GPU, and on a CPU that multiplies in it (every one with AMX does)."""
     device = _device()
     return torch.autocast(
-        device, torch.bfloat16, enabled=device == "cuda" or torch.cpu._is_amx_tile_supported()
+        device, torch.bfloat16, enabled=device == "cuda" or torch.cpu._is_avx512_bf16_supported()
     )
 
 

@@ -222,7 +222,10 @@ def _refuse_other_than_ct(headers: Sequence[Header]) -> None:
             raise UserError(
                 f"RescaleType {h.rescale_type}: its values are not HU; give the HU reconstruction"
             )
-        rescale(h.path.name, h.slope, h.intercept)
+        try:
+            rescale(h.slope, h.intercept)
+        except UserError as e:
+            raise UserError(f"{h.path.name}: {e}") from e
 
 
 def _other_nature(header: Header) -> str | None:

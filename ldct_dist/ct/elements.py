@@ -27,8 +27,7 @@ HEAD = 1 << 15  # bytes from a file's beginning
 
 _PREAMBLE = 132
 _EXPLICIT, _IMPLICIT, _LENGTH = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
-_SHORT = frozenset(vr.encode() for vr in EXPLICIT_VR_LENGTH_16)
-_LONG = frozenset(vr.encode() for vr in EXPLICIT_VR_LENGTH_32)
+_SHORT, _LONG = frozenset(EXPLICIT_VR_LENGTH_16), frozenset(EXPLICIT_VR_LENGTH_32)
 _UNDEFINED = 0xFFFFFFFF
 _NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
 _WALKED = {*_NATIVE, *(syntax for syntax in uid.AllTransferSyntaxes if syntax.is_encapsulated)}
@@ -37,8 +36,10 @@ _STORAGE_CLASS, _SYNTAX = 0x00020002, 0x00020010
 _CHARACTER_SET, _SIGN, _PIXELS = 0x00080005, 0x00280103, 0x7FE00010
 _ITEM, _END_OF_ITEM, _END_OF_SEQUENCE = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
-_Element = tuple[int, bytes | None, int, int]
-"""tag, VR (None where it is implicit), where in the file its value begins, and the value's length in bytes"""
+_LAYOUTS = 8  # that are remembered
+
+_Element = tuple[int, str | None, int, int]
+"""tag, VR (None where it is implicit), where its value begins, and the value's length in bytes"""
 
 
 class Raw(NamedTuple):
@@ -98,14 +99,8 @@ def _head(head: bytes, wanted: Set[int]) -> Head:
     implicit = syntax == uid.ImplicitVRLittleEndian
     if implicit == bool(re.match(rb"[A-Z]{2}", head[at + 4 : at + 6])):
         raise _Irregular  # the meta header is wrong about it
-    found: dict[int, Raw] = {}
-    for tag, vr, start, length in _elements(head, at, not implicit):
-        if tag >= _PIXELS:
-            break
-        if tag in wanted or tag == _CHARACTER_SET:
-            found[tag] = _raw(head, vr, start, length)
-    if tag != _PIXELS:
-        raise _Irregular
+    *others, (_, _, start, length) = _wanted_elements(head, at, not implicit, wanted)
+    found = {tag: _raw(head, vr, at + start, length) for tag, vr, start, length in others}
     native = syntax in _NATIVE and length != _UNDEFINED
     storage_class = meta.get(_STORAGE_CLASS, b"").rstrip(b"\0 ").decode("ascii", "replace")
     return Head(
@@ -113,7 +108,7 @@ def _head(head: bytes, wanted: Set[int]) -> Head:
         _encodings(found.get(_CHARACTER_SET)),
         syntax,
         storage_class,
-        (start, length) if native else None,
+        (at + start, length) if native else None,
     )
 
 
@@ -123,19 +118,76 @@ def _meta(head: bytes) -> tuple[dict[int, bytes], int]:
         raise _Irregular
     values: dict[int, bytes] = {}
     at = _PREAMBLE
-    for tag, _, start, length in _elements(head, at, explicit=True, group=_META):
+    for tag, _, start, length in _elements(head, at, True, [], group=_META):
         at = start + length
         values[tag] = head[start:at]
     return values, at
 
 
-def _elements(head: bytes, at: int, explicit: bool, group: int | None = None) -> Iterator[_Element]:
-    """The elements from `at` on; only those of `group`, if it is given, up to the first of another."""
+class _Layout(NamedTuple):
+    """The outcome of a walk, and the bytes that it looked at, which are all that it depends on.
+
+    The slices of a series mostly share one, or the few that the lengths of their UIDs make.
+    """
+
+    explicit: bool
+    wanted: Set[int]
+    form: struct.Struct
+    looked_at: tuple[bytes, ...]
+    elements: tuple[_Element, ...]
+
+    def is_of(self, head: bytes, at: int) -> bool:
+        return len(head) >= at + self.form.size and self.form.unpack_from(head, at) == self.looked_at
+
+
+_recent: tuple[_Layout, ...] = ()
+
+
+def _wanted_elements(head: bytes, at: int, explicit: bool, wanted: Set[int]) -> tuple[_Element, ...]:
+    """The elements `wanted` of the data set at `at`, from where they are counted; the last one is the pixels."""
+    global _recent  # replaced as a whole, so threads may share it
+    for layout in _recent:
+        if layout.explicit == explicit and layout.wanted is wanted and layout.is_of(head, at):
+            return layout.elements
+    layout = _walk(head, at, explicit, wanted)
+    _recent = (layout, *_recent[: _LAYOUTS - 1])
+    return layout.elements
+
+
+def _walk(head: bytes, begin: int, explicit: bool, wanted: Set[int]) -> _Layout:
+    seen: list[tuple[int, int]] = []
+    elements: list[_Element] = []
+    for tag, vr, start, length in _elements(head, begin, explicit, seen):
+        if tag in wanted or tag in (_CHARACTER_SET, _PIXELS):
+            elements.append((tag, vr, start - begin, length))
+        if tag >= _PIXELS:
+            break
+    if tag != _PIXELS:
+        raise _Irregular
+    end, parts = begin, []
+    for start, stop in seen:
+        parts.append(f"{start - end}x{stop - start}s")
+        end = stop
+    form = struct.Struct("".join(parts))
+    return _Layout(explicit, wanted, form, form.unpack_from(head, begin), tuple(elements))
+
+
+def _elements(
+    head: bytes,
+    at: int,
+    explicit: bool,
+    seen: list[tuple[int, int]],
+    group: int | None = None,
+) -> Iterator[_Element]:
+    """The elements from `at` on; only those of `group`, if it is given, up to the first of another.
+
+    seen: takes where the bytes that were looked at begin and end.
+    """
     while True:
-        of, number, vr, length = _EXPLICIT.unpack_from(head, at)
+        of, number, name, length = _EXPLICIT.unpack_from(head, at)
         if group not in (None, of):
             return
-        start = at + 8
+        vr, start = name.decode("latin-1"), at + 8
         if not explicit or of == _DELIMITERS:
             vr, (length,) = None, _LENGTH.unpack_from(head, at + 4)
         elif vr in _LONG:
@@ -143,33 +195,34 @@ def _elements(head: bytes, at: int, explicit: bool, group: int | None = None) ->
             start += 4
         elif vr not in _SHORT:
             raise _Irregular
+        seen.append((at, start))
         tag = of << 16 | number
         yield tag, vr, start, length
-        at = start + length if length != _UNDEFINED else _end_of_sequence(head, start, explicit)
+        at = start + length if length != _UNDEFINED else _end_of_sequence(head, start, explicit, seen)
 
 
-def _end_of_sequence(head: bytes, at: int, explicit: bool) -> int:
+def _end_of_sequence(head: bytes, at: int, explicit: bool, seen: list[tuple[int, int]]) -> int:
     while True:
         group, number, length = _IMPLICIT.unpack_from(head, at)
         tag = group << 16 | number
+        seen.append((at, at + 8))
         at += 8
         if tag == _END_OF_SEQUENCE:
             return at
         if tag != _ITEM:
             raise _Irregular
         if length == _UNDEFINED:
-            at = next(start for tag, _, start, _ in _elements(head, at, explicit) if tag == _END_OF_ITEM)
+            inner = _elements(head, at, explicit, seen)
+            at = next(start for tag, _, start, _ in inner if tag == _END_OF_ITEM)
         else:
             at += length
 
 
-def _raw(head: bytes, vr: bytes | None, start: int, length: int) -> Raw:
+def _raw(head: bytes, vr: str | None, start: int, length: int) -> Raw:
     if length == _UNDEFINED or start + length > len(head):
         raise _Irregular
-    name = vr.decode() if vr else None
     return Raw(
-        name,
-        head[start : start + length] if length else cast(bytes | None, empty_value_for_VR(name, raw=True)),
+        vr, head[start : start + length] if length else cast(bytes | None, empty_value_for_VR(vr, raw=True))
     )
 
 

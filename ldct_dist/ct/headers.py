@@ -165,6 +165,7 @@ def as_number(text: str | None) -> float | None:
     return values[0] if values else None
 
 
+@lru_cache(1 << 12)  # most texts are those of the slice before
 def as_numbers(text: str | None, count: int) -> tuple[float, ...] | None:
     """The `count` finite numbers of an element's text; None if it holds anything else."""
     try:

@@ -111,7 +111,10 @@ def read_slice(stored: Stored) -> Slice:
     stored values beyond BitsStored, padding that reads as tissue, and HU beyond int16.
     """
     path, form = stored.path, stored.form
-    meaning = _meaning_of(path, form)
+    try:
+        meaning = _meaning_of(form)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
     with pydicom_faults_as_user_errors(path):
         patterns = _decoded(stored) if stored.pixels is None else _native(stored, *stored.pixels)
     slice_ = Slice(path, patterns, meaning, form.syntax in _LOSSY)
@@ -131,13 +134,14 @@ def read_dataset(path: Path) -> Dataset:
     return ds
 
 
-def _meaning_of(path: Path, form: PixelForm) -> Meaning:
-    bits, signed = _sample_format(path, form)
-    slope, intercept = rescale(path, form.slope, form.intercept)
+@lru_cache(16)  # the slices of a series share one
+def _meaning_of(form: PixelForm) -> Meaning:
+    bits, signed = _sample_format(form)
+    slope, intercept = rescale(form.slope, form.intercept)
     return _meaning(bits, signed, slope, intercept, _pad_range(form, signed))
 
 
-@lru_cache(16)  # the slices of a series share one
+@lru_cache(16)  # as may those of another
 def _meaning(bits: int, signed: bool, slope: float, intercept: float, pad: tuple[int, int] | None) -> Meaning:
     patterns = np.arange(1 << 16, dtype=np.uint16)
     stored = _sign_extended(patterns.view(np.int16) if signed else patterns, bits, signed)
@@ -173,28 +177,26 @@ def _shifted(patterns: np.ndarray, signed: bool, shift: int, out: np.ndarray) ->
     return np.add(out, np.array(shift).astype(np.int16), out=out)  # wraps around, as 16 bits do
 
 
-def rescale(where: object, slope: float | None, intercept: float | None) -> tuple[float, float]:
-    """Slope and intercept; UserError, naming `where`, when they are absent or no CT's."""
+def rescale(slope: float | None, intercept: float | None) -> tuple[float, float]:
+    """Slope and intercept; UserError when they are absent or no CT's."""
     if slope is None or intercept is None or not 1e-4 <= abs(slope) <= 1e4 or abs(intercept) > 1e6:
         raise UserError(
-            f"{where}: no usable RescaleSlope and RescaleIntercept, so its values are not HU; "
+            "no usable RescaleSlope and RescaleIntercept, so its values are not HU; "
             "export the series as original CT images"
         )
     return slope, intercept
 
 
-def _sample_format(path: Path, form: PixelForm) -> tuple[int, bool]:
+def _sample_format(form: PixelForm) -> tuple[int, bool]:
     allocated, bits, high_bit = map(as_number, (form.bits_allocated, form.bits_stored, form.high_bit))
     representation, samples = as_number(form.representation), as_number(form.samples)
     if allocated != 16 or bits is None or not 1 < bits <= 16 or high_bit != bits - 1:
         raise UserError(
-            f"{path}: BitsAllocated {form.bits_allocated}, BitsStored {form.bits_stored}, HighBit {form.high_bit}, "
+            f"BitsAllocated {form.bits_allocated}, BitsStored {form.bits_stored}, HighBit {form.high_bit}, "
             "but CT uses 16 bits, the low ones first; export the original CT images"
         )
     if samples != 1 or representation not in (0, 1) or not (form.photometric or "").startswith("MONO"):
-        raise UserError(
-            f"{path}: not one grey value a pixel (a screen capture?); export the original CT images"
-        )
+        raise UserError("not one grey value a pixel (a screen capture?); export the original CT images")
     return int(bits), representation == 1
 
 

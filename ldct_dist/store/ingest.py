@@ -88,7 +88,7 @@ def ingest(
     _check_shares(config)
     _check_places(source, out)
     with Workers(config.workers or len(os.sched_getaffinity(0))) as workers:
-        pairs, refused = find_pairs(source, config.pairing, workers.read_headers)
+        pairs, refused = find_pairs(source, config.pairing, workers.map)
         with _unwritable_as_user_error(out):
             key = load_key(config.key or default_key_path(out))
             splits = [_split(pair, key, config) for pair in pairs]

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -129,8 +130,8 @@ def write_case(
     replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         temporary.mkdir()
-        for dose, volume in names.items():
-            _write_array(temporary / dose, volume.hu, chunk)
+        with ThreadPoolExecutor(len(names)) as writers:  # one compresses while the disk takes another's
+            list(writers.map(lambda dose: _write_array(temporary / dose, names[dose].hu, chunk), names))
         record = CaseRecord(
             name=name,
             patient=patient,

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import Field
 
 from ldct_dist.config import Config
-from ldct_dist.ct.dicom import ReadHeaders, Series, files_below, find_series
+from ldct_dist.ct.dicom import Series, find_series
 from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.errors import UserError
 from ldct_dist.store.manifest import Row, read_manifest
 from ldct_dist.store.paircheck import PairCheckConfig, check_grid
 from ldct_dist.store.privacy import names_patient
 
+S = TypeVar("S")
+T = TypeVar("T")
+
 _THICKNESS_TOLERANCE_MM = 0.05
-_ROWS_AHEAD = 64
+_BATCH = 32  # headers that a process reads at a time
 _MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
 _SAYS_LOW = re.compile(r"(low|reduced|quarter)[ _-]?(dose|\d+mm)", re.IGNORECASE)
 
@@ -62,24 +67,25 @@ class Refusal:
     reason: str
 
 
-_Known = dict[Path, Header | UserError | None]
+class Map(Protocol):
+    """The builtin `map`, or one that shares the items out over processes."""
+
+    def __call__(self, function: Callable[[S], T], items: Sequence[S], /) -> Iterable[T]: ...
 
 
-def find_pairs(
-    source: Path, config: PairingConfig, read_headers: ReadHeaders = read_headers
-) -> tuple[list[Pair], list[Refusal]]:
-    """The cases that `source` offers, and what was refused. Pixels are not read; `read_headers`: see find_series.
+def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tuple[list[Pair], list[Refusal]]:
+    """The cases that `source` offers, and what was refused. Headers are read, by `share_out`; pixels are not.
 
     Raises UserError if it offers nothing at all, or is not what config.layout says.
     """
     if source.is_file():
         if config.layout not in ("auto", "manifest"):
             raise UserError(f"{source}: a file, but pairing.layout={config.layout} is about folders")
-        pairs, refused = _by_manifest(source, config, read_headers)
+        pairs, refused = _by_manifest(source, config, share_out)
     elif config.layout == "manifest":
         raise UserError(f"{source}: not a file; pairing.layout=manifest takes the CSV itself as the source")
     else:
-        pairs, refused = _by_folders(source, config, read_headers)
+        pairs, refused = _by_folders(source, config, share_out)
     found = bool(pairs or refused)
     pairs = [p for p in pairs if config.dose is None or p.low is None or p.dose == config.dose]
     sound, mismatched = _check_grids(pairs, config.check)
@@ -138,10 +144,12 @@ _FOLDERS = {
 }
 
 
-def _by_folders(
-    source: Path, config: PairingConfig, read_headers: ReadHeaders
-) -> tuple[list[Pair], list[Refusal]]:
-    series, errors = find_series(source, read_headers, _is_projections)
+def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[list[Pair], list[Refusal]]:
+    def read(paths: Sequence[Path]) -> Iterable[Header | UserError | None]:
+        batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
+        return chain.from_iterable(share_out(read_headers, batches))
+
+    series, errors = find_series(source, read, _is_projections)
     layout = _recognised(series, source) if config.layout == "auto" else config.layout
     refused = [Refusal(str(source), str(e)) for e in errors]
     if not series and not refused:
@@ -192,9 +200,7 @@ def _by_patient(series: Sequence[Series], folders: _Folders) -> tuple[list[Pair]
     return pairs, refused
 
 
-def _by_manifest(
-    path: Path, config: PairingConfig, read_headers: ReadHeaders
-) -> tuple[list[Pair], list[Refusal]]:
+def _by_manifest(path: Path, config: PairingConfig, share_out: Map) -> tuple[list[Pair], list[Refusal]]:
     rows, errors = read_manifest(path)
     pairs: list[Pair] = []
     refused = [Refusal(str(path), str(e)) for e in errors]
@@ -203,48 +209,33 @@ def _by_manifest(
     if config.dose is not None:
         rows = [row for row in rows if row.dose in (None, config.dose)]
     taken: set[str] = set()
-    for row, ahead in _with_headers_ahead(rows, read_headers):
-        try:
-            if row.case in taken:
-                raise UserError(f"case {row.case} stands there twice; name each once, or set pairing.dose")
-            pair = _pair_of(row, config, ahead)
-        except UserError as e:
-            refused.append(Refusal(row.where, f"{row.where}: {e}"))
+    for row, found in zip(rows, share_out(partial(_pair_of, config), rows), strict=True):
+        if row.case in taken:
+            found = UserError(f"case {row.case} stands there twice; name each once, or set pairing.dose")
+        if isinstance(found, UserError):
+            refused.append(Refusal(row.where, f"{row.where}: {found}"))
         else:
             taken.add(row.case)
-            pairs.append(pair)
+            pairs.append(found)
     return pairs, refused
 
 
-def _with_headers_ahead(rows: Sequence[Row], read_headers: ReadHeaders) -> Iterator[tuple[Row, ReadHeaders]]:
-    """Each row with a `ReadHeaders` of its folders: headers of many rows are read at once, by all processes."""
-    for i in range(0, len(rows), _ROWS_AHEAD):
-        some = rows[i : i + _ROWS_AHEAD]
-        folders = dict.fromkeys(folder for row in some for folder in (row.full, row.low) if folder)
-        ignored: list[UserError] = []  # they come up again where the folder's series are looked for
-        paths = list(dict.fromkeys(path for f in folders for path in files_below(f, ignored.append)))
-        known = dict(zip(paths, read_headers(paths), strict=True))
-
-        def ahead(paths: Sequence[Path], known: _Known = known) -> list[Header | UserError | None]:
-            return [known[path] for path in paths if path in known]
-
-        yield from ((row, ahead) for row in some)
-
-
-def _pair_of(row: Row, config: PairingConfig, read_headers: ReadHeaders) -> Pair:
-    full, low = (
-        _series_in(folder, config, read_headers) if folder else None for folder in (row.full, row.low)
-    )
+def _pair_of(config: PairingConfig, row: Row) -> Pair | UserError:
+    """The pair that the row names, or why it is none."""
+    try:
+        full, low = (_series_in(folder, config) if folder else None for folder in (row.full, row.low))
+    except UserError as e:
+        return e
     assert full is not None
     if names_patient(row.case, full.paths[0], (row.patient, full.patient_id)):
-        raise UserError(
+        return UserError(
             f"case {row.case} names the patient, and would stand in the store for all to read; call it otherwise"
         )
     return Pair(full, row.patient, low, row.case, row.dose, row.split)
 
 
-def _series_in(folder: Path, config: PairingConfig, read_headers: ReadHeaders) -> Series:
-    found, refused = find_series(folder, read_headers)
+def _series_in(folder: Path, config: PairingConfig) -> Series:
+    found, refused = find_series(folder)
     wanted = [s for s in found if _wanted(s, config)]
     if not wanted and refused:
         raise refused[0]

@@ -19,6 +19,7 @@ import numpy as np
 from numcodecs import blosc
 
 from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.store.direct import DirectWriter
 
 Region = tuple[slice, slice, slice]
 Triple = tuple[int, int, int]
@@ -133,21 +134,22 @@ def write_shards(path: Path, hu: np.ndarray, chunk: Triple, layers: int) -> None
     """
     grid = [-(-size // c) for size, c in zip(hu.shape, chunk, strict=True)]
     scratch = np.empty(chunk, "<i2")
+    middle = tuple(size // 2 for size in chunk)  # seldom air: one look there saves one at all
     for number in range(-(-grid[0] // layers)):
         file = path / _shard_file(number)
         file.parent.mkdir(parents=True)
         entries = np.full((layers, *grid[1:], 2), EMPTY, "<u8")
-        with open(file, "wb", buffering=0) as shard:
+        with DirectWriter(file) as shard:
             for z, y, x in sorted(np.ndindex(layers, *grid[1:]), key=_morton):
                 part = hu[_span(number * layers + z, chunk[0]), _span(y, chunk[1]), _span(x, chunk[2])]
                 if part.shape != chunk:
                     scratch.fill(AIR_HU)
                 scratch[tuple(map(slice, part.shape))] = part
-                if scratch.max() != AIR_HU or scratch.min() != AIR_HU:
-                    stored = _sealed(blosc.compress(scratch, b"lz4", LEVEL, blosc.BITSHUFFLE, typesize=2))
-                    entries[z, y, x] = shard.tell(), len(stored)
-                    _write(shard, stored)
-            _write(shard, _sealed(entries.tobytes()))
+                if scratch[middle] != AIR_HU or (scratch != AIR_HU).any():
+                    stored = blosc.compress(scratch, b"lz4", LEVEL, blosc.BITSHUFFLE, typesize=2)
+                    entries[z, y, x] = shard.tell(), len(stored) + CRC_BYTES
+                    _write_sealed(shard, stored)
+            _write_sealed(shard, entries.tobytes())
 
 
 def _span(index: int, size: int) -> slice:
@@ -160,14 +162,9 @@ def _morton(index: tuple[int, ...]) -> int:
     return sum(bits)
 
 
-def _write(file: FileIO, content: bytes) -> None:
-    rest = memoryview(content)
-    while rest:  # a disk that is filling up takes a part before it takes none
-        rest = rest[file.write(rest) :]
-
-
-def _sealed(content: bytes) -> bytes:
-    return content + google_crc32c.value(content).to_bytes(CRC_BYTES, "little")
+def _write_sealed(shard: DirectWriter, content: bytes) -> None:
+    shard.write(content)
+    shard.write(google_crc32c.value(content).to_bytes(CRC_BYTES, "little"))
 
 
 def _shard_file(number: int) -> str:

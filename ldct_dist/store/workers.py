@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
-from pathlib import Path
+from typing import TypeVar
 
-from ldct_dist.ct.headers import Header, read_headers
 from ldct_dist.errors import UserError
 from ldct_dist.store.processes import pool
 from ldct_dist.store.task import Task, make_case
 
 KILLED = "its process was killed, most likely for want of memory; give fewer workers or more memory"
-_FEW_HEADERS = 1000  # are read sooner than processes start
-_BATCH = 32  # headers
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Workers:
@@ -24,7 +22,6 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._headers_asked = 0
         self._processes: Executor | None = None
 
     def __enter__(self) -> Workers:
@@ -34,16 +31,15 @@ class Workers:
         if self._processes is not None:
             self._processes.shutdown(cancel_futures=True)
 
-    def read_headers(self, paths: Sequence[Path]) -> Iterable[Header | UserError | None]:
-        """As `ldct_dist.ct.headers.read_headers`. Raises UserError if a process was killed over it."""
-        self._headers_asked += len(paths)
-        if self._headers_asked < _FEW_HEADERS:
-            return read_headers(paths)
-        batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
+    def map(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+        """What `function` returns for each item, in order. Raises UserError if a process was killed over one."""
+        done = 0
         try:
-            return list(chain.from_iterable(self._pool().map(read_headers, batches)))
+            for result in self._pool().map(function, items):
+                yield result
+                done += 1
         except BrokenProcessPool as e:
-            raise UserError(f"{paths[0].parent}: while its headers were read, {KILLED}") from e
+            raise UserError(f"while headers were read, near {items[done]}, {KILLED}") from e
 
     def make(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, str | None]]:
         """Make each case, in no certain order; each task with None, or with why it was refused.
