@@ -126,7 +126,7 @@ def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cp
         return config
     some = np.linspace(0, len(volume.hu) - 1, min(_MATCHED_SLICES, len(volume.hu))).round().astype(int)
     hu = volume.hu[some]
-    moments = noise.local_moments(hu, volume.spacing)
+    moments = noise.local_moments(hu, volume.spacing, neighbours=True)
     where = noise.homogeneous(moments)
     if where is None:
         raise UserError(
@@ -204,6 +204,7 @@ def _matching_cutoff(
     filtered = torch.cat([ramp_filter(spread, scan, cutoff) for cutoff in cutoffs])
     tried = backproject(filtered, scan).cpu().numpy()
     reached = [
-        noise.neighbour_correlation(noise.local_moments(t[None], spacing), where[best, None]) for t in tried
+        noise.neighbour_correlation(noise.local_moments(t[None], spacing, neighbours=True), where[best, None])
+        for t in tried
     ]
     return float(np.interp(-correlation, -np.array(reached), cutoffs))

@@ -31,13 +31,14 @@ class LocalMoments:
     """Moments in the window around every voxel, or every `stride`-th in y and in x, each (z, y, x).
 
     mean: HU. slope: the variance in HU^2 that a plane fitted to the window explains: edges and gradients.
-    variance, neighbour: of the voxels, and the covariance of in-plane neighbours, both HU^2 about that plane.
+    variance, neighbour: of the voxels, and the covariance of in-plane neighbours, both HU^2 about that plane; None
+    where the latter was not asked for.
     """
 
     mean: np.ndarray
     slope: np.ndarray
     variance: np.ndarray
-    neighbour: np.ndarray
+    neighbour: np.ndarray | None = None
     stride: int = 1
 
     @property
@@ -46,25 +47,29 @@ class LocalMoments:
         return self.slope <= _FLAT * self.variance
 
 
-def local_moments(hu: np.ndarray, spacing: tuple[float, float, float], stride: int = 1) -> LocalMoments:
-    """Moments of `hu` (z, y, x) in square in-plane windows of about 6 mm, at least 5 voxels wide."""
+def local_moments(
+    hu: np.ndarray, spacing: tuple[float, float, float], stride: int = 1, neighbours: bool = False
+) -> LocalMoments:
+    """Moments of `hu` (z, y, x) in square in-plane windows of about 6 mm, at least 5 voxels wide.
+
+    neighbours: whether also their covariance.
+    """
     sizes = [max(_MIN_WINDOW, 2 * round(_WINDOW_MM / mm / 2) + 1) for mm in spacing[1:]]
     # slice by slice: one, and what is made of it, stays in the processor's cache
-    moments = [_moments_in_plane(image, sizes, stride) for image in hu]
-    mean, slope, variance, neighbour = (np.stack(parts) for parts in zip(*moments, strict=True))
-    return LocalMoments(mean, slope, variance, neighbour, stride)
+    moments = [_moments_in_plane(image, sizes, stride, neighbours) for image in hu]
+    mean, slope, variance, *neighbour = (np.stack(parts) for parts in zip(*moments, strict=True))
+    return LocalMoments(mean, slope, variance, neighbour[0] if neighbours else None, stride)
 
 
-def _moments_in_plane(image: np.ndarray, sizes: Sequence[int], stride: int) -> tuple[np.ndarray, ...]:
-    """The four of LocalMoments in windows of `sizes`, each (y, x)."""
+def _moments_in_plane(
+    image: np.ndarray, sizes: Sequence[int], stride: int, neighbours: bool
+) -> list[np.ndarray]:
+    """Those of LocalMoments in windows of `sizes`, each (y, x)."""
     image = image.astype(np.float32)
     flat_y, flat_x = (np.full(n, 1 / n) for n in sizes)
     at_y, at_x = (np.arange(n) - n // 2 for n in sizes)
     mean = _windows(_windows(image, 0, flat_y), 1, flat_x)
     rough = image - mean  # first, because squares of HU would drown the noise in float32
-    beside = rough * np.roll(rough, -1, 0)
-    beside += rough * np.roll(rough, -1, 1)
-    beside /= 2
 
     def average(values: np.ndarray) -> np.ndarray:
         return _windows(_windows(values, 0, flat_y, stride), 1, flat_x, stride)
@@ -75,8 +80,11 @@ def _moments_in_plane(image: np.ndarray, sizes: Sequence[int], stride: int) -> t
     along_x = _windows(rows, 1, at_x * flat_x, stride)
     slope = along_y**2 / (at_y * at_y).mean() + along_x**2 / (at_x * at_x).mean()
     plane = _windows(rows, 1, flat_x, stride) ** 2 + slope
-    variance = (average(rough * rough) - plane).clip(min=0)
-    return mean[::stride, ::stride], slope, variance, average(beside) - plane
+    moments = [mean[::stride, ::stride], slope, (average(rough * rough) - plane).clip(min=0)]
+    if neighbours:
+        beside = rough * np.roll(rough, -1, 0) + rough * np.roll(rough, -1, 1)
+        moments.append(average(beside / 2) - plane)
+    return moments
 
 
 def sampled_moments(volume: Volume, stride: int | None = None) -> LocalMoments:
@@ -133,7 +141,8 @@ def homogeneous(moments: LocalMoments) -> np.ndarray | None:
 
 def neighbour_correlation(moments: LocalMoments, where: np.ndarray) -> float:
     """Correlation of the noise of in-plane neighbours over the flat windows of `where`: near 1 for a smooth kernel,
-    near 0 for a sharp one. It identifies the kernel without its name."""
+    near 0 for a sharp one. It identifies the kernel without its name. `moments` must have neighbours."""
+    assert moments.neighbour is not None
     where = where & moments.flat
     return float(moments.neighbour[where].sum() / moments.variance[where].sum())
 

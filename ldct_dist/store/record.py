@@ -116,7 +116,8 @@ def voxel_hash(slices: Iterable[np.ndarray]) -> str:
     another's, not from a forgery, which could bring a hash of its own. A crc32c misses no change within two
     neighbouring voxels, and one in 2^32 of others to a slice.
     """
-    checksums = (google_crc32c.value(image.astype("<i2", copy=False).tobytes()) for image in slices)
+    bytes_ = (np.ascontiguousarray(image, "<i2").reshape(-1).view(np.uint8) for image in slices)
+    checksums = map(google_crc32c.value, bytes_)  # a copy to `bytes` would take half as long again
     return sha256(b"".join(checksum.to_bytes(4, "little") for checksum in checksums))
 
 
