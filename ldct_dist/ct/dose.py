@@ -127,7 +127,7 @@ def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cp
     some = np.linspace(0, len(volume.hu) - 1, min(_MATCHED_SLICES, len(volume.hu))).round().astype(int)
     hu = volume.hu[some]
     moments = noise.local_moments(hu, volume.spacing, neighbours=True)
-    where = noise.homogeneous(moments)
+    where = moments.homogeneous
     if where is None:
         raise UserError(
             "simulated dose: too little soft tissue to measure the scan's noise; set photons and cutoff_per_mm"

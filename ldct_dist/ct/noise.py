@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -45,6 +46,20 @@ class LocalMoments:
     def flat(self) -> np.ndarray:
         """The windows without an edge or gradient. Noise alone slopes too, but in a fixed share of windows."""
         return self.slope <= _FLAT * self.variance
+
+    @cached_property
+    def homogeneous(self) -> np.ndarray | None:
+        """(z, y, x) bool: the soft-tissue windows whose standard deviation lies within a fifth of the
+        histogram's peak, so that they hold noise alone. None where there is too little soft tissue to tell."""
+        low, high = SOFT_TISSUE_HU
+        soft = (self.mean > low) & (self.mean < high) & self.flat
+        if soft.sum() < _MIN_WINDOWS:
+            return None
+        std = np.sqrt(self.variance)
+        counts, edges = np.histogram(std[soft], bins=200, range=(0.0, float(np.percentile(std[soft], 95))))
+        peak = int(np.argmax(_windows(counts.astype(float), 0, _SMOOTH)))
+        level = (edges[peak] + edges[peak + 1]) / 2
+        return soft & (np.abs(std - level) <= max(0.2 * level, edges[1] - edges[0]))
 
 
 def local_moments(
@@ -100,7 +115,7 @@ def sampled_moments(volume: Volume, stride: int | None = None) -> LocalMoments:
     if stride is not None:
         return local_moments(hu, volume.spacing, stride)
     sparse = local_moments(hu, volume.spacing, max(1, min(hu.shape[1:]) // _ENOUGH))
-    if sparse.stride == 1 or homogeneous(sparse) is not None:
+    if sparse.stride == 1 or sparse.homogeneous is not None:
         return sparse
     return local_moments(hu, volume.spacing)
 
@@ -123,20 +138,6 @@ def _windows(values: np.ndarray, axis: int, weights: np.ndarray, stride: int = 1
         for tap, weight in zip(taps[1:], weights[1:], strict=True):
             total += np.multiply(tap, weight, out=weighted)
     return np.moveaxis(total, 0, axis)
-
-
-def homogeneous(moments: LocalMoments) -> np.ndarray | None:
-    """(z, y, x) bool: the soft-tissue windows whose standard deviation lies within a fifth of the
-    histogram's peak, so that they hold noise alone. None where there is too little soft tissue to tell."""
-    low, high = SOFT_TISSUE_HU
-    soft = (moments.mean > low) & (moments.mean < high) & moments.flat
-    if soft.sum() < _MIN_WINDOWS:
-        return None
-    std = np.sqrt(moments.variance)
-    counts, edges = np.histogram(std[soft], bins=200, range=(0.0, float(np.percentile(std[soft], 95))))
-    peak = int(np.argmax(_windows(counts.astype(float), 0, _SMOOTH)))
-    level = (edges[peak] + edges[peak + 1]) / 2
-    return soft & (np.abs(std - level) <= max(0.2 * level, edges[1] - edges[0]))
 
 
 def neighbour_correlation(moments: LocalMoments, where: np.ndarray) -> float:

@@ -174,7 +174,7 @@ class _Ground:
         self.full = full
         self.moments = noise.local_moments(full.hu, full.spacing)
         self.tissues = tissues(full, self.moments)
-        self.soft = noise.homogeneous(self.moments)
+        self.soft = self.moments.homogeneous
         self.std = None if self.soft is None else smoothed_noise(low, full, self.moments)
 
 

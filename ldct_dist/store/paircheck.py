@@ -66,7 +66,7 @@ def check_images(full: Volume, low: Volume, moments: noise.LocalMoments, limits:
             f"the images are shifted by ({z:.2f}, {y:.2f}, {x:.2f}) voxels (z, y, x) against each other "
             f"(limit {limits.shift_voxels:g}, pairing.check.shift_voxels)"
         )
-    where = noise.homogeneous(moments)
+    where = moments.homogeneous
     if where is None:
         return
     others = noise.sampled_moments(low, moments.stride)

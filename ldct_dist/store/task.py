@@ -125,7 +125,7 @@ def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments]:
 
 def _noise_hu(moments: noise.LocalMoments) -> float | None:
     """Standard deviation of the noise in soft tissue, HU; None where there is too little of it to tell."""
-    where = noise.homogeneous(moments)
+    where = moments.homogeneous
     return None if where is None else round(noise.noise_std(moments, where), 2)
 
 

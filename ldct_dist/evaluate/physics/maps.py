@@ -33,7 +33,7 @@ def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np
     Where the noise is high and low is told by low - full, which holds no anatomy; how high it is, by the full dose's
     soft tissue, from its `moments`. Raises UserError where there is too little of it.
     """
-    soft = noise.homogeneous(moments)
+    soft = moments.homogeneous
     if soft is None:
         raise UserError("hallucination map: too little soft tissue to measure the full dose's noise")
     added = low.hu.astype(np.float32) - full.hu

@@ -78,7 +78,7 @@ def flat_regions(volume: Volume, moments: noise.LocalMoments) -> list[tuple[int,
     Choose them in the full dose, and measure every image at the same places. Empty where there are none.
     """
     size = max(_LEAST_VOXELS, round(_REGION_MM / max(volume.spacing[1:])))
-    homogeneous = noise.homogeneous(moments)
+    homogeneous = moments.homogeneous
     if homogeneous is None:
         return []
     low, high = noise.SOFT_TISSUE_HU

@@ -114,7 +114,7 @@ def _as_noisy(low: Volume, config: DoseConfig, plain: Volume) -> DoseConfig:
 
 def _noise(volume: Volume) -> float:
     moments = noise.local_moments(volume.hu, volume.spacing)
-    soft = noise.homogeneous(moments)
+    soft = moments.homogeneous
     if soft is None:
         raise UserError("phantom trial: too little soft tissue to measure the low dose's noise")
     return noise.noise_std(moments, soft)

@@ -63,7 +63,7 @@ def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.nd
     views[label] = {name: _planes_as_png(hu, box, _HEAT, Normalize(0, limit)) for name, hu in noises.items()}
 
     moments = noise.local_moments(full.hu, full.spacing)
-    if noise.homogeneous(moments) is not None:
+    if moments.homogeneous is not None:
         std = smoothed_noise(low, full, moments)
         scale = Normalize(-_STRUCTURE_LIMIT, _STRUCTURE_LIMIT)
         label = f"structure that full dose has not, ±{_STRUCTURE_LIMIT:g} standard deviations of its noise"
