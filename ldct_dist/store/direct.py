@@ -55,7 +55,6 @@ class DirectWriter:
                 os.ftruncate(self._fd, size)
         finally:
             os.close(self._fd)
-            self._buffer.close()
 
     def _flush(self, size: int) -> None:
         """Write the first `size` bytes of the buffer, a whole number of pages."""

@@ -18,7 +18,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
-from ldct_dist.ct import headers
+from ldct_dist.ct import elements, headers
 from ldct_dist.ct.elements import HEAD, Head, read_head
 from synthetic_dicom import Options, phantom, write_series
 
@@ -86,6 +86,17 @@ def test_real_files_are_walked(tmp_path):
     for path in sorted(DEMO.rglob("*.dcm"))[::20]:
         content = path.read_bytes()
         assert texts(walked(content)) == texts(by_pydicom(tmp_path / "again", content))
+
+
+def test_the_slices_of_a_series_are_walked_once_for_all_of_the_same_layout(tmp_path, monkeypatch):
+    walks, walk = [], elements._walk
+    monkeypatch.setattr(elements, "_recent", ())
+    monkeypatch.setattr(elements, "_walk", lambda *given: walks.append(given) or walk(*given))
+    paths = write_series(tmp_path / "series", phantom(), Options(tags=TAGS))
+    for path in paths:
+        content = path.read_bytes()
+        assert texts(walked(content)) == texts(by_pydicom(tmp_path / "again", content))
+    assert len(walks) < len(paths) / 2
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
