@@ -12,7 +12,10 @@ from ldct_dist.data.loader import READY
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import StepCost
 from ldct_dist.train.strategy.config import BUCKET
+from ldct_dist.train.strategy.parts import STATE_BYTES
 
+PROCESS = 2 << 30
+"""bytes of the node's memory that Python, torch, CUDA and NCCL take in each process"""
 BATCHES = 1 + READY
 """on the device: the one at work, and those that the loader has made ahead"""
 
@@ -55,6 +58,17 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Node:
+    """Bytes of a node's memory and of its disk, all its ranks together: what an `sbatch --mem` has to be above.
+
+    The copies of the state that is being saved beside training count from the first save on.
+    """
+
+    memory: float
+    disk: float
 
 
 @dataclass(frozen=True)
@@ -109,3 +123,16 @@ def memory(
         activations=saved - copies,
         workspace=workspace,
     )
+
+
+def node(sharing: Sharing, config: RunConfig, parameters: int, gpus: int, per_node: int) -> Node:
+    """Of a node with at most `per_node` of `gpus` ranks."""
+    ranks, p = min(gpus, per_node), parameters / gpus
+    state = saving = STATE_BYTES * p
+    offloaded = state + 4 * p if sharing.offload_optimizer else 0.0  # with the gradients
+    if sharing.offload_weights:
+        offloaded += (2 if config.precision == "bf16" else 4) * p
+    process = PROCESS + (config.data.memory_mib << 20)
+    if sharing.nvme:
+        return Node(ranks * process, ranks * (offloaded + saving))
+    return Node(ranks * (process + offloaded + saving), 0)

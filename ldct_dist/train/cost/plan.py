@@ -16,7 +16,7 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost import speed
 from ldct_dist.train.cost.count import count
 from ldct_dist.train.cost.gpus import GIB, Gpu, gpu_named
-from ldct_dist.train.cost.memory import STRATEGIES, Activations, Memory, Sharing, memory
+from ldct_dist.train.cost.memory import PROCESS, STRATEGIES, Activations, Memory, Node, Sharing, memory, node
 from ldct_dist.train.misfits import refuse_crop
 from ldct_dist.train.strategy.parts import STATE_BYTES
 
@@ -64,6 +64,7 @@ class Row:
     largest_crop: tuple[int, int, int] | None
     micro_batch: int | None
     times: Times | None
+    node: Node
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def _row(
         took = speed.timing(sharing, config, activations.few, share, chosen, gpu, gpus)
         hours = steps * took.step_s / 3600
         times = Times(took.sent, took.step_s, took.efficiency, hours, hours * gpus)
-    return Row(sharing.name, gpus, batch, steps, fits, largest, chosen, times)
+    beside = node(sharing, config, activations.few.parameters, gpus, gpu.per_node)
+    return Row(sharing.name, gpus, batch, steps, fits, largest, chosen, times, beside)
 
 
 def _micro_batches(wanted: int | None, share: int) -> list[int]:
@@ -194,5 +196,6 @@ def _assumed(gpu: Gpu) -> dict[str, Any]:
         "nvme_bytes_per_s": speed.NVME,
         "outside_bytes": OUTSIDE,
         "fragmented_share": FRAGMENTED,
+        "process_bytes": PROCESS,
         "left_out": "waiting for data, validation, torch.compile's fusion",
     }

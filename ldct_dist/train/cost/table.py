@@ -42,6 +42,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             _memory_table(title + f"; GiB a GPU, of {plan.usable / GIB:.1f} usable (! too much)", rows)
         )
         console.print(_time_table(title, rows))
+        console.print(_nodes(rows))
     console.print()
     console.print(_assumptions(plan))
 
@@ -74,6 +75,15 @@ def _time_table(title: str, rows: list[Row]) -> Table:
     return table
 
 
+def _nodes(rows: list[Row]) -> str:
+    needs = [
+        f"{row.strategy} {_short(row.node.memory / GIB)}"
+        + (f" (and {_short(row.node.disk / GIB)} of its disk)" if row.node.disk else "")
+        for row in rows
+    ]
+    return f"GiB of each node's RAM: {', '.join(needs)}"
+
+
 def _assumptions(plan: Plan) -> str:
     a, gpu = plan.assumed, plan.assumed["gpu"]
     return (
@@ -81,7 +91,8 @@ def _assumptions(plan: Plan) -> str:
         f"{100 * a['copies_share']:.0f} % of {gpu['bandwidth'] / 1e12:.2f} TB/s in the rest; "
         f"{100 * a['links_share']:.0f} % of {gpu['nvlink'] / 1e9:.0f} GB/s within a node of {gpu['per_node']}, of "
         f"{gpu['network'] / 1e9:.0f} GB/s a GPU between nodes, and of {gpu['host'] / 1e9:.0f} GB/s to the node's memory; "
-        f"{a['nvme_bytes_per_s'] / 1e9:.0f} GB/s of a node's NVMe; {a['disk_bytes_per_s'] / 1e9:.0f} GB/s to disk. "
+        f"{a['nvme_bytes_per_s'] / 1e9:.0f} GB/s of a node's NVMe; {a['disk_bytes_per_s'] / 1e9:.0f} GB/s to disk; "
+        f"{a['process_bytes'] / GIB:.0f} GiB of a node's RAM for each process, and its share of data.memory_mib. "
         f"Left out: {a['left_out']}.[/]"
     )
 
