@@ -33,13 +33,10 @@ class Workers:
 
     def map(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
         """What `function` returns for each item, in order. Raises UserError if a process was killed over one."""
-        done = 0
         try:
-            for result in self._pool().map(function, items):
-                yield result
-                done += 1
+            yield from self._pool().map(function, items)
         except BrokenProcessPool as e:
-            raise UserError(f"while headers were read, near {items[done]}, {KILLED}") from e
+            raise UserError(f"while headers were read: {KILLED}") from e
 
     def make(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, str | None]]:
         """Make each case, in no certain order; each task with None, or with why it was refused.
