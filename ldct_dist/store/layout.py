@@ -251,8 +251,11 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _sync_tree(root: Path) -> None:
     """fsync all of `root`, files and folders, so that a case that has its name also has its bytes."""
-    for path in (root, *root.rglob("*")):
-        _sync(path)
+    paths = [root, *root.rglob("*")]
+    with ThreadPoolExecutor(
+        len(paths)
+    ) as at_once:  # the file system then writes its journal once, not for each
+        list(at_once.map(_sync, paths))
 
 
 def _sync(path: Path) -> None:

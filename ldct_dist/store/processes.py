@@ -29,7 +29,11 @@ def start_server() -> None:
 def pool(workers: int) -> Executor:
     start_server()
     context = multiprocessing.get_context("forkserver")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
+    # All start with the first task, as those that are forked do: one that starts while another is killed would be
+    # waited for without end.
+    executor._safe_to_dynamically_spawn_children = False  # type: ignore[attr-defined]
+    return executor
 
 
 def _prepare() -> None:
