@@ -84,7 +84,8 @@ class Store:
             raise UserError(
                 f"{self.path}: {layout.CATALOGUE} is damaged, or not the last one written; run ldct-dist ingest again"
             )
-        self.table = pq.read_table(pa.BufferReader(catalogue))
+        # Not pq.read_table, whose threads, where a process ends soon after, now and then abort it (apache/arrow 34314).
+        self.table = pq.ParquetFile(pa.BufferReader(catalogue)).read(use_threads=False)
         self.fingerprint: str = self.table.schema.metadata[b"fingerprint"].decode()
         self.cases = Cases(self.table)
         self.array = lru_cache(OPEN_ARRAYS)(self._open)

@@ -32,7 +32,7 @@ def write(path, pieces):
 @given(sizes=st.lists(st.one_of(st.integers(0, 5 * PAGE), st.sampled_from([PAGE, 2 * PAGE])), max_size=6))
 def test_it_holds_what_was_written_to_the_byte(sizes):
     pieces = [os.urandom(size) for size in sizes]
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         write(f"{folder}/file", pieces)
         with open(f"{folder}/file", "rb") as f:
             assert f.read() == b"".join(pieces)

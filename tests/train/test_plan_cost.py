@@ -134,7 +134,7 @@ def test_parts_are_those_of_the_zero_paper():
 
 
 def test_what_a_node_holds_is_what_its_ranks_were_seen_to_take():
-    """bench: unet3d-l under ZeRO 3 in bf16 on one rank, state on the CPU: 4666 MiB after a save, torch and all; on a
+    """Measured: unet3d-l under ZeRO 3 in bf16 on one rank, state on the CPU: 4666 MiB after a save, torch and all; on a
     disk: 1300 MiB."""
     config = run_config(precision="bf16", data={"memory_mib": 64})
     kinds = {s.name: node(s, config, 98_000_000, 1, 8) for s in STRATEGIES}
