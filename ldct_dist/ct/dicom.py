@@ -77,7 +77,7 @@ def find_series(
         raise UserError(f"{folder}: no such folder; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
-    for outcome in read_headers(list(files_below(folder, refused.append, skip))):
+    for outcome in read_headers(list(_files_below(folder, refused.append, skip))):
         if isinstance(outcome, UserError):
             refused.append(outcome)
         elif outcome is not None:
@@ -151,7 +151,7 @@ def _slice(series: Series, stored: Stored) -> Slice:
     return slice_
 
 
-def files_below(
+def _files_below(
     folder: Path, refuse: Callable[[UserError], object], skip: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Path]:
     """The files that `find_series` looks into; `refuse` hears of folders that cannot be read."""

@@ -252,10 +252,9 @@ def _replace(path: Path, content: bytes) -> None:
 def _sync_tree(root: Path) -> None:
     """fsync all of `root`, files and folders, so that a case that has its name also has its bytes."""
     paths = [root, *root.rglob("*")]
-    with ThreadPoolExecutor(
-        len(paths)
-    ) as at_once:  # the file system then writes its journal once, not for each
-        list(at_once.map(_sync, paths))
+    # At once: the file system then writes its journal once, and not for each.
+    with ThreadPoolExecutor(len(paths)) as threads:
+        list(threads.map(_sync, paths))
 
 
 def _sync(path: Path) -> None:
