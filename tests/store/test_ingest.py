@@ -260,11 +260,7 @@ def test_a_worker_killed_over_headers_is_one_line(own_server):
             workers.Workers(2) as processes,
             pytest.raises(UserError, match="headers were read: its process was"),
         ):
-            list(processes.map(end_over_3, range(3, 9)))
-
-
-def end_over_3(item):
-    return os._exit(9) if item == 3 else item
+            list(processes.map(eval, ["__import__('os')._exit(9)", *"12345"]))
 
 
 ENVIRONMENT = {
