@@ -16,7 +16,7 @@ data_wait               (d) share of a step that waits for the loader
 denoise_vs_monai        (e) our voxels a second over MONAI's sliding window: its defaults, and the same type and memory
 memory_error            (b) the planner's worst, over the measured peaks
 ranks                   two gloo ranks against one, and one on NCCL
-skipped                 part: why
+skipped, failed         part: why; a part that failed costs the others nothing, and makes the exit code 1
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Bench:
     def __init__(self, budget: float) -> None:
         self._end = time.monotonic() + budget
         self.skipped: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
 
     @property
     def late(self) -> bool:
@@ -60,6 +62,10 @@ class Bench:
             return None
         except torch.OutOfMemoryError:
             self.skipped[name] = "does not fit"
+            return None
+        except Exception as e:  # minutes on a GPU went into the other parts
+            traceback.print_exc()
+            self.failed[name] = f"{type(e).__name__}: {e}".splitlines()[0]
             return None
         print(f"{name} ({time.monotonic() - start:.0f} s): {json.dumps(result)}", file=sys.stderr, flush=True)
         return result
@@ -85,6 +91,7 @@ def main() -> None:
         name = f"gpu-{result['device'].replace(' ', '-')}-{result['commit']}.json"
         (args.out / name).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+    sys.exit(1 if result["failed"] else 0)
 
 
 def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
@@ -128,6 +135,7 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
         "training": rows,
         "denoising": denoising,
         "skipped": bench.skipped,
+        "failed": bench.failed,
     }
 
 

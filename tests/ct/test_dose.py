@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ldct_dist.ct.scanner import scan_of, transmission
 from ldct_dist.ct.volume import AIR_HU, Acquisition, Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.physics.nps import flat_regions, noise_power
+from on_gpu import on_gpu
 
 DEMO = Path(ldct_dist.__file__).parent / "demo_data"
 SPACING = (5.0, 2.0, 2.0)
@@ -259,3 +261,32 @@ def test_a_volume_without_noise_to_match_says_what_to_set():
         simulate_low_dose(body((2, 200, 200), (5.0, 2.0, 2.0), seed=0), 0.25, seed=0)
     with pytest.raises(UserError, match="too little soft tissue"):
         simulate_low_dose(Volume(np.full((2, 64, 64), -1000, np.int16), SPACING), 0.25, seed=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"beam": "parallel"}',
+        '{"beam": "fan", "bowtie_mm": 180, "modulation": 0.5, "blur_columns": 0.7}',
+        '{"electronic_noise": 20, "photons": null, "cutoff_per_mm": null}',
+    ],
+)
+def test_a_gpu_puts_in_the_noise_of_a_cpu(config):
+    on_gpu(_same_noise, config)
+
+
+def _same_noise(config):
+    whole = read_series(one_series(DEMO / "CRLM-CT-1004"))
+    y, x = (slice(128, 384),) * 2
+    volume = replace(whole, hu=whole.hu[10:13, y, x])
+    config = DoseConfig(**{"views": 256, "photons": PHOTONS, "cutoff_per_mm": 0.5} | json.loads(config))
+    on_cpu, on_its_own = (
+        simulate_low_doses(volume, [0.5, 0.1], seed=3, config=config, device=device)
+        for device in ("cpu", torch.device("cuda", 0))
+    )
+    for expected, answer in zip(on_cpu, on_its_own, strict=True):
+        added = expected.hu - volume.hu
+        assert added.std() > 1
+        # a GPU adds in another order
+        assert (np.abs(answer.hu - expected.hu) > 1).mean() < 1e-4
+        assert np.abs(answer.hu - expected.hu).std() < 0.05 * added.std()

@@ -14,6 +14,8 @@ from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import DataConfig, Plan
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from ldct_dist.store.reader import Store
+from on_gpu import on_gpu
 from stores import make_store
 
 NO_AUGMENT = AugmentConfig(flips=False, transpose=False)
@@ -152,3 +154,23 @@ def test_damage_is_named_where_it_is_met(tmp_path):
         pytest.raises(UserError, match=r"case case-000 at dose 0\.25 is damaged"),
     ):
         loader.batch(0)
+
+
+@pytest.mark.parametrize("dose_mix", ["1,1", "0.5,1.5"])
+def test_a_gpu_gets_the_batches_of_a_cpu_over_pinned_memory_and_a_stream_of_their_own(store, dose_mix):
+    on_gpu(_same_batches, store.path, dose_mix)
+
+
+def _same_batches(path, dose_mix):
+    gpu = torch.device("cuda", 0)
+    mixed = AugmentConfig(dose_mix=tuple(map(float, dose_mix.split(","))))
+    plan = plan_of(Store(path), augment=mixed)
+    with Loader(plan) as on_cpu, Loader(plan, device=gpu) as on_its_own:
+        for step in [*range(6), 1000, 1001]:
+            expected, batch = on_cpu.batch(step), on_its_own.batch(step)
+            for mine, theirs in zip(
+                (batch.low, batch.full, batch.box), (expected.low, expected.full, expected.box), strict=True
+            ):
+                assert (mine.device, mine.dtype) == (gpu, theirs.dtype)
+                assert torch.equal((mine + 0).cpu(), theirs)  # used, as a step would
+        assert on_its_own.air().low.device == gpu

@@ -11,6 +11,7 @@ from ldct_dist.denoise.tiles import TILES, denoise_volume, denoised_tiles, tiles
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from networks import random_network
+from on_gpu import on_gpu
 
 MODELS = {
     (name, thick): random_network(name, thick_slices=thick)
@@ -155,3 +156,19 @@ def test_the_largest_tiles_that_memory_allows_are_taken(monkeypatch):
     monkeypatch.setitem(TILES, "cpu", ((6, 24, 120),))
     with pytest.raises(UserError, match="redcnn3d-xs does not fit the memory of cpu"):
         denoise_volume(model, hu)
+
+
+def test_a_gpu_answers_as_a_cpu_does():
+    on_gpu(_same_answers)
+
+
+def _same_answers():
+    gpu, hu = torch.device("cuda", 0), noise((7, 50, 70))
+    for model in (MODELS["unet3d", True], MODELS["nafnet3d", False]):
+        expected = denoise_volume(model, hu, tile=(4, 24, 24))
+        answer = denoise_volume(model, hu, tile=(4, 24, 24), device=gpu)
+        assert next(model.parameters()).device == gpu
+        # a GPU's own rounding: TF32 has ten bits
+        assert np.abs(answer - expected).max() <= 0.01 * np.abs(expected - hu).max()
+        half = denoise_volume(model, hu, tile=(4, 24, 24), bf16=True)
+        assert np.abs(half - expected).max() < 0.1 * np.abs(expected - hu).max()

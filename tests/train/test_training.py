@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from commands import command
 from forked import fork
+from ldct_dist import config as configs
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.models.weights import load_weights
+from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
+from ldct_dist.train.trainer import Trainer, train
+from on_gpu import on_gpu
 from runs import equal, final_state, losses, starts, unsharded, write_config
 from stores import make_store
 
@@ -146,3 +151,41 @@ def test_an_absurd_learning_rate_is_survived(store, tmp_path):
     assert any(not line["applied"] for line in losses(run))
     assert any(line["loss"] is None for line in losses(run))
     assert (run / "checkpoints" / "step-00000008" / "MANIFEST.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_trains_as_a_cpu_does_and_goes_on_after_a_stop(store, tmp_path, precision):
+    on_gpu(_same_training, store, tmp_path, precision)
+
+
+def _same_training(store, folder, precision):
+    runs = {}
+    for name in ("cpu", "unbroken", "stopped"):
+        (place := Path(folder) / name).mkdir()
+        config = configs.read(RunConfig, write_config(place, Path(store), precision=precision))
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "cpu":
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+            if name == "stopped":
+                patch.setattr(Trainer, "train_step", _stopping(Trainer.train_step, at=5))
+            assert train(config) is (Ending.RESUMABLE if name == "stopped" else Ending.DONE)
+        runs[name] = place / "runs" / "run"
+    assert train(config) is Ending.DONE
+    assert [start["from_step"] for start in starts(runs["stopped"])] == [0, 5]
+    # a GPU's own rounding: TF32 has ten bits
+    near = 1e-4 if torch.cuda.get_device_name() == "simulated" else 5e-2
+    stopped, unbroken, cpu = map(losses, (runs["stopped"], runs["unbroken"], runs["cpu"]))
+    for mine, theirs, expected in zip(stopped, unbroken, cpu, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=near / 10)
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=near)
+
+
+def _stopping(step, at):
+    """A train step during which a scheduler asks to stop, once `at` have been made."""
+
+    def stepped(trainer, *batch):
+        if trainer.state.step == at - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer, *batch)
+
+    return stepped

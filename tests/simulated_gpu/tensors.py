@@ -1,0 +1,110 @@
+"""Tensors on the simulated GPU, and what their operations do."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from simulated_gpu.streams import LOCK, Memory, current_stream
+
+GPU = torch.device("cuda", 0)
+# These run without the tensor's own dispatch, on whatever device they are told.
+FACTORIES = ("arange", "arange.start", "arange.start_step", "full", "randn", "scalar_tensor", "copy_")
+_CROSSING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the GPU; `held` is where its values are."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor, memory: Memory) -> OnGpu:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=GPU,
+        )
+
+    def __init__(self, held: torch.Tensor, memory: Memory) -> None:
+        self.held, self.memory = held, memory
+
+    def record_stream(self, stream: Any) -> None:
+        self.memory.known.add(stream)
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An operation of the current stream."""
+    with LOCK:
+        name = func._schema.name
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        ours = [tensor for tensor in given if isinstance(tensor, OnGpu)]
+        if name not in _CROSSING and ours:
+            strangers = [t for t in given if not isinstance(t, OnGpu) and t.dim()]
+            if strangers:
+                raise RuntimeError(
+                    f"{name}: tensors on the GPU meet one of shape {strangers[0].shape} on the CPU"
+                )
+        for tensor in ours:
+            tensor.memory.used(name)
+        if name == "aten::copy_" and _asynchronous(args, kwargs):
+            to, source = args[:2]
+            if isinstance(source, OnGpu) and not isinstance(to, OnGpu):
+                current_stream().arriving.append(partial(to.copy_, source.held.clone()))
+                return to
+            if not getattr(source, "pinned", False) and not isinstance(source, OnGpu):
+                raise RuntimeError(
+                    f"an asynchronous copy of memory that is not pinned: {tuple(source.shape)}"
+                )
+        return _computed(func, args, kwargs, ours)
+
+
+def _asynchronous(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("non_blocking", len(args) > 2 and args[2]))
+
+
+def _computed(func: Any, args: tuple, kwargs: dict[str, Any], ours: list[OnGpu]) -> Any:
+    to, target = kwargs.get("device"), args[0] if args else None
+    stays = to is None or torch.device(to).type == "cuda"
+    args, kwargs = tree_map(_held, (args, kwargs))
+    kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} | (
+        {} if to is None else {"device": "cpu"}
+    )
+    result = func(*args, **kwargs)
+    if not stays:
+        return result
+    if func._schema.name == "aten::copy_" and not isinstance(target, OnGpu):
+        return target  # to the CPU
+    before = {id(tensor.held): tensor for tensor in ours}
+    memories = {_place(tensor.held): tensor.memory for tensor in ours}
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        known = memories.get(_place(value))
+        memory = Memory() if known is None else known
+        if known is None or id(value) in before:
+            memory.wrote()  # anew, or in place; a view writes nothing
+        return before[id(value)] if id(value) in before else OnGpu(value, memory)
+
+    return tree_map(placed, result)
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, OnGpu) else value
+
+
+def _place(held: torch.Tensor) -> int:
+    """The same for all views of one memory."""
+    return held.untyped_storage().data_ptr() or id(held)
