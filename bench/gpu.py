@@ -22,6 +22,7 @@ skipped, failed         part: why; a part that failed costs the others nothing, 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -63,10 +64,13 @@ class Bench:
         except torch.OutOfMemoryError:
             self.skipped[name] = "does not fit"
             return None
-        except Exception as e:  # minutes on a GPU went into the other parts
+        except Exception as e:  # noqa: BLE001 - minutes on a GPU went into the other parts
             traceback.print_exc()
             self.failed[name] = f"{type(e).__name__}: {e}".splitlines()[0]
             return None
+        finally:
+            gc.collect()  # a part's networks leave their memory to the next
+            torch.cuda.empty_cache()
         print(f"{name} ({time.monotonic() - start:.0f} s): {json.dumps(result)}", file=sys.stderr, flush=True)
         return result
 
@@ -84,7 +88,7 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.compiler.set_stance(
             "force_eager"
-        )  # compiling takes minutes on CPU, and is not what is proved here
+        )  # compiling on CPU takes minutes, and is not what is proved here
     result = run(device, args.tiny, Bench(args.budget))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -99,6 +103,8 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
     sizes = ["xs"] if tiny else ["l", "xl", "xxl", "m", "s"]
     shape = (6, 32, 32) if tiny else (300, 512, 512)
     peaks = bench.part("ceilings", lambda: ceilings(device, tiny))
+    if peaks is None:
+        sys.exit(f"bench/gpu.py: without ceilings nothing can be judged: {bench.failed or bench.skipped}")
     rows = _training(bench, ["eager"], sizes, crop, crops, device, peaks)
     # Each part imports what it needs by itself, so that one missing package costs its parts alone.
     loop = bench.part(
