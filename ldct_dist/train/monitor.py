@@ -12,10 +12,10 @@ from datetime import timedelta
 from typing import TextIO
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.train.board import Board
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.usage import Usage
 from ldct_dist.train.run import RunFolder
@@ -74,7 +74,7 @@ class Monitor(Mute):
         self.close()
         _drop_from(self.folder, step)
         self._losses = open(self.folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
-        self._board = SummaryWriter(str(self.folder.tensorboard), purge_step=step, flush_secs=10)
+        self._board = Board(self.folder.tensorboard, purge_step=step)
         self._since: list[StepFigures] = []
         self._start, self._first = time.monotonic(), step
 
@@ -90,9 +90,9 @@ class Monitor(Mute):
 
     def validation(self, step: int, done: Validated) -> None:
         protocol = self.protocol
-        with self._whatever_the_disk():
+        with self._whatever_the_disk(), self._board.writing() as board:
             for name, value in done.figures.items():
-                self._board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
+                board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
         told = "  ".join(f"{k} {v:.4g}" for k, v in done.figures.items())
         for case in done.failed:
             told += f"  {case}: the network's answer is not finite"
@@ -124,8 +124,8 @@ class Monitor(Mute):
         from ldct_dist.evaluate.figures import planes_strip  # its imports cost a second, for this rank alone
 
         picture = planes_strip(images, window)
-        with self._whatever_the_disk():
-            self._board.add_image("validation/" + ", ".join([*images, "difference"]), picture, step)
+        with self._whatever_the_disk(), self._board.writing() as board:
+            board.add_image("validation/" + ", ".join([*images, "difference"]), picture, step)
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
@@ -146,10 +146,10 @@ class Monitor(Mute):
             **self.usage.scalars(len(since), seconds),
         }
         mfu = f"MFU {scalars['compute/mfu_percent']:4.1f} %   " if "compute/mfu_percent" in scalars else ""
-        with self._whatever_the_disk():
+        with self._whatever_the_disk(), self._board.writing() as board:
             for name, value in scalars.items():
-                self._board.add_scalar(name, value, last.step)
-            self._board.flush()
+                board.add_scalar(name, value, last.step)
+            board.flush()
         done = last.step - self._first
         eta = (time.monotonic() - self._start) / done * (self.total - last.step)
         self._say(
