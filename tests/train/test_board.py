@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldct_dist.train.board import Board
 
 
-def write(board: Board, step: int) -> None:
-    with board.writing() as writer:
-        writer.add_scalar("loss", float(step), step)
-        writer.flush()
+def write_all(board: Board, steps: Iterable[int]) -> None:
+    for step in steps:
+        with board.writing() as writer:
+            writer.add_scalar("loss", float(step), step)
+            writer.flush()
 
 
 def test_a_lost_disk_costs_figures_no_traceback_and_nothing_once_it_is_back(tmp_path, capfd):
     folder = tmp_path / "tensorboard"
     board = Board(folder, purge_step=0)
-    write(board, 1)
+    write_all(board, [1])
     folder.rename(tmp_path / "away")
     with pytest.raises(FileNotFoundError):
-        for step in range(2, 5):  # the thread's failure is heard a call later
-            write(board, step)
+        write_all(board, range(2, 5))  # the thread's failure is heard a call later
     (tmp_path / "away").rename(folder)
-    write(board, 5)
+    write_all(board, [5])
     board.close()
     assert capfd.readouterr().err == ""
     seen = [e.step for e in EventAccumulator(str(folder)).Reload().Scalars("loss")]

@@ -24,7 +24,6 @@ from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.stop import Stop
-from ldct_dist.train.strategy.disk import Disk
 from ldct_dist.train.strategy.engine import refuse_deepspeed
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
@@ -271,12 +270,6 @@ def test_what_does_not_go_together_is_refused(changes, words):
     config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1} | changes)
     with pytest.raises(UserError, match=words):
         refuse_deepspeed(config, World())
-
-
-def test_a_disk_without_room_is_refused_with_what_it_takes(tmp_path):
-    with pytest.raises(UserError, match=r"each rank there takes 1.05e\+06 GiB: make room"):
-        Disk(tmp_path, 2**50)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_compiler_that_was_killed_is_named_and_none_waits_for_it(tmp_path, monkeypatch, capsys):

@@ -75,3 +75,14 @@ def folder_on_this_node(nvme_path: str | None) -> Path:
             f"deepspeed.nvme_path={nvme_path} on {socket.gethostname()}: {folder} is no folder that one may write in"
         )
     return folder
+
+
+def lies_in_memory(folder: Path) -> bool:
+    """Whether what is written there takes the node's memory: a tmpfs, as /dev/shm is, and on some nodes /tmp."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(line.split()[2] == number and " - tmpfs " in line for line in mounts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -21,7 +22,7 @@ from ldct_dist.models.registry import Denoiser
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
 from ldct_dist.train.strategy.config import BUCKET, DeepSpeedConfig
-from ldct_dist.train.strategy.disk import STRETCH, folder_on_this_node
+from ldct_dist.train.strategy.disk import STRETCH, folder_on_this_node, lies_in_memory
 from ldct_dist.world import World
 
 COMPILING_S = 600.0
@@ -119,7 +120,13 @@ def refuse_deepspeed(config: RunConfig, world: World) -> None:
             f"deepspeed.parameters={places.parameters} is for zero=3: below it, every GPU keeps all parameters"
         )
     if "nvme" in (places.optimizer, places.parameters):
-        folder_on_this_node(places.nvme_path)
+        folder = folder_on_this_node(places.nvme_path)
+        if world.local_rank == 0 and lies_in_memory(folder):
+            print(
+                f"warning: deepspeed.nvme_path={places.nvme_path} on {socket.gethostname()} is a tmpfs, so the state "
+                "takes the node's memory all the same: name a folder on a disk, or say cpu instead of nvme",
+                flush=True,
+            )
     _refuse_missing(config, world)
 
 
