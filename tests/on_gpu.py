@@ -16,10 +16,11 @@ import simulated_gpu
 HERE = Path(__file__).parent
 
 
-def on_gpu(check: Callable[..., None], *args: str | Path) -> None:
+def on_gpu(check: Callable[..., None], *args: str | Path, values: bool = True) -> None:
     """Call a test module's function, which finds a GPU as cuda:0, with these strings and paths as strings.
 
-    A failure there is one here. Skips where there is neither a GPU nor what simulates one.
+    values: whether a simulated one is to compute them. A failure there is one here. Skips where there is neither a GPU
+    nor what simulates one.
     """
     import torch  # not above: a simulated GPU has to be there before it
 
@@ -27,16 +28,18 @@ def on_gpu(check: Callable[..., None], *args: str | Path) -> None:
     if not real and (why := simulated_gpu.unavailable()):
         pytest.skip(why)
     library = "" if real else str(simulated_gpu.built())
-    call = json.dumps([library, sys.modules[check.__module__].__file__, check.__name__, *map(str, args)])
+    call = json.dumps(
+        [library, values, sys.modules[check.__module__].__file__, check.__name__, *map(str, args)]
+    )
     ended = subprocess.run(
         [sys.executable, __file__, call], cwd=HERE, capture_output=True, text=True, timeout=600, check=False
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def _main(library: str, module: str, name: str, *args: str) -> None:
+def _main(library: str, values: bool, module: str, name: str, *args: str) -> None:
     if library:
-        simulated_gpu.start(Path(library))
+        simulated_gpu.start(Path(library), values)
     sys.path.insert(0, str(Path(module).parent))
     getattr(importlib.import_module(Path(module).stem), name)(*args)
 

@@ -5,10 +5,11 @@ What an operation on it raises, in a process that called `start`:
 - a tensor made on one stream and used on another that has not waited for it, or that its memory does not know of
   (`Tensor.record_stream`);
 - an asynchronous copy from memory that is not pinned.
-An asynchronous copy to the CPU arrives when its event is waited for, not before.
+An asynchronous copy to the CPU arrives when its event is waited for, not before. `torch.cuda.max_memory_allocated` is
+the bytes of the tensors that were there at once.
 
-It says nothing of speed, memory or rounding: every number is the CPU's. Not simulated: CUDA generators, NCCL, DDP's own
-timers, the compiler.
+It says nothing of speed, rounding or what cuDNN takes to work in: every number is the CPU's. Not simulated: CUDA
+generators, NCCL, DDP's own timers, the compiler.
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ def built() -> Path:
     return library
 
 
-def start(library: Path) -> None:
-    """From here on this process has a GPU; torch must not be imported yet."""
+def start(library: Path, values: bool = True) -> None:
+    """From here on this process has a GPU; torch must not be imported yet.
+
+    Without values nothing is computed: a network of any size takes a step in seconds, and memory is all it tells of.
+    """
     ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     from simulated_gpu import api
 
-    api.install()
+    api.install(values)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from simulated_gpu import streams
-from simulated_gpu.tensors import FACTORIES, run
+from simulated_gpu.tensors import FACTORIES, Values, run
 
 _libraries: list[torch.library.Library] = []  # they take back what they registered when they go
 
 
-def install() -> None:
+def install(values: bool) -> None:
+    Values.unknown = not values
     torch.cuda._lazy_init = lambda: None
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     _libraries.extend((everything, aten))
@@ -29,7 +30,8 @@ def install() -> None:
     cuda.current_device = lambda: 0
     cuda.get_device_name = lambda *_: "simulated"
     cuda.set_device = cuda.empty_cache = lambda *_: None
-    cuda.max_memory_allocated = lambda *_: 0
+    cuda.max_memory_allocated = lambda *_: streams.Allocated.peak
+    cuda.reset_peak_memory_stats = lambda *_: setattr(streams.Allocated, "peak", streams.Allocated.now)
     cuda.Stream, cuda.Event = streams.Stream, streams.Event
     cuda.stream, cuda.current_stream = streams.stream, streams.current_stream
     cuda.synchronize = lambda *_: streams.DEFAULT.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -46,13 +47,28 @@ class Event:
             arrive()
 
 
+class Allocated:
+    """Bytes, in the allocator's blocks of 512."""
+
+    now = peak = 0
+
+    @classmethod
+    def change(cls, nbytes: int) -> None:
+        with LOCK:
+            cls.now += nbytes
+            cls.peak = max(cls.peak, cls.now)
+
+
 class Memory:
     """What several views share: which stream wrote it last, and which streams may use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = -(-nbytes // 512) * 512
         self.stream = current_stream()
         self.written = 0
         self.known = {self.stream}
+        Allocated.change(self.nbytes)
+        weakref.finalize(self, Allocated.change, -self.nbytes)
 
     def used(self, what: str) -> None:
         """Raises Race unless the current stream may."""
@@ -63,7 +79,7 @@ class Memory:
             raise Race(f"{what}: a stream uses a tensor whose memory is not kept for it (record_stream)")
 
     def __deepcopy__(self, memo: dict) -> Memory:
-        copied = Memory()
+        copied = Memory(self.nbytes)
         copied.wrote()
         return copied
 

@@ -16,6 +16,11 @@ FACTORIES = ("arange", "arange.start", "arange.start_step", "full", "randn", "sc
 _CROSSING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
 
 
+class Values:
+    unknown = False
+    """whether nothing is computed but shapes, types and memory"""
+
+
 class OnGpu(torch.Tensor):
     """A tensor of the GPU; `held` is where its values are."""
 
@@ -32,6 +37,15 @@ class OnGpu(torch.Tensor):
 
     def __init__(self, held: torch.Tensor, memory: Memory) -> None:
         self.held, self.memory = held, memory
+
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: OnGpu) -> None:
+        torch.Tensor.data.__set__(self, value)
+        self.held, self.memory = value.held, value.memory
 
     def record_stream(self, stream: Any) -> None:
         self.memory.known.add(stream)
@@ -75,17 +89,18 @@ def _asynchronous(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _computed(func: Any, args: tuple, kwargs: dict[str, Any], ours: list[OnGpu]) -> Any:
-    to, target = kwargs.get("device"), args[0] if args else None
-    stays = to is None or torch.device(to).type == "cuda"
+    name, to = func._schema.name, kwargs.get("device")
+    leaves = name == "aten::copy_" and not isinstance(args[0], OnGpu)
+    leaves |= to is not None and torch.device(to).type != "cuda"
+    if Values.unknown and (leaves or name == "aten::_local_scalar_dense"):
+        return _made_up(name, args, kwargs)
     args, kwargs = tree_map(_held, (args, kwargs))
-    kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} | (
-        {} if to is None else {"device": "cpu"}
-    )
+    kwargs.pop("pin_memory", None)
+    if to is not None:
+        kwargs["device"] = "meta" if Values.unknown else "cpu"
     result = func(*args, **kwargs)
-    if not stays:
+    if leaves:
         return result
-    if func._schema.name == "aten::copy_" and not isinstance(target, OnGpu):
-        return target  # to the CPU
     before = {id(tensor.held): tensor for tensor in ours}
     memories = {_place(tensor.held): tensor.memory for tensor in ours}
 
@@ -93,7 +108,7 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any], ours: list[OnGpu])
         if not isinstance(value, torch.Tensor):
             return value
         known = memories.get(_place(value))
-        memory = Memory() if known is None else known
+        memory = Memory(value.untyped_storage().nbytes()) if known is None else known
         if known is None or id(value) in before:
             memory.wrote()  # anew, or in place; a view writes nothing
         return before[id(value)] if id(value) in before else OnGpu(value, memory)
@@ -101,10 +116,19 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any], ours: list[OnGpu])
     return tree_map(placed, result)
 
 
+def _made_up(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the CPU is told of values that nobody knows."""
+    if name == "aten::_local_scalar_dense":
+        return 1.0
+    return args[0] if name == "aten::copy_" else torch.ones(args[0].shape, dtype=kwargs.get("dtype"))
+
+
 def _held(value: Any) -> Any:
-    return value.held if isinstance(value, OnGpu) else value
+    if isinstance(value, OnGpu):
+        return value.held
+    return value.to("meta") if Values.unknown and isinstance(value, torch.Tensor) else value
 
 
 def _place(held: torch.Tensor) -> int:
     """The same for all views of one memory."""
-    return held.untyped_storage().data_ptr() or id(held)
+    return held.untyped_storage()._cdata

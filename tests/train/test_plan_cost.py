@@ -22,9 +22,12 @@ from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import count
 from ldct_dist.train.cost.gpus import GPUS, peak_of_device
-from ldct_dist.train.cost.memory import PROCESS, STRATEGIES, Activations, memory, node
+from ldct_dist.train.cost.memory import BATCHES, PROCESS, STRATEGIES, Activations, memory, node
 from ldct_dist.train.cost.plan import plan
 from ldct_dist.train.cost.table import print_plan
+from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.world import World
+from on_gpu import on_gpu
 
 CROP = (8, 32, 32)
 
@@ -116,6 +119,47 @@ def test_larger_micro_batches_and_crops_are_as_large_as_foretold():
     activations = Activations(count(config, 2), count(config, 3), math.prod(CROP))
     assert activations.peak(5) == pytest.approx(count(config, 5).peak, rel=0.01)
     assert activations.peak(6) == pytest.approx(count(config, 1, (8, 96, 64)).peak, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mode"),
+    [
+        ("unet3d", "s", "none"),
+        ("unet3d", "l", "full"),
+        ("unet3d", "xxl", "none"),
+        ("nafnet3d", "m", "selective"),
+        ("nafnet3d", "l", "full"),
+    ],
+)
+def test_a_step_on_a_gpu_takes_the_memory_that_is_foretold(name, size, mode):
+    on_gpu(_as_foretold, name, size, mode, values=False)
+
+
+def _as_foretold(name, size, mode):
+    config = run_config(
+        precision="bf16",
+        data={"crop": (32, 128, 128), "batch": 2},
+        model={"name": name, "size": size, "activation_checkpointing": mode},
+    )
+    gpu, loss = torch.device("cuda", 0), build_loss(config.loss)
+    activations = Activations(count(config, 2), count(config, 3), math.prod(config.data.crop))
+    parts = memory(STRATEGIES[0], config, activations, 2, 2, 1)
+    foretold = parts.total - parts.batches * (1 - 1 / BATCHES)  # one batch is here, none is made ahead
+    before = torch.cuda.max_memory_allocated()
+    strategy = DDPStrategy(build(config.model), config, World(device=gpu))
+    low, full = (torch.zeros(2, 1, *config.data.crop, device=gpu) for _ in range(2))
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        each = loss(strategy(low), full, torch.ones_like(low, dtype=torch.bool))
+        strategy.backward(each.mean())
+        del each
+        strategy.clip()
+        strategy.step(1e-3)
+        strategy.forget_gradients()
+    simulated = torch.cuda.get_device_name() == "simulated"
+    assert foretold == pytest.approx(
+        torch.cuda.max_memory_allocated() - before, rel=0.05 if simulated else 0.15
+    )
 
 
 def test_parts_are_those_of_the_zero_paper():

@@ -45,7 +45,7 @@ STRATEGIES = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. workspace: what comes and goes within a step, at most, and buffers of the strategy."""
+    """Bytes on one GPU when they are most. workspace: what comes and goes within a step, and the strategy's buffers."""
 
     weights: float
     gradients: float
@@ -88,9 +88,15 @@ class Activations:
         return self._of(crops, self.few.saved, self.more.saved)
 
     def peak(self, crops: float) -> float:
-        return max(
-            self._of(crops, few, more) for few, more in zip(self.few.live, self.more.live, strict=True)
-        )
+        return max(self._live(crops))
+
+    def peak_with_gradients(self, crops: float) -> tuple[float, float]:
+        """What lives at most where the weights' gradients come as the activations go, and what of it are gradients."""
+        pairs = zip(self._live(crops), self.few.gradients, strict=True)
+        return max((live + gradients, float(gradients)) for live, gradients in pairs)
+
+    def _live(self, crops: float) -> list[float]:
+        return [self._of(crops, few, more) for few, more in zip(self.few.live, self.more.live, strict=True)]
 
     def _of(self, crops: float, few: float, more: float) -> float:
         return few + (crops - self.few.crops) * (more - few)
@@ -104,9 +110,13 @@ def memory(
     batches = BATCHES * share * 2 * 4.0 * activations.voxels  # low and full, fp32
     saved, peak = activations.saved(crops), activations.peak(crops)
     if sharing.zero is None:
-        # torch's Adam makes a copy of the second moments in its step, when the activations have gone
-        workspace = max(peak, 4 * p) - saved
-        return Memory(4 * p, 4 * p, 8 * p, 4 * p, batches, saved, workspace)
+        # DDP's buckets, and sums over micro-batches, hold all gradients all the time; else they come as activations go
+        gradients = 4 * p
+        if gpus == 1 and share <= crops:
+            peak, gradients = activations.peak_with_gradients(crops)
+            peak -= gradients
+        saved = min(saved, peak)
+        return Memory(4 * p, gradients, 8 * p, 4 * p, batches, saved, peak - saved)
     low = 2 if config.precision == "bf16" else 4  # bytes of a weight that the network computes with
     # autocast's copies, which DeepSpeed's weights make needless
     copies = 2 * p if config.precision == "bf16" else 0.0

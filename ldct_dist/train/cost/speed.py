@@ -25,8 +25,8 @@ LAST_BUCKET = 25 << 20
 """bytes of gradients that DDP sends when the backward pass has ended"""
 DISK = 1e9
 """bytes a second into checkpoints, from all ranks together"""
-ADAM_BYTES, FUSED_BYTES = 92, 28
-"""moved a parameter by torch's Adam, kernel by kernel, and by one fused kernel"""
+ADAM_BYTES = 28
+"""moved a parameter by Adam in one fused kernel"""
 AVERAGE_BYTES = 12
 """moved a parameter by the moving average"""
 
@@ -74,13 +74,13 @@ def timing(
         gathers = 2 * passes if sharing.zero == 3 else 0
         hidden = others * p * (4 * scatters + low * gathers)
         after = 0.0 if sharing.zero == 3 else others * low * p
-        update = (FUSED_BYTES + AVERAGE_BYTES) * p / gpus / (COPIES * gpu.bandwidth)
+        update = (ADAM_BYTES + AVERAGE_BYTES) * p / gpus / (COPIES * gpu.bandwidth)
     host, owned = 0.0, p / gpus
     nvme: float = NVME / min(gpus, gpu.per_node)
     if sharing.offload_optimizer:  # gradients there, weights back, arithmetic on the node's processors
-        update = (4 + low) * owned / gpu.host + (FUSED_BYTES + AVERAGE_BYTES) * owned / HOST_ADAM
+        update = (4 + low) * owned / gpu.host + (ADAM_BYTES + AVERAGE_BYTES) * owned / HOST_ADAM
         if sharing.nvme:
-            update += (4 + FUSED_BYTES + AVERAGE_BYTES) * owned / nvme
+            update += (4 + ADAM_BYTES + AVERAGE_BYTES) * owned / nvme
     if sharing.offload_weights:
         host = 2 * passes * low * owned / (min(nvme, gpu.host) if sharing.nvme else gpu.host)
     # Gradients travel while the last micro-batch's backward, two thirds of its time, goes on; weights at any time.

@@ -124,7 +124,9 @@ class DDPStrategy:
             parameter = self.model.get_parameter(name)
             state = self.optimizer.state[parameter]
             state[key] = torch.empty_like(parameter).copy_(tensor)
-            state["step"] = torch.tensor(float(updates))  # Adam counts the steps of each tensor
+            state["step"] = torch.tensor(
+                float(updates), device=parameter.device
+            )  # Adam counts for each tensor
         self.ema.updates = updates
 
     @property

@@ -164,7 +164,7 @@ class DeepSpeedStrategy:
         """Steps applied so far: what Adam's bias correction and the average's decay depend on."""
         self.updates = updates
         for master, state in zip(self._zero.masters, self._state, strict=True):
-            step = updates if on_cpu(self._adam) else torch.tensor(float(updates))
+            step = updates if on_cpu(self._adam) else torch.tensor(float(updates), device=master.device)
             self._adam.state[master] = {"step": step, **{key: state[key] for key in MOMENTS}}
 
     def _values(self, owned: Owned, key: str) -> torch.Tensor:
