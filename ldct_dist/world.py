@@ -47,7 +47,10 @@ class World:
                 )
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
-        return cls(rank, size, local_rank, local_size, device)
+        world = cls(rank, size, local_rank, local_size, device)
+        if device.type == "cuda":
+            world.refuse_shared_gpu()
+        return world
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -111,6 +114,19 @@ class World:
         if self.is_main:
             raise UserError(message)
         raise SystemExit(2)
+
+    def refuse_shared_gpu(self) -> None:
+        """End all ranks if two of them have the same GPU, which NCCL cannot do."""
+        gpu = f"{socket.gethostname()}, {torch.cuda.get_device_properties(self.device).uuid}"
+        ranks: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(self.gather(gpu)):
+            ranks.setdefault(theirs, []).append(rank)
+        for theirs, sharing in ranks.items():
+            if len(sharing) > 1:
+                self.refuse(
+                    f"ranks {', '.join(map(str, sharing))} share one GPU ({theirs}): start as many ranks on a node "
+                    "as it has GPUs (torchrun --nproc-per-node, srun --ntasks-per-node), and let each see its own or all"
+                )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` added over the ranks, in place."""

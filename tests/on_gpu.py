@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,19 +24,40 @@ def on_gpu(check: Callable[..., None], *args: str | Path, values: bool = True) -
     values: whether a simulated one is to compute them. A failure there is one here. Skips where there is neither a GPU
     nor what simulates one.
     """
-    import torch  # not above: a simulated GPU has to be there before it
-
-    real = torch.cuda.is_available()
-    if not real and (why := simulated_gpu.unavailable()):
+    if not _is_here() and (why := simulated_gpu.unavailable()):
         pytest.skip(why)
-    library = "" if real else str(simulated_gpu.built())
+    library = "" if _is_here() else str(simulated_gpu.built())
     call = json.dumps(
         [library, values, sys.modules[check.__module__].__file__, check.__name__, *map(str, args)]
     )
-    ended = subprocess.run(
-        [sys.executable, __file__, call], cwd=HERE, capture_output=True, text=True, timeout=600, check=False
-    )
+    ended = _run(__file__, call)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@cache
+def _is_here() -> bool:
+    import torch  # not above: a simulated GPU has to be there before it
+
+    return (
+        torch.version.cuda is not None
+        and "True" in _run("-c", "import torch; print(torch.cuda.is_available())").stdout
+    )
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    """This Python, with the GPUs that `conftest` hides."""
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    if (gpus := os.environ["GPUS_OF_THIS_MACHINE"]) != "all":
+        env["CUDA_VISIBLE_DEVICES"] = gpus
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=HERE,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def _main(library: str, values: bool, module: str, name: str, *args: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ldct_dist.errors import UserError
-from ldct_dist.world import _device
+from ldct_dist.world import World, _device
 
 
 @pytest.fixture
@@ -43,3 +45,15 @@ def test_a_wrong_number_of_gpus_is_one_line(node, given, visible, ranks):
 def test_without_gpus_from_slurm_it_is_the_cpu(node):
     node(None, 0)
     assert _device(1, 4) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_ranks_that_share_a_gpu_end_in_one_line(monkeypatch, rank):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    world = World(rank, 3, rank, 3, torch.device("cuda", 0))
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, "node-2, GPU-1", mine])
+    with pytest.raises(UserError if rank == 0 else SystemExit) as ended:
+        world.refuse_shared_gpu()
+    assert "ranks 0, 2 share one GPU" in str(ended.value) if rank == 0 else ended.value.code == 2
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, "node-2, GPU-1", "node-1, GPU-2"])
+    world.refuse_shared_gpu()

@@ -50,7 +50,7 @@ def _rank(rank: int, device: str, folder: str) -> None:
 def _train(world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """All weights after and before some steps on a global batch of two crops, on the CPU."""
     torch.manual_seed(0)
-    config = config_of("s", (4, 16, 16), 2, precision="fp32")
+    config = config_of("s", (4, 16, 16), 2, precision="fp64")
     strategy = DDPStrategy(build(config.model), config, world)
     loss = build_loss(config.loss)
     low, full = (

@@ -71,7 +71,7 @@ def training(
     kernel by kernel, over the time taken; memory_error: the planner's, where the device tells its peak."""
     config = config_of(size, crop, crops, **VARIANTS[variant])
     torch.compiler.reset()
-    forget_peak(device)
+    before = forget_peak(device)
     step = our_step(config, device)
     took = seconds(step, device)
     cost, crops = count(config, 2), config.data.batch
@@ -94,9 +94,9 @@ def training(
         parts = memory(STRATEGIES[0], config, activations, crops, crops, 1)
         predicted = parts.total - parts.batches * (1 - 1 / BATCHES)
         row |= {
-            "peak_bytes": measured,
+            "peak_bytes": measured - before,
             "predicted_bytes": predicted,
-            "memory_error": predicted / measured - 1,
+            "memory_error": predicted / (measured - before) - 1,
         }
     return row
 

@@ -172,9 +172,11 @@ class Saver:
                 if place is None:
                     place = before.pop((name, key), None)
                     if place is None or (place.shape, place.dtype) != (values.shape, values.dtype):
-                        place = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                        # Not pinned: that comes in powers of two, up to twice what a node is planned to hold.
+                        place = torch.empty(values.shape, dtype=values.dtype)
                     self._memory[name, key] = place
-                held[name][key] = Piece(tuple(shape), start, place.copy_(values.detach()).view(-1))
+                # By way of cpu(): into another layout, a GPU would copy them beside themselves first.
+                held[name][key] = Piece(tuple(shape), start, place.copy_(values.detach().cpu()).view(-1))
         return held
 
     def _together(self, phase: Callable[[], Any]) -> list[Any]:

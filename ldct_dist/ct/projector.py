@@ -159,10 +159,12 @@ def backproject(filtered: torch.Tensor, scan: Scan) -> torch.Tensor:
 
     sums = []
     for part in _parts(len(positions), 2 * scan.views):
-        offset = positions[part] @ across
+        # Not a matrix product: NVIDIA's containers round its factors to ten bits, which is a tenth of a millimetre.
+        x, y = positions[part].split(1, dim=1)
+        offset = x * across[0] + y * across[1]
         scale: torch.Tensor | float = arc
         if scan.beam == "fan":
-            depth = positions[part] @ toward + scan.source_mm
+            depth = x * toward[0] + y * toward[1] + scan.source_mm
             scale = arc / (depth.square() + offset.square())
             offset = torch.atan2(offset, depth)
         column = (offset / scan.pitch + (scan.columns + 1) / 2).clamp_(0, scan.columns + 1)

@@ -70,7 +70,9 @@ class Loader:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # One queue, first come, first served: a batch's blocks are queued before it, so it never waits for
         # work that stands behind it.
-        self._threads = ThreadPoolExecutor(plan.config.threads, thread_name_prefix="data")
+        # A thread begins on the first GPU, and would take memory there however little it does.
+        here = partial(torch.cuda.set_device, self.device) if self._copies is not None else None
+        self._threads = ThreadPoolExecutor(plan.config.threads, "data", initializer=here)
 
     def batch(self, step: int) -> Batch:
         """This rank's share of the batch of `step`.

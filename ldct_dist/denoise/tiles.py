@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 
@@ -32,6 +32,8 @@ TILES: dict[str, tuple[Triple, ...]] = {
 """Voxels of output, (z, y, x), by device: the first that memory allows. The larger, the less of it is halo: whole
 slices need none in the plane. With it, (32, 256, 256) is 52 x 352 x 352, 3 GB for one activation of xl in fp32."""
 HU_RANGE = (AIR_HU, 32767)
+FEW_ENOUGH = 2**31
+"""numbers in one tensor: beyond, cuDNN takes other kernels, which are slower and had faults in several of its versions"""
 
 
 class NotFiniteError(UserError):
@@ -98,7 +100,8 @@ def denoised_tiles(
     missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
     padded = np.pad(hu, missing, constant_values=AIR_HU)
     autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
-    layout = torch.channels_last_3d if weight.is_cuda else torch.contiguous_format
+    if weight.is_cuda:
+        model.lay_out(torch.channels_last_3d)
     training = model.training
     model.eval()
 
@@ -107,16 +110,16 @@ def denoised_tiles(
         if weight.is_cuda:
             given = given.pin_memory().to(weight.device, non_blocking=True)
         with torch.inference_mode(), autocast:
-            return _Answer(
-                model(given.to(weight.dtype)[None, None].contiguous(memory_format=layout))[0, 0][t.keep]
-            )
+            return _Answer(model(given.to(weight.dtype)[None, None])[0, 0][t.keep])
 
     def cut_and_begun() -> tuple[list[Tile], _Answer]:
         """The largest tiles that fit, and the answer for the first, which is the largest of them."""
         sizes = (tile,) if tile is not None else TILES[weight.device.type]
         for size in sizes:
             cut = sorted(tiles(padded.shape, size, model.radius, model.stride), key=_voxels, reverse=True)
-            with suppress(torch.OutOfMemoryError):
+            if weight.is_cuda and size != sizes[-1] and _voxels(cut[0]) * model.widest >= FEW_ENOUGH:
+                continue
+            with _memory_running_out():
                 return cut, start(cut[0])
             torch.cuda.empty_cache()
         raise UserError(
@@ -136,6 +139,18 @@ def denoised_tiles(
             progress(done, len(cut))
     finally:
         model.train(training)
+
+
+@contextmanager
+def _memory_running_out() -> Iterator[None]:
+    """It may, within. cuDNN says it in its own words, where it finds no room for any of its algorithms."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        return
+    except RuntimeError as e:
+        if "unable to find an engine" not in str(e):
+            raise
 
 
 def _voxels(t: Tile) -> int:

@@ -17,6 +17,7 @@ class REDCNN3d(nn.Module):
     """(b, 2, z, y, x) to (b, 1, z, y, x), of any size."""
 
     stride = (1, 1, 1)
+    layout = torch.contiguous_format
 
     def __init__(self, widths: Widths, flat: bool, recompute: int) -> None:
         super().__init__()
@@ -31,8 +32,10 @@ class REDCNN3d(nn.Module):
             nn.ConvTranspose3d(width, 1 if i == 4 else width, kernel, padding=padding) for i in range(5)
         )
         self.radius = tuple(10 * (k // 2) for k in kernel)
+        self.widest = float(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=self.layout)
         layers = [*self.encoder, *self.decoder]
         shortcuts = []
         # Two and two: a layer alone keeps no more than its input, which is kept anyhow.

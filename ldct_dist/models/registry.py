@@ -59,7 +59,8 @@ class Denoiser(nn.Module):
     """A residual network on HU: forward takes and gives float HU (b, 1, z, y, x).
 
     A fresh one is the identity, bit for bit. `radius` is how many voxels (z, y, x) an output voxel sees to
-    each side, at most; `stride` what the input's size must be a multiple of, or forward raises UserError.
+    each side, at most; `stride` what the input's size must be a multiple of, or forward raises UserError; `widest`
+    how many numbers a layer gives for each voxel of the input, at most.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -72,6 +73,11 @@ class Denoiser(nn.Module):
         z, y, x = self.network.radius
         self.radius = (z, y + 1, x + 1)  # the mean of 3 x 3 reaches one further
         self.stride: tuple[int, int, int] = self.network.stride
+        self.widest: float = self.network.widest
+
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """How all activations lie in memory from here on. The input's layout says nothing: it has one channel."""
+        self.network.layout = layout
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
         if any(n % s for n, s in zip(hu.shape[2:], self.stride, strict=True)):

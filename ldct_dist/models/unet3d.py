@@ -46,6 +46,7 @@ class UNet3d(nn.Module):
     """
 
     stride = (1, 8, 8)
+    layout = torch.contiguous_format
 
     def __init__(
         self, widths: Widths, block: type[ResidualBlock | NAFBlock], number: int, flat: bool, recompute: int
@@ -72,9 +73,10 @@ class UNet3d(nn.Module):
         # a convolution at stride s reaches s voxels further; blocks of 8 x 8 are then seen whole or not at all
         in_plane = seen * (2 * 2 + 2 * 4 + 8) + 7
         self.radius = (along_z, in_plane, in_plane)
+        self.widest = max(2 * width / 4 ** (level + 1) for level, width in enumerate(widths))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = unshuffle_plane(x)
+        x = unshuffle_plane(x).contiguous(memory_format=self.layout)
         skips = []
         for level in range(3):
             x = run(self._encode, level, x, again=level < self.recompute)

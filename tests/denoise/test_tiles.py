@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.denoise import tiles as tiles_module
 from ldct_dist.denoise.tiles import TILES, denoise_volume, denoised_tiles, tiles
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
@@ -156,6 +157,39 @@ def test_the_largest_tiles_that_memory_allows_are_taken(monkeypatch):
     monkeypatch.setitem(TILES, "cpu", ((6, 24, 120),))
     with pytest.raises(UserError, match="redcnn3d-xs does not fit the memory of cpu"):
         denoise_volume(model, hu)
+
+
+def test_cudnn_without_room_is_memory_running_out_and_other_errors_are_not(monkeypatch):
+    model = random_network("redcnn3d")
+    hu = noise((6, 24, 60))
+    expected = denoise_volume(model, hu)
+    words, forward = "GET was unable to find an engine to execute this computation", model.forward
+
+    def no_room(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == hu.size:
+            raise RuntimeError(words)
+        return forward(x)
+
+    monkeypatch.setattr(model, "forward", no_room)
+    monkeypatch.setitem(TILES, "cpu", ((6, 24, 60), (6, 24, 10)))
+    assert np.array_equal(denoise_volume(model, hu), expected)
+    words = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        denoise_volume(model, hu)
+
+
+def test_a_gpu_is_given_no_tile_whose_tensors_outgrow_32_bits():
+    on_gpu(_tiles_for_32_bits)
+
+
+def _tiles_for_32_bits():
+    model, hu, given = MODELS["unet3d", True], noise((6, 24, 120)), []
+    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].numel()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TILES, "cuda", ((6, 24, 120), (6, 24, 64), (6, 24, 8)))
+        patch.setattr(tiles_module, "FEW_ENOUGH", model.widest * 6 * 24 * 120)
+        denoise_volume(model, hu, device=torch.device("cuda", 0))
+    assert max(given) == 6 * 24 * (64 + 48)
 
 
 def test_a_gpu_answers_as_a_cpu_does():

@@ -5,6 +5,7 @@ import torch
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import WIDTHS, ModelConfig, build
+from ldct_dist.train.strategy.ddp import to_channels_last
 from networks import random_network
 
 NAMES = sorted(WIDTHS)
@@ -100,3 +101,44 @@ def test_a_size_between_strides_is_refused(name):
 def test_an_unknown_size_names_those_there_are():
     with pytest.raises(UserError, match=r"model.size=huge: unet3d comes in xs, s, m, l, xl, xxl"):
         build(ModelConfig(size="huge"))
+
+
+@pytest.fixture
+def two_threads():
+    """On a single one, torch computes some convolutions in the plain layout."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last_is_the_layout_of_all_that_convolutions_take_and_give(name, two_threads):
+    """A tensor in another one is copied by each convolution that it meets, forward and backward."""
+    model = random_network(name)
+    hu = torch.randn(2, 1, 16, 64, 64) * 100
+    expected = model(hu)
+    to_channels_last(model)
+    strangers = []
+
+    def heard(layer, given, answer):
+        many = [t for t in (*given, answer) if t.shape[1] > 1]
+        strangers.extend(layer for t in many if not t.is_contiguous(memory_format=torch.channels_last_3d))
+
+    for layer in model.network.modules():
+        if isinstance(layer, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)):
+            layer.register_forward_hook(heard)
+    answer = model(hu)
+    assert not strangers
+    torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_layer_gives_more_numbers_for_a_voxel_than_the_network_says(name):
+    model = random_network(name)
+    given = []
+    for layer in model.network.modules():
+        layer.register_forward_hook(lambda layer, inputs, answer: given.append(answer.numel()))
+        layer.register_forward_pre_hook(lambda layer, inputs: given.append(inputs[0].numel()))
+    model(torch.zeros(1, 1, 4, 16, 24))
+    assert max(n for n in given) == model.widest * 4 * 16 * 24

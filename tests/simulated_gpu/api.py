@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from simulated_gpu import streams
@@ -29,7 +31,9 @@ def install(values: bool) -> None:
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: 0
     cuda.get_device_name = lambda *_: "simulated"
+    cuda.get_device_properties = lambda *_: SimpleNamespace(uuid="simulated", name="simulated")
     cuda.set_device = cuda.empty_cache = lambda *_: None
+    cuda.memory_allocated = lambda *_: streams.Allocated.now
     cuda.max_memory_allocated = lambda *_: streams.Allocated.peak
     cuda.reset_peak_memory_stats = lambda *_: setattr(streams.Allocated, "peak", streams.Allocated.now)
     cuda.Stream, cuda.Event = streams.Stream, streams.Event

@@ -28,6 +28,7 @@ def look_software(_: Probe) -> dict[str, str]:
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
         facts["driver"] = Path("/proc/driver/nvidia/version").read_text().split("\n")[0].split()[7]
+        facts["cuDNN"] = str(torch.backends.cudnn.version())
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts
 

@@ -80,12 +80,11 @@ def count(config: RunConfig, crops: int, crop: Triple | None = None) -> StepCost
 
 def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple) -> StepCost:
     autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext()
-    layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
     with FakeTensorMode():
         model = build(model_config)
         if config.channels_last:
             to_channels_last(model)
-        hu = torch.empty(crops, 1, *crop).contiguous(memory_format=layout)
+        hu = torch.empty(crops, 1, *crop)
         full = torch.empty_like(hu)
         box = torch.empty(crops, 3, 2, dtype=torch.int64)
         parameters = sum(p.numel() for p in model.parameters())

@@ -66,8 +66,6 @@ class DDPStrategy:
         """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
         if self.config.precision == "fp64":
             hu = hu.double()
-        if self.config.channels_last:
-            hu = hu.contiguous(memory_format=torch.channels_last_3d)
         with self._autocast:
             return self._wrapped(hu)
 
@@ -136,11 +134,12 @@ class DDPStrategy:
 
 
 def to_channels_last(model: Denoiser) -> None:
-    """The layout in which 3-D convolutions run fastest, on CPU and GPU.
+    """The layout in which 3-D convolutions run fastest, on CPU and GPU, for weights and activations.
 
     Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
     strides to be those of the parameter.
     """
+    model.lay_out(torch.channels_last_3d)
     for p in model.parameters():
         if p.ndim == 5 and p[0, 0].numel() > 1:
             p.data = p.data.contiguous(memory_format=torch.channels_last_3d)

@@ -36,6 +36,8 @@ class DeepSpeedStrategy:
 
     def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
+        if config.channels_last:
+            model.lay_out(torch.channels_last_3d)  # the weights lie in DeepSpeed's flat buffers
         parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._adam = build_adam(model, config, world)
@@ -62,8 +64,6 @@ class DeepSpeedStrategy:
 
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
         """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
-        if self.config.channels_last:
-            hu = hu.contiguous(memory_format=torch.channels_last_3d)
         return self._engine(hu)
 
     @contextmanager

@@ -182,6 +182,8 @@ def _deepspeed(world: World) -> Any:
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     with redirect_stdout(io.StringIO()):
         import deepspeed
-    # What training does not use shall not be compiled, for minutes, as a run starts.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+        if world.device.type == "cpu":
+            # What training does not use shall not be compiled, for minutes, as a run starts.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
