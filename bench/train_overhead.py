@@ -26,7 +26,7 @@ from ldct_dist.models.registry import build
 from ldct_dist.store import layout
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.stop import Stop
-from ldct_dist.train.strategy.ddp import to_channels_last
+from ldct_dist.train.strategy.ddp import lay_out
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
 
@@ -89,10 +89,11 @@ def measure(config: RunConfig, steps: int) -> tuple[list[float], list[float]]:
 
 def bare_loop(config: RunConfig, batch: Batch):
     model = build(config.model)
-    to_channels_last(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, betas=config.optim.betas)
+    lay_out(model, channels_last=True)
+    optim = config.optim
+    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=optim.betas, fused=True)
     loss = build_loss(config.loss)
-    low, full = (t.clone().contiguous(memory_format=torch.channels_last_3d) for t in (batch.low, batch.full))
+    low, full = batch.low.clone(), batch.full.clone()
     mask = mask_from_box(batch.box, low.shape[2:], config.loss.margin_for(model.radius, config.data.crop))
 
     def step() -> None:

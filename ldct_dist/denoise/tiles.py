@@ -100,8 +100,6 @@ def denoised_tiles(
     missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
     padded = np.pad(hu, missing, constant_values=AIR_HU)
     autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
-    if weight.is_cuda:
-        model.lay_out(torch.channels_last_3d)
     training = model.training
     model.eval()
 

@@ -17,7 +17,8 @@ class REDCNN3d(nn.Module):
     """(b, 2, z, y, x) to (b, 1, z, y, x), of any size."""
 
     stride = (1, 1, 1)
-    layout = torch.contiguous_format
+    layout = torch.channels_last_3d
+    """of all activations; the input's own says nothing, where it has one channel"""
 
     def __init__(self, widths: Widths, flat: bool, recompute: int) -> None:
         super().__init__()

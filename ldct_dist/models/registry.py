@@ -76,7 +76,7 @@ class Denoiser(nn.Module):
         self.widest: float = self.network.widest
 
     def lay_out(self, layout: torch.memory_format) -> None:
-        """How all activations lie in memory from here on. The input's layout says nothing: it has one channel."""
+        """How all activations lie in memory from here on; channels-last, unless told otherwise."""
         self.network.layout = layout
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,8 @@ class UNet3d(nn.Module):
     """
 
     stride = (1, 8, 8)
-    layout = torch.contiguous_format
+    layout = torch.channels_last_3d
+    """of all activations; the input's own says nothing, where it has one channel"""
 
     def __init__(
         self, widths: Widths, block: type[ResidualBlock | NAFBlock], number: int, flat: bool, recompute: int

@@ -5,7 +5,7 @@ import torch
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import WIDTHS, ModelConfig, build
-from ldct_dist.train.strategy.ddp import to_channels_last
+from ldct_dist.train.strategy.ddp import lay_out
 from networks import random_network
 
 NAMES = sorted(WIDTHS)
@@ -117,8 +117,9 @@ def test_channels_last_is_the_layout_of_all_that_convolutions_take_and_give(name
     """A tensor in another one is copied by each convolution that it meets, forward and backward."""
     model = random_network(name)
     hu = torch.randn(2, 1, 16, 64, 64) * 100
+    lay_out(model, channels_last=False)
     expected = model(hu)
-    to_channels_last(model)
+    lay_out(model, channels_last=True)
     strangers = []
 
     def heard(layer, given, answer):

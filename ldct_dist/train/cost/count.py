@@ -22,7 +22,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.strategy.ddp import to_channels_last
+from ldct_dist.train.strategy.ddp import lay_out
 
 Triple = tuple[int, int, int]
 aten = torch.ops.aten
@@ -82,8 +82,7 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple)
     autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext()
     with FakeTensorMode():
         model = build(model_config)
-        if config.channels_last:
-            to_channels_last(model)
+        lay_out(model, config.channels_last)
         hu = torch.empty(crops, 1, *crop)
         full = torch.empty_like(hu)
         box = torch.empty(crops, 3, 2, dtype=torch.int64)

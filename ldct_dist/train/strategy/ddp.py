@@ -28,8 +28,7 @@ class DDPStrategy:
     def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         model = model.to(world.device)
-        if config.channels_last:
-            to_channels_last(model)
+        lay_out(model, config.channels_last)
         if config.precision == "fp64":
             model = model.double()
         self.model = model
@@ -133,13 +132,13 @@ class DDPStrategy:
         return self.ema.updates
 
 
-def to_channels_last(model: Denoiser) -> None:
-    """The layout in which 3-D convolutions run fastest, on CPU and GPU, for weights and activations.
+def lay_out(model: Denoiser, channels_last: bool) -> None:
+    """Channels-last is the layout in which 3-D convolutions run fastest, on CPU and GPU, of weights and activations.
 
     Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
     strides to be those of the parameter.
     """
-    model.lay_out(torch.channels_last_3d)
-    for p in model.parameters():
+    model.lay_out(torch.channels_last_3d if channels_last else torch.contiguous_format)
+    for p in model.parameters() if channels_last else ():
         if p.ndim == 5 and p[0, 0].numel() > 1:
             p.data = p.data.contiguous(memory_format=torch.channels_last_3d)

@@ -16,7 +16,7 @@ from ldct_dist.checkpoint.pieces import Part, Piece
 from ldct_dist.models.ema import decay_after
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.strategy.ddp import to_channels_last
+from ldct_dist.train.strategy.ddp import lay_out
 from ldct_dist.train.strategy.disk import Disk, folder_on_this_node, room_for
 from ldct_dist.train.strategy.engine import build_adam, build_engine, on_cpu
 from ldct_dist.train.strategy.parts import MOMENTS, RAW_WEIGHTS, parts_of
@@ -36,8 +36,8 @@ class DeepSpeedStrategy:
 
     def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
-        if config.channels_last:
-            model.lay_out(torch.channels_last_3d)  # the weights lie in DeepSpeed's flat buffers
+        if not config.channels_last:
+            model.lay_out(torch.contiguous_format)  # of the weights, DeepSpeed's flat buffers have theirs
         parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._adam = build_adam(model, config, world)
@@ -102,8 +102,7 @@ class DeepSpeedStrategy:
             if (owned := self._owned[name]) is not None:
                 whole[owned.start :][: owned.count] = self._values(owned, "average")
             parameter.copy_(self.world.sum(whole).view_as(parameter))
-        if self.config.channels_last:
-            to_channels_last(model)
+        lay_out(model, self.config.channels_last)
         return model.requires_grad_(False).eval()
 
     def parts(self, step: int) -> dict[str, Part]:
