@@ -29,13 +29,15 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config
 
 
 def config_of(size: str, crop: tuple[int, int, int], crops: int, **changes: Any) -> RunConfig:
+    """`size` is unet3d's, or with a name before it that network's: nafnet3d-m."""
+    name, _, size = size.rpartition("-")
     tree: dict[str, Any] = {
         "name": "bench",
         "store": "nowhere",
         "steps": 1,
         "precision": "bf16",
         "data": {"crop": crop, "batch": crops},
-        "model": {"size": size},
+        "model": {"name": name or "unet3d", "size": size},
         "loss": {"margin": (0, 0, 0)},
     }
     for key, value in changes.items():
