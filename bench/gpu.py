@@ -69,7 +69,8 @@ class Bench:
             self.failed[name] = f"{type(e).__name__}: {e}".splitlines()[0]
             return None
         finally:
-            gc.collect()  # a part's networks leave their memory to the next
+            torch.compiler.reset()  # a part's networks leave their memory to the next
+            gc.collect()
             torch.cuda.empty_cache()
         print(f"{name} ({time.monotonic() - start:.0f} s): {json.dumps(result)}", file=sys.stderr, flush=True)
         return result
@@ -86,9 +87,7 @@ def main() -> None:
     device = torch.device("cpu" if args.tiny else "cuda:0")
     if args.tiny:
         torch.set_num_threads(1)
-        torch.compiler.set_stance(
-            "force_eager"
-        )  # compiling on CPU takes minutes, and is not what is proved here
+        torch.compiler.set_stance("force_eager")  # compiling takes minutes, and is not what is proved here
     result = run(device, args.tiny, Bench(args.budget))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,6 @@ def training(
     """mfu: against the measured matmul ceiling; roofline: the time that the measured convolution and copy ceilings allow,
     kernel by kernel, over the time taken; memory_error: the planner's, where the device tells its peak."""
     config = config_of(size, crop, crops, **VARIANTS[variant])
-    torch.compiler.reset()
     before = forget_peak(device)
     step = our_step(config, device)
     took = seconds(step, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -43,8 +42,6 @@ def forget_peak(device: torch.device) -> int:
     """Bytes that are there already, such as cuBLAS's workspace."""
     if device.type != "cuda":
         return 0
-    gc.collect()
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 

@@ -121,9 +121,8 @@ class DDPStrategy:
             parameter = self.model.get_parameter(name)
             state = self.optimizer.state[parameter]
             state[key] = torch.empty_like(parameter).copy_(tensor)
-            state["step"] = torch.tensor(
-                float(updates), device=parameter.device
-            )  # Adam counts for each tensor
+            # Adam counts the steps of each tensor, where that is.
+            state["step"] = torch.tensor(float(updates), device=parameter.device)
         self.ema.updates = updates
 
     @property
@@ -139,6 +138,6 @@ def lay_out(model: Denoiser, channels_last: bool) -> None:
     strides to be those of the parameter.
     """
     model.lay_out(torch.channels_last_3d if channels_last else torch.contiguous_format)
-    for p in model.parameters() if channels_last else ():
-        if p.ndim == 5 and p[0, 0].numel() > 1:
+    for p in model.parameters():
+        if channels_last and p.ndim == 5 and p[0, 0].numel() > 1:
             p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
