@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import re
 import subprocess
@@ -23,8 +22,7 @@ import torch
 from ldct_dist.models.losses import build_loss
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.cost.count import count
-from ldct_dist.train.cost.memory import BATCHES, STRATEGIES, Activations, memory
+from ldct_dist.train.cost.memory import STRATEGIES, Activations, memory
 from ldct_dist.train.strategy.ddp import DDPStrategy
 from ldct_dist.world import World
 
@@ -58,9 +56,8 @@ def measure(size: str, crop: tuple[int, int, int], crops: int, mode: str) -> dic
         model={"size": size, "activation_checkpointing": mode},
         loss={"margin": (0, 0, 0)},
     )
-    activations = Activations(count(config, 2), count(config, 3), math.prod(crop))
-    parts = memory(STRATEGIES[0], config, activations, crops, crops, 1)
-    predicted = parts.total - parts.batches * (1 - 1 / BATCHES)  # one batch is here, none is made ahead
+    parts = memory(STRATEGIES[0], config, Activations.of(config), crops, crops, 1)
+    predicted = parts.without_batches_ahead
     train(config, 1)
     gc.collect()
     with open("/proc/self/clear_refs", "w") as f:

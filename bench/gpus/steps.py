@@ -13,8 +13,7 @@ from gpus.timing import forget_peak, peak, seconds
 from ldct_dist.models.losses import build_loss
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.cost.count import count
-from ldct_dist.train.cost.memory import BATCHES, STRATEGIES, Activations, memory
+from ldct_dist.train.cost.memory import STRATEGIES, Activations, memory
 from ldct_dist.train.cost.speed import ADAM_BYTES, AVERAGE_BYTES
 from ldct_dist.train.strategy.ddp import DDPStrategy
 from ldct_dist.world import World
@@ -75,7 +74,8 @@ def training(
     before = forget_peak(device)
     step = our_step(config, device)
     took = seconds(step, device)
-    cost, crops = count(config, 2), config.data.batch
+    activations, crops = Activations.of(config), config.data.batch
+    cost = activations.few
     flops = cost.flops * crops / 2
     kernels = sum(
         max(op.flops / peaks["conv_flops"], op.bytes / peaks["copy_bytes_per_s"]) for op in cost.ops
@@ -91,9 +91,7 @@ def training(
         "voxels_per_s": crops * math.prod(config.data.crop) / took,
     }
     if (measured := peak(device)) is not None:
-        activations = Activations(cost, count(config, 3), math.prod(config.data.crop))
-        parts = memory(STRATEGIES[0], config, activations, crops, crops, 1)
-        predicted = parts.total - parts.batches * (1 - 1 / BATCHES)
+        predicted = memory(STRATEGIES[0], config, activations, crops, crops, 1).without_batches_ahead
         row |= {
             "peak_bytes": measured - before,
             "predicted_bytes": predicted,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import math
 import re
 from typing import Any
 
@@ -22,7 +21,7 @@ from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import count
 from ldct_dist.train.cost.gpus import GPUS, peak_of_device
-from ldct_dist.train.cost.memory import BATCHES, PROCESS, STRATEGIES, Activations, memory, node
+from ldct_dist.train.cost.memory import PROCESS, STRATEGIES, Activations, memory, node
 from ldct_dist.train.cost.plan import plan
 from ldct_dist.train.cost.table import print_plan
 from ldct_dist.train.strategy.ddp import DDPStrategy
@@ -116,7 +115,7 @@ def test_bf16_halves_activations_and_adds_copies_of_the_weights():
 
 def test_larger_micro_batches_and_crops_are_as_large_as_foretold():
     config = run_config(precision="bf16", model={"size": "s"})
-    activations = Activations(count(config, 2), count(config, 3), math.prod(CROP))
+    activations = Activations.of(config)
     assert activations.peak(5) == pytest.approx(count(config, 5).peak, rel=0.01)
     assert activations.peak(6) == pytest.approx(count(config, 1, (8, 96, 64)).peak, rel=0.01)
 
@@ -142,9 +141,7 @@ def _as_foretold(name, size, mode):
         model={"name": name, "size": size, "activation_checkpointing": mode},
     )
     gpu, loss = torch.device("cuda", 0), build_loss(config.loss)
-    activations = Activations(count(config, 2), count(config, 3), math.prod(config.data.crop))
-    parts = memory(STRATEGIES[0], config, activations, 2, 2, 1)
-    foretold = parts.total - parts.batches * (1 - 1 / BATCHES)  # one batch is here, none is made ahead
+    foretold = memory(STRATEGIES[0], config, Activations.of(config), 2, 2, 1).without_batches_ahead
     before = torch.cuda.max_memory_allocated()
     strategy = DDPStrategy(build(config.model), config, World(device=gpu))
     low, full = (torch.zeros(2, 1, *config.data.crop, device=gpu) for _ in range(2))
@@ -165,7 +162,7 @@ def _as_foretold(name, size, mode):
 def test_parts_are_those_of_the_zero_paper():
     """12 bytes a parameter of optimizer state beside weights of 2 and gradients of 4, shared out stage by stage."""
     config = run_config(precision="bf16", data={"batch": 64})
-    activations = Activations(count(config, 2), count(config, 3), math.prod(CROP))
+    activations = Activations.of(config)
     p = activations.few.parameters
     parts = {s.name: memory(s, config, activations, 1, 1, 64) for s in STRATEGIES}
     shares = {k: [round(64 * x / p) for x in (m.weights, m.gradients, m.optimizer)] for k, m in parts.items()}

@@ -6,11 +6,12 @@ stage 1 shares out the optimizer's state, 2 the gradients too, 3 the weights too
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from ldct_dist.data.loader import READY
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.cost.count import StepCost
+from ldct_dist.train.cost.count import StepCost, count
 from ldct_dist.train.strategy.config import BUCKET
 from ldct_dist.train.strategy.parts import STATE_BYTES
 
@@ -59,6 +60,11 @@ class Memory:
     def total(self) -> float:
         return sum(asdict(self).values())
 
+    @property
+    def without_batches_ahead(self) -> float:
+        """what a step takes that no loader feeds"""
+        return self.total - self.batches * (1 - 1 / BATCHES)
+
 
 @dataclass(frozen=True)
 class Node:
@@ -83,6 +89,10 @@ class Activations:
     few: StepCost
     more: StepCost
     voxels: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Activations:
+        return cls(count(config, 2), count(config, 3), math.prod(config.data.crop))
 
     def saved(self, crops: float) -> float:
         return self._of(crops, self.few.saved, self.more.saved)

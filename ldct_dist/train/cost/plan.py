@@ -14,7 +14,6 @@ from ldct_dist.models.losses import share_counted
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost import speed
-from ldct_dist.train.cost.count import count
 from ldct_dist.train.cost.gpus import GIB, Gpu, gpu_named
 from ldct_dist.train.cost.memory import PROCESS, STRATEGIES, Activations, Memory, Node, Sharing, memory, node
 from ldct_dist.train.misfits import refuse_crop
@@ -104,7 +103,7 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
     model = _without_memory(config)
     refuse_crop(config, model)
     crop = config.data.crop
-    activations = Activations(count(config, 2), count(config, 3), math.prod(crop))
+    activations = Activations.of(config)
     parameters = activations.few.parameters
     usable = (kind.memory - OUTSIDE) * (1 - FRAGMENTED)
     margin = config.loss.margin_for(model.radius, crop)
