@@ -50,10 +50,13 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def progress() -> Progress:
+    """A bar while there is work; gone at the end, when a line says what was done, and never in a log."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )

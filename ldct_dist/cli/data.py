@@ -37,7 +37,7 @@ def ingest(
 
     settings = configs.read(IngestConfig, config, overrides or [])
     with progress() as bar:
-        task = bar.add_task("ingest", total=None)
+        task = bar.add_task("reading headers", total=None)
 
         def announce(survey: Survey) -> None:
             console.print(
@@ -48,7 +48,7 @@ def ingest(
                 notice(
                     "warning: the disk will probably be full before the end; cases that are whole by then stay"
                 )
-            bar.update(task, total=survey.cases)
+            bar.update(task, description="ingest", total=survey.cases)
 
         report = run(
             source,
