@@ -8,7 +8,7 @@ from pathlib import Path
 import ldct_dist
 
 ORDER = [
-    *("errors", "config", "world", "ct", "store", "data", "models", "denoise", "evaluate"),
+    *("errors", "files", "config", "world", "ct", "store", "data", "models", "denoise", "evaluate"),
     *("checkpoint", "train", "cluster", "demo", "cli"),
 ]
 ROOT = Path(ldct_dist.__file__).parent

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ldct_dist.files import file_sha256, replace
 
 NAME = "MANIFEST.json"
 
@@ -27,11 +28,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write and fsync the manifest, then the directory: the last thing before the rename."""
-        with open(directory / NAME, "wb") as f:
-            f.write(_encode(self))
-            f.flush()
-            os.fsync(f.fileno())
-        sync_directory(directory)
+        replace(directory / NAME, _encode(self))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -62,20 +59,6 @@ class Manifest:
                 raise Corrupt(f"{name} does not match its sha256")
         except OSError as e:
             raise Corrupt(f"{name} is not readable ({e.strerror})") from e
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` survive a power cut."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _encode(manifest: Manifest) -> bytes:

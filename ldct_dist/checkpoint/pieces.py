@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ldct_dist.checkpoint.manifest import file_sha256
+from ldct_dist.files import file_sha256
 from ldct_dist.models.weights import SEAL, sealed
 from ldct_dist.world import World
 

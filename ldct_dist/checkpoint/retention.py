@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ldct_dist.checkpoint.manifest import Corrupt, Manifest
 from ldct_dist.config import Config
+from ldct_dist.files import TEMPORARY
 
 PREFIX = "step-"
-TEMPORARY = ".writing-"
 DISCARDED = ".discarded-"
 
 

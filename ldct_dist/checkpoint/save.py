@@ -20,9 +20,10 @@ import torch
 
 from ldct_dist.checkpoint import generation as generations
 from ldct_dist.checkpoint import pieces, retention
-from ldct_dist.checkpoint.manifest import Manifest, sync_directory
+from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.checkpoint.pieces import Held, Part, Piece
 from ldct_dist.checkpoint.retention import CheckpointConfig
+from ldct_dist.files import TEMPORARY, sync
 from ldct_dist.world import World
 
 LOOK_S = 1.0
@@ -114,7 +115,7 @@ class Saver:
     def _save(self, step: int, parts: dict[str, Part], state: dict[str, Any]) -> None:
         start = time.monotonic()
         target = retention.directory(self.root, step)
-        temporary = self.root / f"{retention.TEMPORARY}{target.name}-{self.generation:06d}"
+        temporary = self.root / f"{TEMPORARY}{target.name}-{self.generation:06d}"
         owner = share_out(parts, self.world.size)
         held: Held = {}
 
@@ -142,7 +143,7 @@ class Saver:
                 if target.exists():  # a checkpoint that this generation passed over, or outranks
                     retention.discard(target)
                 temporary.rename(target)
-                sync_directory(self.root)
+                sync(self.root)
                 retention.prune(self.root, self.config)
 
         try:

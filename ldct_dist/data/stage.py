@@ -27,7 +27,8 @@ import numpy as np
 
 from ldct_dist.data.plan import Plan, lanes_of
 from ldct_dist.errors import UserError
-from ldct_dist.store.layout import CASES, TEMPORARY
+from ldct_dist.files import TEMPORARY
+from ldct_dist.store.layout import CASES
 from ldct_dist.store.reader import Store
 from ldct_dist.store.shards import DamagedError, Region, ShardedArray
 from ldct_dist.world import World

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 import ldct_dist
 from ldct_dist.errors import UserError
+from ldct_dist.files import file_sha256, replacing
 from ldct_dist.models.registry import Denoiser, ModelConfig, build
 
 KIND = "ldct_dist denoiser"
@@ -33,16 +33,11 @@ def sealed(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str,
 def save_weights(path: Path, model: Denoiser, **facts: str) -> None:
     """Write the network's weights, whole or not at all. Raises UserError where they cannot be written."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata=sealed(weights_facts(model.config, **facts), tensors))
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=sealed(weights_facts(model.config, **facts), tensors))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: cannot be written ({e}); choose another folder or make room") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> Denoiser:
@@ -100,5 +95,4 @@ def _digest(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
 
 def weights_hash(path: Path) -> str:
     """Short sha256 of a weights file: how a denoised image names what made it."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    return file_sha256(path)[:16]

@@ -26,6 +26,7 @@ import numpy as np
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
+from ldct_dist.files import TEMPORARY, replace, sync
 from ldct_dist.store.record import (
     FORMAT,
     CaseRecord,
@@ -43,7 +44,6 @@ FORMAT_VERSION = 2
 FULL_DOSE = "1.00"
 CATALOGUE = "catalogue.parquet"
 CASES = "cases"
-TEMPORARY = ".writing-"
 CHUNK = (64, 128, 128)  # 2 MiB of int16: large enough to stream, small enough to cut crops from
 SHARD_CAP = 2 << 30
 BODY_HU = -500  # between lung-free air and tissue: which part of a chunk shows the patient
@@ -77,11 +77,11 @@ def create(path: Path) -> None:
             raise UserError(f"{path}: exists and is not a store; choose an empty or new folder")
         path.mkdir(parents=True, exist_ok=True)
         # First: from here on it is a store to whoever starts beside this process, or after its end.
-        _replace(path / "zarr.json", root_metadata())
+        replace(path / "zarr.json", root_metadata())
     check_format(path)
     (path / CASES).mkdir(exist_ok=True)
     if not (path / CASES / "zarr.json").exists():
-        _replace(path / CASES / "zarr.json", CASES_METADATA)
+        replace(path / CASES / "zarr.json", CASES_METADATA)
 
 
 def check_format(path: Path) -> str | None:
@@ -188,10 +188,10 @@ def finalise(store: Path) -> int:
             "give every case of a patient the same split and ingest these again"
         )
     content = parquet(records)
-    _replace(store / CASES / "zarr.json", CASES_METADATA)
-    _replace(store / CATALOGUE, content)
+    replace(store / CASES / "zarr.json", CASES_METADATA)
+    replace(store / CATALOGUE, content)
     # Last: until the root holds the new seal, the store counts as unfinished.
-    _replace(store / "zarr.json", root_metadata(sha256(content)))
+    replace(store / "zarr.json", root_metadata(sha256(content)))
     return len(records)
 
 
@@ -239,27 +239,9 @@ def _sweep(folder: Path) -> None:
             leftover.unlink()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
 def _sync_tree(root: Path) -> None:
     """fsync all of `root`, files and folders, so that a case that has its name also has its bytes."""
     paths = [root, *root.rglob("*")]
     # At once: the file system then writes its journal once, and not for each.
     with ThreadPoolExecutor(len(paths)) as threads:
-        list(threads.map(_sync, paths))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        list(threads.map(sync, paths))

@@ -13,6 +13,7 @@ from ldct_dist.checkpoint.pieces import Part
 from ldct_dist.checkpoint.retention import CheckpointConfig
 from ldct_dist.checkpoint.save import Saver, share_out
 from ldct_dist.errors import UserError
+from ldct_dist.files import TEMPORARY
 from ldct_dist.world import World
 
 ALONE = World()
@@ -129,7 +130,7 @@ def test_two_claims_never_get_the_same_generation(tmp_path):
 
 def test_leftovers_of_a_killed_save_do_not_block_the_next(saver):
     saver.root.mkdir()
-    (saver.root / f"{retention.TEMPORARY}step-00000005-000001").mkdir()
+    (saver.root / f"{TEMPORARY}step-00000005-000001").mkdir()
     (saver.root / f"{retention.DISCARDED}step-00000001").mkdir()
     assert save(saver, 5).error is None
     assert steps(saver) == [5]

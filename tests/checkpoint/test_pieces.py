@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldct_dist.checkpoint.manifest import file_sha256
 from ldct_dist.checkpoint.pieces import Part, Piece, _File, write
+from ldct_dist.files import file_sha256
 from ldct_dist.models.weights import sealed
 from ldct_dist.world import World
 

@@ -8,8 +8,8 @@ import os
 import time
 from pathlib import Path
 
-from ldct_dist.checkpoint.manifest import file_sha256
 from ldct_dist.cluster.checks import Check, Probe, Verdict
+from ldct_dist.files import file_sha256
 
 _MIB = 2**20
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ldct_dist import files
+
+
+def test_the_bytes_are_on_disk_before_the_name_is_and_the_name_before_it_returns(tmp_path, monkeypatch):
+    done = []
+    for module, call in ((os, "fsync"), (Path, "replace")):
+        original = getattr(module, call)
+        monkeypatch.setattr(
+            module, call, lambda *given, call=call, original=original: done.append(call) or original(*given)
+        )
+    files.replace(tmp_path / "config.yaml", "steps: 8\n")
+    assert done == ["fsync", "replace", "fsync"]
+    assert (tmp_path / "config.yaml").read_text() == "steps: 8\n"
+
+
+def test_after_an_error_the_old_file_stands_alone(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text("old")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.replace(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
