@@ -25,7 +25,7 @@ import torch
 from ldct_dist.ct import noise
 from ldct_dist.ct.projector import Scan, backproject, ramp_filter
 from ldct_dist.ct.scanner import DoseConfig, hu_noise, line_integrals, scan_of, shared, transmission, white
-from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.ct.volume import AIR_HU, Volume, padding_of
 from ldct_dist.errors import UserError
 
 _BATCH = 16  # slices that share one working-out of the geometry
@@ -50,8 +50,8 @@ def simulate_low_dose(
     """`volume` as it would look at the fraction `dose` of its own dose; the same grid, int16 HU.
 
     The noise of slice i is drawn from (seed, i) alone. So take another seed for another patient, and for a second
-    simulation on top of a first: equal seeds draw equal noise. Voxels at AIR_HU (padding, clipped air) stay there,
-    others stop at it. dose=1 gives `volume` itself.
+    simulation on top of a first: equal seeds draw equal noise. Padding stays, and no other voxel falls below AIR_HU.
+    dose=1 gives `volume` itself.
 
     Raises UserError for a dose outside (0, 1], and where config leaves photons or the cutoff to be matched and the
     volume shows no noise to match.
@@ -174,12 +174,13 @@ def _with_noise(
         batch = volume.hu[start : start + _BATCH]
         counts = config.photons * transmission(line_integrals(batch, scan, config, device), scan, config)
         drawn = white((seed,), range(start, start + len(batch)), scan, device)
+        padding = padding_of(batch)
         for hu, variance in zip(noisy, variances, strict=True):
             # Where hardly a photon arrives, scanners floor the counts before the logarithm, which bounds its error.
             std = variance(counts).clamp(max=1).sqrt()
             added = batch + hu_noise(std * drawn, scan, config)
             hu[start : start + _BATCH] = np.where(
-                batch == AIR_HU, AIR_HU, np.rint(added).clip(AIR_HU, np.iinfo(np.int16).max)
+                padding, AIR_HU, np.rint(added).clip(AIR_HU, np.iinfo(np.int16).max)
             )
     return [replace(volume, hu=hu) for hu in noisy]
 

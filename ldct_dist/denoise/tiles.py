@@ -17,7 +17,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.ct.volume import AIR_HU, padding_of
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser
 
@@ -69,8 +69,8 @@ def denoise_volume(
 ) -> np.ndarray:
     """`model` on a whole volume: int16 HU (z, y, x) in and out, rounded to the nearest HU.
 
-    Padding (AIR_HU and below) stays as it is. `tile`: None takes what suits the device. `device`: where the model
-    is, or shall be moved; None leaves it there. `progress` hears (tiles done, tiles in all).
+    Padding, as `padding_of` finds it, stays as it is. `tile`: None takes what suits the device. `device`: where the
+    model is, or shall be moved; None leaves it there. `progress` hears (tiles done, tiles in all).
     Raises NotFiniteError where the network's answer is not finite.
     """
     out = np.empty_like(hu)
@@ -81,7 +81,8 @@ def denoise_volume(
                 f"of an earlier checkpoint{', or do without bf16' if bf16 else ''}"
             )
         out[write] = answer.round().clamp(*HU_RANGE).to(torch.int16).numpy()
-    return np.where(hu <= AIR_HU, hu, out)
+    np.copyto(out, hu, where=padding_of(hu))
+    return out
 
 
 def denoised_tiles(

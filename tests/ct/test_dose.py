@@ -136,6 +136,15 @@ def test_padding_stays_and_nothing_falls_below_it():
     assert low.spacing == volume.spacing
 
 
+def test_air_whose_noise_is_cut_off_gets_noise_too():
+    """It would show through the low dose, and through what is denoised of it, as specks that have none."""
+    air = np.random.default_rng(0).normal(-1000, 24, (2, 64, 64)).clip(AIR_HU).astype(np.int16)
+    low = simulate_low_dose(Volume(air, (5.0, 6.0, 6.0)), 0.25, seed=0, config=CONFIG)
+    specks = air == AIR_HU
+    assert specks.mean() > 0.1
+    assert (low.hu[specks] > AIR_HU).mean() > 0.3
+
+
 @pytest.mark.parametrize("beam", ["fan", "parallel"])
 def test_photons_and_kernel_are_found_in_the_scan(beam):
     truth = DoseConfig(beam=beam, photons=2e5, cutoff_per_mm=0.3)

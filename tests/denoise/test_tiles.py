@@ -80,7 +80,7 @@ def test_a_halo_one_square_short_would_show():
 
 @pytest.mark.parametrize("name", ["unet3d", "nafnet3d", "redcnn3d"])
 def test_a_fresh_network_is_the_identity(name):
-    hu = np.random.default_rng(1).integers(-3024, 3000, (7, 33, 41)).astype(np.int16)
+    hu = np.random.default_rng(1).integers(AIR_HU, 3000, (7, 33, 41)).astype(np.int16)
     assert np.array_equal(denoise_volume(build(ModelConfig(name=name, size="xs")), hu, tile=(3, 16, 16)), hu)
 
 
@@ -94,6 +94,21 @@ def test_answers_are_rounded_and_padding_stays():
     assert np.array_equal(
         answer[:, 5:], stitched(model, hu, WHOLE)[:, 5:].round().clamp(AIR_HU, 32767).short()
     )
+
+
+def test_air_whose_noise_is_cut_off_is_denoised():
+    """Specks at AIR_HU are a scan's, in whichever tile they lie."""
+    model = build(ModelConfig(name="redcnn3d", size="xs"))
+    torch.nn.init.constant_(model.network.last.bias, 1.0)
+    hu = np.random.default_rng(0).normal(-1000, 24, (3, 40, 48)).clip(AIR_HU).astype(np.int16)
+    hu[:, -9:, :9] = AIR_HU
+    padding = np.zeros(hu.shape, bool)
+    padding[:, -9:, :9] = True
+    assert (hu == AIR_HU)[~padding].mean() > 0.1
+    for tile in (WHOLE, (2, 8, 8)):
+        answer = denoise_volume(model, hu, tile=tile)
+        assert (answer[padding] == AIR_HU).all()
+        assert (answer[~padding] > hu[~padding]).mean() > 0.995
 
 
 def test_answers_beyond_int16_are_clipped():
