@@ -120,7 +120,9 @@ def doctor(
     nodes: Annotated[
         int | None, typer.Option(help="As a job on so many nodes; without it, this machine alone")
     ] = None,
-    tasks: Annotated[int, typer.Option(help="Ranks a node: as many as it has GPUs")] = 2,
+    tasks: Annotated[
+        int | None, typer.Option(help="Ranks a node; without it, one a GPU, and two on this machine alone")
+    ] = None,
     site: Site = None,
     runs: Annotated[Path | None, typer.Option(help="The folder of runs; else the config's, or runs/")] = None,
     write_mib: Annotated[int, typer.Option(help="MiB a rank writes to measure the speed")] = 64,
@@ -143,8 +145,9 @@ def doctor(
     folder = runs or (run.runs if run is not None else Path("runs"))
     passed_on = [f"--write-mib={write_mib}", f"--runs={folder}", *words]
     if nodes is None:
-        raise typer.Exit(launch_here(passed_on, tasks))
-    raise typer.Exit(launch_job(passed_on, folder, nodes, tasks, site, options))
+        raise typer.Exit(launch_here(passed_on, 2 if tasks is None else tasks))
+    options |= {"nodes": str(nodes)} | ({} if tasks is None else {"ntasks-per-node": str(tasks)})
+    raise typer.Exit(launch_job(passed_on, folder, site, options))
 
 
 @app.command("doctor-rank", hidden=True)
@@ -195,7 +198,8 @@ def sweep(
     """
     from ldct_dist.cluster.array import submit_array
     from ldct_dist.cluster.command import split
-    from ldct_dist.cluster.submit import Request
+    from ldct_dist.cluster.shape import number, shaped
+    from ldct_dist.cluster.site import read_site
     from ldct_dist.cluster.sweep import plan, run_here
 
     def say(line: str) -> None:
@@ -206,7 +210,8 @@ def sweep(
     say(f"{len(planned.points)} runs -> {planned.folder}")
     code = 0
     if cluster == "local":
-        code = run_here(planned, config, Request(planned.points[0].config, options).tasks_per_node, say)
+        ranks = number(shaped(options, read_site(site)), "ntasks-per-node")
+        code = run_here(planned, config, ranks, say)
     elif cluster == "slurm":
         job = submit_array(planned, options, site, say)
         say(f"job {job}; how it goes: ldct-dist status {planned.folder}" if job else "nothing is left to do")

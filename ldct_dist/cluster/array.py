@@ -13,9 +13,10 @@ from ldct_dist.cluster.progress import read_progress
 from ldct_dist.cluster.rank import train
 from ldct_dist.cluster.record import CONFIG, JOB, job_of
 from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.shape import Options, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
-from ldct_dist.cluster.submit import SCRIPT, Options, Request
+from ldct_dist.cluster.submit import SCRIPT
 from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
@@ -33,13 +34,13 @@ def submit_array(
         return None
     folder = sweep.folder.resolve() / JOB.parent
     configs = [point.folder.resolve() / CONFIG for point in points]
-    script = _script(points[0], folder, configs, options, site)
+    script = _script(folder, configs, options, site)
     render(script)  # a mistake is said before anything is written
     write_hparams(sweep)
     for point, config in zip(points, configs, strict=True):
         config.parent.mkdir(exist_ok=True)
         config.write_text(to_yaml(point.config))
-    text = render(_script(points[0], folder, configs, options, site, snapshot_code(folder / "code")))
+    text = render(_script(folder, configs, options, site, snapshot_code(folder / "code")))
     (folder / SCRIPT).write_text(text)
     log = f"{folder}/".replace("%", "%%") + "%A_%a.log"
     job = jobs.sbatch(folder / SCRIPT, f"--array=0-{len(points) - 1}", f"--output={log}")
@@ -58,7 +59,6 @@ def train_task(configs: Sequence[Path]) -> int:
 
 
 def _script(
-    point: Point,
     folder: Path,
     configs: Sequence[Path],
     options: Options,
@@ -68,7 +68,6 @@ def _script(
     profile = read_site(site)
     if not profile.requeue or "no-requeue" in options:
         raise UserError("a sweep's runs go on by requeuing: where that is forbidden, submit them one by one")
-    ranks = str(Request(point.config, options, site).tasks_per_node)
     return Script(
         name="ldct-sweep",
         command=["-m", "ldct_dist", "sweep-task", *map(str, configs)],
@@ -76,7 +75,7 @@ def _script(
         folder=folder,
         workdir=Path.cwd(),
         python=sys.executable,
-        options={"nodes": "1", **profile.sbatch_options(), **options, "ntasks-per-node": ranks},
+        options=shaped(options, profile),
         site=profile,
     )
 

@@ -8,19 +8,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from submitit.slurm.slurm import SlurmJobEnvironment
 
 import ldct_dist
 from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.cluster.rank import name_interface
 from ldct_dist.cluster.sbatch import Script, check_options, rank_alone
+from ldct_dist.cluster.shape import Options, shaped
 from ldct_dist.cluster.site import read_site
+from ldct_dist.data.plan import DataConfig
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
@@ -35,36 +36,34 @@ def launch_here(arguments: Sequence[str], tasks: int) -> int:
     """Examine this machine with `tasks` ranks; the exit code: 0 all is well, 1 not."""
     _quieten()
     with LocalRanks(["doctor-rank", *arguments], tasks) as ranks:
-        return ranks.wait()
+        return int(ranks.wait() != 0)
 
 
-def launch_job(
-    arguments: Sequence[str],
-    runs: Path,
-    nodes: int,
-    tasks: int,
-    site: str | None,
-    options: Mapping[str, str | bool],
-) -> int:
-    """The same on `nodes` nodes by srun, in the environment that the site profile gives to the runs in `runs`.
+def launch_job(arguments: Sequence[str], runs: Path, site: str | None, options: Options) -> int:
+    """The same by srun, on nodes and in an environment such as the site profile gives to the runs in `runs`.
 
-    options: further ones of srun, by their long names. Waits for the nodes, as srun does.
+    options: of srun, by their long names, nodes among them. Waits for the nodes, as srun does.
     """
+    command = job_command(arguments, runs, site, options)
     if shutil.which("srun") is None:
         raise UserError(
-            f"--nodes={nodes}: there is no srun on this machine; leave it out to check this machine alone"
+            f"--nodes={options['nodes']}: there is no srun on this machine; leave it out to check this machine alone"
         )
+    _quieten()
+    return int(subprocess.run(command, check=False).returncode != 0)
+
+
+def job_command(arguments: Sequence[str], runs: Path, site: str | None, options: Options) -> list[str]:
+    """What `launch_job` runs."""
     profile = read_site(site)
     package = Path(ldct_dist.__file__).parent.parent
     inside = runs.resolve() / "doctor"  # a container is given the folder that it lies in
     command = ["-m", "ldct_dist", "doctor-rank", f"--grace={profile.warn_s}", *arguments]
     script = Script("ldct-doctor", command, package, inside, Path.cwd(), sys.executable, site=profile)
-    given = {"job-name": script.name, "time": "10", **profile.sbatch_options(), **options}
+    given = {"job-name": script.name, "time": "10", "kill-on-bad-exit": "0", **shaped(options, profile)}
     check_options(given)
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items() if value]
-    shape = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--kill-on-bad-exit=0"]
-    _quieten()
-    return subprocess.run(["srun", *shape, *words, *rank_alone(script)], check=False).returncode
+    return ["srun", *words, *rank_alone(script)]
 
 
 def _quieten() -> None:
@@ -77,9 +76,12 @@ def _quieten() -> None:
 
 def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, report: Report) -> bool:
     """This rank's share of the examination; rank 0 reports each finding as it comes. False on rank 0 if one was not well."""
-    _meeting_point()
+    name_interface()
     try:
         world = World.join(timeout_s=JOIN_TIMEOUT_S)
+    except UserError as e:  # with the wrong GPUs, say: training would end so, too
+        report(Finding("ranks", False, str(e)))
+        return False
     except (dist.DistError, RuntimeError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         text = (
@@ -90,9 +92,8 @@ def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, r
         return False
     try:
         return _examine(world, runs, config, grace_s, write_mib, report)
-    except UserError as e:  # all ranks raise it
-        if world.is_main:
-            report(Finding("folder", False, str(e)))
+    except UserError as e:  # rank 0 speaks for all
+        report(Finding("folder", False, str(e)))
         return False
     finally:
         world.leave()
@@ -110,7 +111,10 @@ def _examine(
         write_mib,
         checkpoint_bytes(config) if config is not None else None,
         config.checkpoint.keep_last + 2 if config is not None else 5,  # the best, and the one being written
-        world.agree(lambda: {"before the time limit": grace_s} | _preemption_grace()),
+        world.broadcast(
+            {"before the time limit": grace_s} | parse_partition(os.environ.get("LDCT_PARTITION", ""))
+        ),
+        (config.data if config is not None else DataConfig()).threads,
     )
 
     def sound(checks: Sequence[Check]) -> bool:
@@ -141,34 +145,6 @@ def parse_partition(text: str) -> dict[str, float]:
     if mode is None or grace is None or mode[1] == "OFF":
         return {}
     return {"at preemption": float(grace[1])}
-
-
-def _preemption_grace() -> dict[str, float]:
-    partition = os.environ.get("SLURM_JOB_PARTITION")
-    if partition is None:
-        return {}
-    return parse_partition(_scontrol("show", "partition", partition))
-
-
-def _meeting_point() -> None:
-    """Under srun: the first node, and a port that follows from the job, unless the environment names them."""
-    name_interface()
-    if "SLURM_STEP_NODELIST" in os.environ and "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _address(SlurmJobEnvironment().hostnames[0])
-        os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
-
-
-def _address(node: str) -> str:
-    """As Slurm itself reaches it: a node's name need not be in the DNS."""
-    return re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", node))[1]  # type: ignore[index]
-
-
-def _scontrol(*words: str) -> str:
-    command = ["scontrol", *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError) as e:
-        raise UserError(f"{' '.join(command)}: {e}; Slurm's commands are needed on the nodes, too") from e
 
 
 def _fresh_folder(runs: Path) -> Path:

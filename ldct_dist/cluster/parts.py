@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.shape import Options
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
 from ldct_dist.errors import UserError
-
-Options = Mapping[str, str | bool]
 
 
 def array_script(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ldct_dist.cluster.shape import Options
 from ldct_dist.cluster.site import Site
 from ldct_dist.errors import UserError
 
@@ -34,7 +35,7 @@ class Script:
     folder: Path
     workdir: Path
     python: str
-    options: Mapping[str, str | bool] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     site: Site = field(default_factory=Site)
     kind: Literal["ranks", "parts", "single"] = "ranks"
     parts: int = 1
@@ -47,7 +48,9 @@ def render(script: Script) -> str:
         "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script)),
         _environment(script),
         body.replace("{again}", _again(script))
-        .replace("{ask}", _ASK)
+        .replace("{insist}", _INSIST)
+        .replace("{meeting}", _MEETING)
+        .replace("{still_ours}", _STILL_OURS)
         .replace("{srun}", _srun_options(script.site))
         .replace("{hung}", shlex.quote(f"{script.folder}/") + "$SLURM_JOB_ID.hung")
         .replace("{parts}", str(script.parts))
@@ -57,11 +60,15 @@ def render(script: Script) -> str:
 
 
 def rank_alone(script: Script) -> list[str]:
-    """The command of one rank in the environment of the job script, for srun to start by itself."""
-    return ["bash", "-c", f"{_environment(script)}exec {_launch(script)}"]
+    """The command of one rank in the environment of the job script, for srun to start by itself.
+
+    Slurm is asked before the rank starts, since a container need not hold its commands: MASTER_ADDR and MASTER_PORT
+    say where the ranks meet, and for rank 0 LDCT_PARTITION what `scontrol show partition` does.
+    """
+    return ["bash", "-c", f"{_environment(script)}{_INSIST}{_ALONE}{_MEETING}exec {_launch(script)}"]
 
 
-def check_options(options: Mapping[str, str | bool]) -> None:
+def check_options(options: Options) -> None:
     """Raises UserError for an option that cannot be one of sbatch's, or that submit itself sets."""
     for key, value in options.items():
         if not _OPTION.fullmatch(key):
@@ -159,19 +166,18 @@ def _srun_options(site: Site) -> str:
 
 
 _RANKS = """\
+{insist}
 # The number of an array's last task is that of the whole array, so a task goes by this name.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-# This shell runs on the node of rank 0. Its address as Slurm itself uses it: a node's name need not be in the DNS.
-MASTER_ADDR=$(scontrol show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
-# Slurm says so itself from 23.02 on; seconds since the epoch, empty without a time limit.
+first=$SLURMD_NODENAME   # of the nodes: this shell runs where rank 0 does
+{meeting}# Slurm says so itself from 23.02 on; seconds since the epoch, empty without a time limit.
 : "${SLURM_JOB_END_TIME=$(date -d "$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)" +%s 2>/dev/null)}"
-export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
+export SLURM_JOB_END_TIME
 export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run heeds signals by itself
 
 trap : TERM USR1 USR2   # this shell outlives the ranks
-{ask}
+{still_ours}
 # One task a rank. Since Slurm 22.05, srun does not take over sbatch's --cpus-per-task. Ranks that stop together
 # need not leave together, and if a node is lost, Slurm is to find that out first: so none is killed because another
 # has left. A signal that comes before a rank can heed it must not kill it either. But a rank that hangs would hold
@@ -197,7 +203,7 @@ exit "$code"
 """
 _PART = """\
 job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-{ask}
+{insist}{still_ours}
 {launch} --part "$SLURM_ARRAY_TASK_ID/{parts}"
 code=$?
 
@@ -207,8 +213,20 @@ if [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] && still_ours; t
 exit "$code"
 """
 _SINGLE = "{launch}\n"
-_ASK = """\
+_ALONE = """\
+first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+[ "$SLURM_PROCID" -ne 0 ] || export LDCT_PARTITION="$(insist scontrol show partition "$SLURM_JOB_PARTITION")"
+"""
+_INSIST = """\
 insist() { for pause in 0 5 15 30; do sleep "$pause"; "$@" 2>&1 && return; done; return 1; }   # Slurm may be busy
+"""
+_MEETING = """\
+# The address of rank 0's node as Slurm itself uses it: a node's name need not be in the DNS.
+MASTER_ADDR=$(insist scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
+export MASTER_ADDR MASTER_PORT
+"""
+_STILL_OURS = """\
 # Not ended by scancel, which is to stay so; nor gone on elsewhere, if this node was cut off meanwhile.
 still_ours() {
   local now

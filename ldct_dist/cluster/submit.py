@@ -6,8 +6,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ldct_dist.cluster import jobs
 from ldct_dist.cluster.rank import Train
 from ldct_dist.cluster.record import CONFIG, JOB, job_of
 from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.shape import Options, gpus_per_node, number, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
 from ldct_dist.config import to_yaml
@@ -28,7 +29,6 @@ from ldct_dist.errors import UserError
 from ldct_dist.train.config import RunConfig
 
 CLUSTERS = ("slurm", "local", "debug")
-Options = Mapping[str, str | bool]
 SCRIPT = "job.sbatch"
 _ASK_S = 3.0  # between two questions to Slurm
 
@@ -51,19 +51,21 @@ class Request:
         """Of the run's folder, what belongs to its jobs."""
         return self.run / JOB.parent
 
+    @cached_property
+    def shape(self) -> dict[str, str | bool]:
+        """All options of sbatch, with the site's. Raises UserError as `shaped` does."""
+        return shaped(self.options, read_site(self.site))
+
     @property
     def tasks_per_node(self) -> int:
-        """Ranks a node: one a GPU."""
-        gpus = str(self.options.get("gpus-per-node", 1)).rpartition(":")[2]  # 4, or a100:4
-        return _number("ntasks-per-node", str(self.options.get("ntasks-per-node", gpus)))
+        return number(self.shape, "ntasks-per-node")
 
     @property
     def tasks(self) -> int:
-        return _number("nodes", str(self.options.get("nodes", 1))) * self.tasks_per_node
+        return number(self.shape, "nodes") * self.tasks_per_node
 
     def script(self, code: Path) -> Script:
         """The job script, for a snapshot of the code in `code`."""
-        site = read_site(self.site)
         return Script(
             name=self.config.name,
             command=["-m", "submitit.core._submit", str(self.folder)],
@@ -71,13 +73,8 @@ class Request:
             folder=self.folder,
             workdir=Path.cwd(),
             python=sys.executable,
-            options={
-                "nodes": "1",
-                **site.sbatch_options(),
-                **self.options,
-                "ntasks-per-node": str(self.tasks_per_node),
-            },
-            site=site,
+            options=self.shape,
+            site=read_site(self.site),
         )
 
 
@@ -205,14 +202,13 @@ class Executor(SlurmExecutor):
 
 
 def _executor_here(request: Request, cluster: str) -> Any:
-    if str(request.options.get("nodes", 1)) != "1":
+    if number(request.shape, "nodes") != 1:
         raise UserError(f"--cluster {cluster}: this machine is one node; leave --nodes out")
     executor = AutoExecutor(request.folder, cluster=cluster)
     if cluster == "local":
-        gpus = str(request.options.get("gpus-per-node", 0)).rpartition(":")[2]
         executor.update_parameters(
             tasks_per_node=request.tasks_per_node,
-            gpus_per_node=_number("gpus-per-node", gpus),
+            gpus_per_node=gpus_per_node(request.shape),
             timeout_min=60 * 24 * 365,  # a run ends by itself, or by time_limit_s
             # It is to outlive this terminal, and not to keep a pipe open that this command's output goes to.
             local_setup=["trap '' HUP", "exec </dev/null >/dev/null 2>&1"],
@@ -232,12 +228,6 @@ def _refuse_twice(request: Request) -> None:
             f"{request.run}: in the queue already, job {job} ({known[job].state}); to end it first: "
             f"ldct-dist cancel {request.run}"
         )
-
-
-def _number(option: str, text: str) -> int:
-    if not text.isdigit():
-        raise UserError(f"--{option}={text}: give a number")
-    return int(text)
 
 
 def _last_words(error: Exception) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from commands import command
+from commands import command, commands_on_path
 from ldct_dist import config as configs
 from ldct_dist.cli import app
-from ldct_dist.cluster.checks import Check, Probe, examine, folder, network, nodes
-from ldct_dist.cluster.doctor import checkpoint_bytes, parse_partition
+from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
+from ldct_dist.cluster.doctor import checkpoint_bytes, job_command, parse_partition, rank
 from ldct_dist.errors import UserError
 from ldct_dist.train.config import RunConfig
 from ldct_dist.world import World
@@ -26,7 +29,7 @@ GIB = 2**30
 def probe(tmp_path):
     """Three ranks on two nodes; a run whose checkpoints have 1 GiB."""
     return Probe(
-        World(), ["n1", "n1", "n2"], tmp_path / "inside", 64, GIB, 5, {"before the time limit": 300.0}
+        World(), ["n1", "n1", "n2"], tmp_path / "inside", 64, GIB, 5, {"before the time limit": 300.0}, 2
     )
 
 
@@ -38,15 +41,45 @@ def test_versions_that_differ_are_told_by_node(probe):
     assert text.startswith("torch 2.13 on n1, 2.12 on n2; driver 550 on n1, none on n2: load the same")
 
 
-def test_a_gpu_that_two_ranks_share_and_one_that_torch_does_not_see(probe):
-    assert nodes.judge_gpu(probe, [("a", True), ("b", True), ("a", True)]) == (True, "3, one a rank")
-    assert nodes.judge_gpu(probe, [(None, False)] * 3)[0]
-    well, text = nodes.judge_gpu(probe, [("a", True), ("a", True), ("c", True)])
+def test_the_driver_is_told_for_either_kernel_module():
+    closed = (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC 12.2.0"
+    )
+    opened = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  560.35.03  Release Build\nGCC version: 12"
+    )
+    assert (nodes.parse_driver(closed), nodes.parse_driver(opened)) == ("550.54.15", "560.35.03")
+
+
+def test_a_gpu_that_waits_for_a_core_is_told_by_node(probe):
+    alone = [{0, 1, 2, 3}, {4, 5, 6, 7}, {0, 1, 2, 3}]
+    on_gpus = replace(probe, world=World(device=torch.device("cuda")))
+    assert nodes.judge_cores(on_gpus, alone) == (True, "4 a rank")
+    shared = [{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]  # each may use all, and so do its neighbours
+    assert nodes.judge_cores(on_gpus, shared)[1].startswith("2 a rank on n1, for training and 2 threads")
+    well, text = nodes.judge_cores(on_gpus, [*alone[:2], {5}])
     assert not well
-    assert "share a GPU on n1" in text
-    well, text = nodes.judge_gpu(probe, [("a", True), ("b", True), (None, True)])
-    assert not well
-    assert "torch sees none on n2" in text
+    assert text.startswith("1 a rank on n2")
+    assert "--cpus-per-task=3" in text
+    assert nodes.judge_cores(probe, [{0}, {1}, {0}]) == (
+        True,
+        "1 a rank",
+    )  # without GPUs, it is as the machine is
+
+
+@pytest.mark.parametrize(("main", "findings"), [(True, ["ranks"]), (False, [])])
+def test_ranks_that_may_not_train_are_a_finding_of_one_of_them(main, findings, monkeypatch, tmp_path):
+    def refuse(**_: object) -> None:
+        World(rank=0 if main else 1).refuse("ranks 0, 1 share one GPU (n1, GPU-a)")
+
+    monkeypatch.setattr(World, "join", refuse)
+    told: list[Finding] = []
+    if main:
+        assert not rank(tmp_path, None, 300.0, 1, told.append)
+    else:
+        with pytest.raises(SystemExit):
+            rank(tmp_path, None, 300.0, 1, told.append)
+    assert [(finding.name, finding.ok) for finding in told] == [(name, False) for name in findings]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +96,7 @@ def test_a_wrong_clock_is_told_with_its_side_whatever_one_slow_answer_says(probe
 
 def test_a_signal_that_does_not_arrive_names_rank_and_node(probe):
     assert nodes.judge_signal(probe, [True] * 3) == (True, "SIGUSR1 reached all 3 ranks")
+    assert nodes.judge_signal(probe, [None] * 3)[1].startswith("not tried")
     well, text = nodes.judge_signal(probe, [True, True, False])
     assert not well
     assert "did not reach rank 2 on n2" in text
@@ -121,7 +155,7 @@ def test_the_time_to_save_is_held_against_every_grace_time(probe):
 
 
 def test_one_file_of_a_checkpoint_is_never_shared_out(probe):
-    many = Probe(probe.world, ["n1"] * 64, probe.folder, 64, GIB, 5, {})
+    many = Probe(probe.world, ["n1"] * 64, probe.folder, 64, GIB, 5, {}, 2)
     assert folder.judge_save(many, [1.0] * 64)[1].startswith("about 4.0 s")
 
 
@@ -159,6 +193,26 @@ def test_the_partition_says_how_long_a_preempted_job_lives():
     assert parse_partition(told.replace("REQUEUE", "OFF")) == {}
 
 
+CONTAINER = """\
+container: {{image: x.sif, command: {folder}/box}}
+"""
+
+
+def test_within_a_container_slurm_is_asked_from_outside(tmp_path, monkeypatch):
+    scontrol = (
+        'case "$2" in hostnames) echo n7; echo n8;; node) echo "NodeAddr=10.0.0.7 NodeHostName=$3";; '
+        'partition) echo "PreemptMode=REQUEUE GraceTime=10";; esac'
+    )
+    box = 'echo "$MASTER_ADDR $MASTER_PORT $LDCT_PARTITION"'
+    path = commands_on_path(tmp_path / "bin", scontrol=scontrol, box=box, srun='shift "$SHIFT"; exec "$@"')
+    (tmp_path / "site.yaml").write_text(CONTAINER.format(folder=tmp_path / "bin"))
+    words = job_command([], tmp_path / "runs", str(tmp_path / "site.yaml"), {"nodes": "2"})
+    job = {"SLURM_JOB_ID": "20007", "SLURM_STEP_NODELIST": "n[7-8]", "SLURM_JOB_PARTITION": "low"}
+    environment = {"PATH": path, "SHIFT": str(words.index("bash") - 1), "SLURM_PROCID": "0", **job}
+    told = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    assert told == "10.0.0.7 20007 PreemptMode=REQUEUE GraceTime=10\n"
+
+
 def test_the_size_of_a_checkpoint_is_known_before_there_is_one(tmp_path):
     config = configs.read(
         RunConfig, write_config(tmp_path, Path("x")), ["model.name=redcnn3d", "model.size=xl"]
@@ -173,6 +227,7 @@ def test_this_machine_is_examined_and_left_clean(tmp_path):
     names = [
         "versions",
         "GPUs",
+        "cores",
         "clocks",
         "signals",
         "interface",

@@ -16,8 +16,9 @@ from commands import command
 from ldct_dist import submit
 from ldct_dist.cluster.command import parse, split
 from ldct_dist.cluster.sbatch import Script, render
+from ldct_dist.cluster.shape import CPUS_PER_TASK, gpus_per_node, shaped
 from ldct_dist.cluster.site import Site, read_site
-from ldct_dist.cluster.submit import start
+from ldct_dist.cluster.submit import dry_run, start
 from ldct_dist.errors import UserError
 from runs import write_config
 from stores import make_store
@@ -68,6 +69,19 @@ def test_scripts_are_those_recorded(name):
         path.write_text(render(SCRIPTS[name]))
     assert render(SCRIPTS[name]) == path.read_text()
     subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_the_script_to_copy_does_what_a_submitted_one_does():
+    """From the first question to Slurm on, word for word: only its folder and its command are other ones."""
+    here = Script("x", ["-m", "ldct_dist", "train", "$@"], Path("/code"), Path("/here"), Path("/"), "python")
+    submitted = "".join(render(here).partition("insist()")[1:])
+    for words, own in (("=/here/", "=$PWD/"), ("'$@'", '"$@"')):
+        assert words in submitted
+        submitted = submitted.replace(words, own)
+    submitted = "".join(line for line in submitted.splitlines(keepends=True) if "SUBMITIT" not in line)
+    copied = (ROOT / "slurm" / "train.sbatch").read_text()
+    assert "".join(copied.partition("insist()")[1:]) == submitted
+    assert f"#SBATCH --cpus-per-task={CPUS_PER_TASK}\n" in copied
 
 
 HOSTILE = "a b'c\"$(touch pwned)`touch pwned`;touch pwned;#%j\\"
@@ -164,13 +178,48 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
     done = command("submit", config, "--nodes", "2", "--gpus-per-node", "a100:4", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --ntasks-per-node=4\n" in done.stdout
+    assert f"#SBATCH --cpus-per-task={CPUS_PER_TASK}\n" in done.stdout
     assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("resource", "gpus"),
+    [
+        ({"gpus-per-node": "4"}, 4),
+        ({"gpus-per-node": "a100:2,v100:2"}, 4),
+        ({"gres": "gpu:4"}, 4),
+        ({"gres": "gpu"}, 1),
+        ({"gres": "tmpdir:100G,gpu:a100:2"}, 2),
+        ({"gres": "shard:2"}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_rank_is_started_for_each_gpu_however_they_are_asked_for(resource, gpus):
+    assert gpus_per_node(resource) == gpus
+    assert shaped(resource, Site())["ntasks-per-node"] == str(gpus or 1)
+
+
+def test_what_a_profile_asks_for_counts_as_if_it_were_given(tmp_path):
+    (tmp_path / "site.yaml").write_text("options: {gpus-per-node: '4', nodes: '2'}\ncpus_per_task: 6\n")
+    config, site = write_config(tmp_path, tmp_path / "ct.zarr"), str(tmp_path / "site.yaml")
+    request = parse([str(config)], site, False)
+    assert (request.tasks_per_node, request.tasks) == (4, 8)
+    assert "#SBATCH --ntasks-per-node=4\n" in dry_run(request)
+    assert "#SBATCH --cpus-per-task=6\n" in dry_run(request)
+    assert parse([str(config), "--gpus-per-node=2", "--nodes=1"], site, False).tasks == 2
+
+
+def test_cores_by_gpu_are_left_to_whoever_asks_so():
+    assert "cpus-per-task" not in shaped({"cpus-per-gpu": "6", "gpus-per-node": "2"}, Site())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--nodes", "two"], "--nodes=two: give a number"),
+        (["--gpus=8", "--nodes=2"], "--gpus=8: say how many GPUs of a node"),
+        (["--gpus-per-task=1"], "--gpus-per-task=1: say how many"),
+        (["--gres=gpu:4", "--ntasks-per-node=2"], "2 ranks a node for 4 GPUs"),
         (["--comment", "a\nb"], "control character"),
         (["name=$(touch pwned)"], "name: "),
         (["name=a b"], "name: "),

@@ -31,6 +31,8 @@ class Probe:
     """checkpoints of a run that exist at the same time, at most"""
     grace: dict[str, float]
     """seconds from the warning to the end, by occasion: `before the time limit`, `at preemption`"""
+    loader_threads: int
+    """of a rank: they read while it trains"""
 
     def where(self, ranks: Sequence[int]) -> str:
         """The hosts of these ranks, each once."""

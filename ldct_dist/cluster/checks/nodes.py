@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 import signal
 import statistics
 import subprocess
 import time
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,10 +28,16 @@ def look_software(_: Probe) -> dict[str, str]:
     }
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
-        facts["driver"] = Path("/proc/driver/nvidia/version").read_text().split("\n")[0].split()[7]
+        facts["driver"] = parse_driver(Path("/proc/driver/nvidia/version").read_text())
         facts["cuDNN"] = str(torch.backends.cudnn.version())
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts
+
+
+def parse_driver(text: str) -> str:
+    """The version of NVIDIA's driver, of its closed or its open kernel module, in /proc/driver/nvidia/version."""
+    found = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return found[0] if found else "unknown"
 
 
 def judge_software(probe: Probe, seen: list[dict[str, str]]) -> Verdict:
@@ -47,26 +54,34 @@ def judge_software(probe: Probe, seen: list[dict[str, str]]) -> Verdict:
     return True, "alike: " + ", ".join(f"{k} {v}" for k, v in seen[0].items())
 
 
-def look_gpu(_: Probe) -> tuple[str | None, bool]:
-    """(this rank's GPU by its UUID, whether Slurm gave this job GPUs)."""
-    given = bool(os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS"))
-    if not torch.cuda.is_available():
-        return None, given
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid), given
+def look_gpu(probe: Probe) -> bool:
+    """Whether this rank has a GPU. World.join has seen to it that it is all its own."""
+    return probe.world.device.type == "cuda"
 
 
-def judge_gpu(probe: Probe, seen: list[tuple[str | None, bool]]) -> Verdict:
-    blind = [rank for rank, (gpu, given) in enumerate(seen) if gpu is None and given]
-    if blind:
+def judge_gpu(probe: Probe, seen: list[bool]) -> Verdict:
+    return True, f"{len(seen)}, one a rank" if all(seen) else "none: training runs on the CPU"
+
+
+def look_cores(_: Probe) -> set[int]:
+    """The cores that this rank may use."""
+    return os.sched_getaffinity(0)
+
+
+def judge_cores(probe: Probe, seen: list[set[int]]) -> Verdict:
+    """Ranks that may use the same cores share them."""
+    cores: dict[str, set[int]] = {}
+    for host, mine in zip(probe.hosts, seen, strict=True):
+        cores.setdefault(host, set()).update(mine)
+    a_rank = {host: len(c) / probe.hosts.count(host) for host, c in cores.items()}
+    fewest = min(a_rank, key=lambda host: a_rank[host])
+    needed = probe.loader_threads + 1
+    if a_rank[fewest] < needed and probe.world.device.type == "cuda":
         return False, (
-            f"Slurm gave GPUs, but torch sees none on {probe.where(blind)}: install a CUDA build of torch, and "
-            "see that nvidia-smi works there"
+            f"{a_rank[fewest]:g} a rank on {fewest}, for training and {probe.loader_threads} threads that load: the "
+            f"GPU will wait for data; ask for at least --cpus-per-task={needed}"
         )
-    users = Counter((probe.hosts[rank], gpu) for rank, (gpu, _) in enumerate(seen) if gpu is not None)
-    shared = [host for (host, _), ranks in users.items() if ranks > 1]
-    if shared:
-        return False, f"ranks share a GPU on {', '.join(shared)}: start one task a GPU, each bound to its own"
-    return True, f"{len(users)}, one a rank" if users else "none: training runs on the CPU"
+    return True, f"{a_rank[fewest]:g} a rank"
 
 
 def look_clock(probe: Probe) -> list[float]:
@@ -91,8 +106,13 @@ def judge_clock(probe: Probe, seen: list[list[float]]) -> Verdict:
     return True, f"all within {max(off, 0.001):.3f} s"
 
 
-def look_signal(probe: Probe) -> bool:
-    """Whether SIGUSR1 arrives when it is sent the way Slurm sends it at the time limit."""
+def look_signal(probe: Probe) -> bool | None:
+    """Whether SIGUSR1 arrives when it is sent the way Slurm sends it at the time limit.
+
+    None where it cannot be sent so: Slurm's commands are not needed within a container.
+    """
+    if not probe.world.broadcast("SLURM_STEP_ID" not in os.environ or shutil.which("scancel") is not None):
+        return None
     arrived: list[int] = []
     # It stays: a signal that comes late must still find a handler.
     signal.signal(signal.SIGUSR1, lambda number, _: arrived.append(number))
@@ -105,7 +125,9 @@ def look_signal(probe: Probe) -> bool:
     return bool(arrived)
 
 
-def judge_signal(probe: Probe, seen: list[bool]) -> Verdict:
+def judge_signal(probe: Probe, seen: list[bool | None]) -> Verdict:
+    if None in seen:
+        return True, "not tried: there is no scancel where the ranks run"
     deaf = [rank for rank, arrived in enumerate(seen) if not arrived]
     if deaf:
         return False, (
@@ -130,6 +152,7 @@ def _signal_all() -> None:
 CHECKS = [
     Check(look_software, {"versions": judge_software}),
     Check(look_gpu, {"GPUs": judge_gpu}),
+    Check(look_cores, {"cores": judge_cores}),
     Check(look_clock, {"clocks": judge_clock}),
     Check(look_signal, {"signals": judge_signal}),
 ]

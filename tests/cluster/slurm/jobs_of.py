@@ -14,7 +14,7 @@ from runs import losses, write_config
 
 RANKS = 4
 STEPS = 120
-OPTIONS = {"nodes": 2, "ntasks_per_node": 2, "time": "10"}
+OPTIONS = {"nodes": 2, "ntasks_per_node": 2, "cpus_per_task": 1, "time": "10"}
 
 
 def write_job(folder: Path, store: Path, **changes: Any) -> Path:

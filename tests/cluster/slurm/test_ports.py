@@ -47,7 +47,7 @@ def test_a_run_is_submitted_and_comes_to_its_end(rootless):
     config = write_job(folder, make_store(folder / "ct.zarr", [(6, 32, 32)] * 2).path, steps=4)
     command = [*powerless, sys.executable, "-m", "ldct_dist", "submit", config]
     done = subprocess.run(
-        [*command, "--nodes=2", "--ntasks-per-node=2"],
+        [*command, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"],
         cwd=folder,
         env=handle.user(),
         capture_output=True,

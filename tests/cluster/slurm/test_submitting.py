@@ -30,7 +30,7 @@ def test_a_value_is_what_slurm_gets_whatever_it_holds(cluster, store, tmp_path, 
 
 
 def test_a_wrong_number_of_gpus_is_one_line(cluster, store, tmp_path):
-    job = submit(write_job(tmp_path, store, steps=1), gpus_per_node=2)
+    job = submit(write_job(tmp_path, store, steps=1), gpus_per_node=2, cpus_per_task=1)
     wait(lambda: job.done(force_check=True), "the job's end")
     (line,) = {text for text in job.log.read_text().splitlines() if text.startswith("error: ")}
     assert "2 ranks on " in line

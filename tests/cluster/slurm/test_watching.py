@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ldct_dist.cluster.doctor import job_command
 from runs import write_config
 from stores import make_store
 
@@ -120,7 +121,7 @@ def test_doctor_is_green_on_a_healthy_cluster(ldct, config):
     done = ldct("doctor", config, "--nodes=2", "--tasks=1", "--write-mib=1")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert all(line.startswith("ok ") for line in lines)
     assert any("at preemption" in line for line in lines)
 
@@ -132,10 +133,9 @@ def test_doctor_names_what_is_wrong_and_where(machines, run, config, tmp_path):
     (ahead / "sitecustomize.py").write_text(AHEAD)
     wrapper.write_text(FAULTS.format(runs=runs, ahead=ahead))
     wrapper.chmod(0o755)
-    done = run(
-        *("srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", wrapper),
-        *(sys.executable, "-m", "ldct_dist", "doctor-rank", "--write-mib=1", f"--runs={runs}", config),
-    )
+    words = job_command(["--write-mib=1", f"--runs={runs}", str(config)], runs, None, {"nodes": "2"})
+    words.insert(words.index("bash"), str(wrapper))
+    done = run(*words)
     assert done.returncode == 1, done.stdout + done.stderr
     bad = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("BAD")}
     assert bad.keys() == {"clocks", "signals", "shared"}, done.stdout

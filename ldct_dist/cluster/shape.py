@@ -1,0 +1,64 @@
+"""The shape of a job: nodes, ranks a node, cores a rank, from what a person and a site's profile ask of sbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ldct_dist.cluster.site import Site
+from ldct_dist.errors import UserError
+
+Options = Mapping[str, str | bool]
+"""of sbatch, by their long names; true for those without a value"""
+CPUS_PER_TASK = 8
+"""for a rank's training, its loader's threads, its saver and its watch: with Slurm's own default they share one core"""
+_UNREAD = ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks")
+
+
+def shaped(given: Options, site: Site) -> dict[str, str | bool]:
+    """All options of a job of ranks: those given go before the site's, and nothing of the shape is left to Slurm.
+
+    A rank a GPU; without GPUs, as many ranks as --ntasks-per-node says, or one. Raises UserError for a shape that
+    the ranks would refuse once the job has waited in the queue, and for GPUs that say nothing of it.
+    """
+    options = {"nodes": "1", **site.sbatch_options(), **given}
+    if "cpus-per-gpu" not in options:
+        options.setdefault("cpus-per-task", str(CPUS_PER_TASK))
+    gpus = gpus_per_node(options)
+    if "ntasks-per-node" not in options:
+        for key in _UNREAD:
+            if key in options:
+                raise UserError(
+                    f"--{key}={options[key]}: say how many GPUs of a node to take (--gpus-per-node), or how many "
+                    "ranks to start on it (--ntasks-per-node)"
+                )
+        options["ntasks-per-node"] = str(gpus or 1)
+    if gpus and number(options, "ntasks-per-node") != gpus:
+        raise UserError(
+            f"{options['ntasks-per-node']} ranks a node for {gpus} GPUs: a rank takes one GPU; leave "
+            "--ntasks-per-node out"
+        )
+    return options
+
+
+def number(options: Options, key: str) -> int:
+    """The option's value. Raises UserError if it is not a number from 1 on."""
+    text = str(options[key])
+    if not text.isdigit() or int(text) == 0:
+        raise UserError(f"--{key}={text}: give a number from 1 on")
+    return int(text)
+
+
+def gpus_per_node(options: Options) -> int:
+    """By --gpus-per-node (4, a100:4) or --gres (gpu:4, gpu:a100:4, among other resources); 0 if neither asks for one."""
+    asked = [
+        r for r in str(options.get("gres", "")).split(",") if r.removeprefix("gres:").split(":")[0] == "gpu"
+    ]
+    if "gpus-per-node" in options:
+        asked = str(options["gpus-per-node"]).split(",")
+    return sum(_count(words) for words in asked)
+
+
+def _count(words: str) -> int:
+    """Of a resource: 4 of gpu:a100:4, and one of gpu:a100."""
+    last = words.rpartition(":")[2]
+    return int(last) if last.isdigit() else 1
