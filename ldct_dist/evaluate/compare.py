@@ -34,7 +34,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def print_classification(found: dict[str, Any], console: Console) -> None:
     """What `classify` found."""
-    title = f"classified: {found['samples']} images of {found['patients']} patients, 95 % intervals"
+    title = f"classified: {found['samples']} images of {found['patients']} patients, 95 % bootstrap intervals"
     table = Table("", "AUC", "accuracy", title=title)
     for image, row in found["images"].items():
         cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*row[key]) for key in ("auc", "accuracy"))

@@ -3,20 +3,35 @@ import math
 import numpy as np
 import pytest
 
-from ldct_dist.evaluate.statistics import by_patient, estimate, holm, paired_tests
+from ldct_dist.evaluate.statistics import Estimate, Paired, by_patient, estimate, holm, paired_tests
 
 
-def test_interval_holds_the_truth_as_often_as_it_says():
+@pytest.mark.parametrize(
+    ("patients", "times", "kind"),
+    [
+        (2, 1000, "Student t"),
+        (4, 1000, "Student t"),
+        (9, 1000, "Student t"),
+        (10, 300, "expanded percentile bootstrap"),
+        (20, 300, "expanded percentile bootstrap"),
+    ],
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(patients, times, kind):
     rng = np.random.default_rng(0)
+    cases = np.repeat([f"p{i}" for i in range(patients)], 3)
     held = 0
-    for _ in range(60):
-        patients = [f"p{i // 3}" for i in range(60)]
+    for _ in range(times):
         # Patients differ by 2, a patient's cases by 1: treated as independent, cases would promise too much.
-        values = 30 + np.repeat(rng.normal(0, 2, 20), 3) + rng.normal(0, 1, 60)
-        found = estimate(values, patients)
-        assert found.n == 20
+        values = 30 + np.repeat(rng.normal(0, 2, patients), 3) + rng.normal(0, 1, len(cases))
+        found = estimate(values, cases)
+        assert (found.n, found.interval) == (patients, kind)
         held += found.low <= 30 <= found.high
-    assert held >= 51
+    assert held / times == pytest.approx(0.95, abs=0.025)
+
+
+def test_students_interval_by_hand():
+    found = estimate([1.0, 2.0], ["a", "b"])
+    assert (found.low, found.high) == pytest.approx((1.5 - 12.706 / 2, 1.5 + 12.706 / 2), abs=1e-3)
 
 
 def test_patients_weigh_alike_however_many_cases_they_have():
@@ -26,9 +41,10 @@ def test_patients_weigh_alike_however_many_cases_they_have():
 
 def test_one_patient_has_a_mean_and_no_interval():
     found = estimate([1.0, 3.0], ["a", "a"])
-    assert (found.mean, found.low, found.high, found.n) == (2.0, None, None, 1)
+    assert found == Estimate(2.0, None, None, 1, None)
     assert estimate([math.inf], ["a"]).mean is None
-    assert paired_tests({"x": [1.0, 3.0], "y": [2.0, 2.0]}, ["a", "a"])[0].p is None
+    pair = paired_tests({"x": [1.0, 3.0], "y": [2.0, 2.0]}, ["a", "a"])[0]
+    assert pair == Paired("x", "y", Estimate(0.0, None, None, 1, None), None, None, None, None)
 
 
 def test_a_consistent_difference_is_found_and_a_random_one_is_not():
@@ -39,8 +55,32 @@ def test_a_consistent_difference_is_found_and_a_random_one_is_not():
     tests = {(t.a, t.b): t for t in paired_tests(methods, patients)}
     assert tests["worse", "base"].p == pytest.approx(2 / 2**12)
     assert tests["worse", "base"].p_holm == pytest.approx(3 * 2 / 2**12)
-    assert tests["worse", "base"].difference > 1
+    assert tests["worse", "base"].least_p_holm == tests["worse", "base"].p_holm
+    assert tests["worse", "base"].difference.low > 1
     assert tests["base", "other"].p_holm > 0.05
+    assert tests["base", "other"].difference.low < 0 < tests["base", "other"].difference.high
+
+
+def test_pairs_are_closer_than_patients():
+    """What patients have in common does not widen the interval of the difference."""
+    base = np.array([10.0, 20.0, 30.0, 40.0])
+    patients = ["p", "q", "r", "s"]
+    pair = paired_tests({"a": base + np.array([1.0, 1.1, 0.9, 1.0]), "b": base}, patients)[0]
+    assert (pair.difference.low, pair.difference.high) == pytest.approx((0.87, 1.13), abs=0.01)
+    assert estimate(base + 1, patients).low < estimate(base, patients).mean
+
+
+@pytest.mark.parametrize(
+    ("patients", "least", "least_holm"), [(4, 0.125, 1.0), (10, 2 / 2**10, 15 * 2 / 2**10)]
+)
+def test_few_patients_and_many_pairs_allow_no_small_p(patients, least, least_holm):
+    """Six methods as far apart on every patient as can be."""
+    methods = {f"m{k}": [10.0**k * (i + 1) for i in range(patients)] for k in range(6)}
+    tests = paired_tests(methods, [f"p{i}" for i in range(patients)])
+    assert len(tests) == 15
+    for pair in tests:
+        assert (pair.least_p, pair.least_p_holm) == pytest.approx((least, least_holm))
+        assert (pair.p, pair.p_holm) == pytest.approx((least, least_holm))
 
 
 def test_holm_by_hand():
@@ -51,4 +91,4 @@ def test_holm_by_hand():
 
 def test_equal_methods_do_not_differ():
     found = paired_tests({"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]}, ["p", "q", "r"])[0]
-    assert (found.difference, found.p, found.p_holm) == (0, 1, 1)
+    assert (found.difference.mean, found.p, found.p_holm) == (0, 1, 1)

@@ -103,29 +103,40 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
 
 def _summary(study: Study, protocol: str, words: str) -> Table:
     measured = results.measured(study, protocol)
+    found = results.summary(study, protocol)
     rows = [
         [Cell(method, method), *(_estimate(row[m], _DIGITS[m]) for m in measured)]
-        for method, row in results.summary(study, protocol).items()
+        for method, row in found.items()
     ]
     where = "in 3-D" if protocol.endswith("-3d") else "slice by slice"
-    caption = f"Against full dose, {where}: {words}. Means over patients, with 95 % bootstrap intervals."
+    means = _means(e for row in found.values() for e in row.values())
+    caption = f"Against full dose, {where}: {words}. {means}."
     return Table(caption, ["method", *(LABELS[m] for m in measured)], rows)
 
 
 def _tests(study: Study, protocol: str) -> Table:
+    found = [(measure, t) for measure, pairs in results.tests(study, protocol).items() for t in pairs]
     rows = [
         [
             Cell(f"{t.a} − {t.b}", f"{t.a} {t.b}"),
             Cell(LABELS[measure], measure),
-            _number(t.difference, _DIGITS[measure], sign=True),
+            _estimate(t.difference, _DIGITS[measure], sign=True),
             _number(t.p, 4),
             _number(t.p_holm, 4),
-            Cell(str(t.n), t.n),
+            Cell(str(t.difference.n), t.difference.n),
         ]
-        for measure, pairs in results.tests(study, protocol).items()
-        for t in pairs
+        for measure, t in found
     ]
-    caption = f"{protocol}: paired Wilcoxon tests over patients, Holm-corrected for all pairs of a measure."
+    caption = (
+        f"{protocol}: {_means(t.difference for _, t in found)}. Paired Wilcoxon tests over patients, Holm-corrected for "
+        "all pairs of a measure."
+    )
+    most = max((t for _, t in found), key=lambda t: t.difference.n, default=None)
+    if most and most.least_p is not None:
+        caption += (
+            f" {most.difference.n} patients can give no p below {most.least_p:.2g}, and none below "
+            f"{most.least_p_holm:.2g} when corrected."
+        )
     return Table(caption, ["pair", "measure", "mean difference", "p", "p, corrected", "patients"], rows)
 
 
@@ -133,24 +144,28 @@ def _bias(study: Study) -> Table:
     found = results.bias(study)
     tissues = list(next(iter(found.values())))
     rows = [[Cell(m, m), *(_estimate(row[t], 1, sign=True) for t in tissues)] for m, row in found.items()]
-    return Table("Mean of image − full dose by tissue, HU.", ["method", *(f"{t}, HU" for t in tissues)], rows)
+    means = _means(e for row in found.values() for e in row.values())
+    caption = f"Mean of image − full dose by tissue, HU. {means}."
+    return Table(caption, ["method", *(f"{t}, HU" for t in tissues)], rows)
 
 
 def _physics(study: Study) -> Table:
     contrasts = [round(t.contrast_hu, -1) for t in next(iter(study.transfers.values()), [])]
-    rows = []
+    rows, estimates = [], []
     for method, found in results.physics(study).items():
         seen = found["detection"]
+        noise, conspicuous = (Estimate(**found[key]) for key in ("noise_hu", "conspicuous"))
+        estimates += [noise, conspicuous]
         rows.append(
             [
                 Cell(method, method),
-                _estimate(Estimate(**found["noise_hu"]), 1),
+                _estimate(noise, 1),
                 _number(found["nps_mean_frequency_per_mm"], 3),
                 *(_number(t["f50_per_mm"], 2) for t in found["ttf"]),
                 Cell(f"{seen['d_prime']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}]", seen["d_prime"])
                 if seen
                 else Cell(_NONE, ""),
-                _estimate(Estimate(**found["conspicuous"]), 3, scale=100),
+                _estimate(conspicuous, 3, scale=100),
             ]
         )
     columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
@@ -158,7 +173,8 @@ def _physics(study: Study) -> Table:
     columns += ["d′ of the lesion", "voxels with structure beyond 4 σ, %"]
     caption = (
         "Noise in the patients' soft tissue; sharpness and lesion detection (channelised Hotelling observer, 95 % "
-        "interval) on a phantom scanned as the first case was; structure that full dose has not, in units of its noise."
+        "interval) on a phantom scanned as the first case was; structure that full dose has not, in units of its noise. "
+        f"{_means(estimates)}."
     )
     return Table(caption, columns, rows)
 
@@ -187,7 +203,8 @@ def _classification(found: dict[str, Any]) -> list[Table]:
     ]
     caption = (
         f"The same CNN trained on each kind of image, patients kept apart over {found['folds']} folds; "
-        f"{found['samples']} samples of {found['patients']} patients, 95 % bootstrap intervals over patients."
+        f"{found['samples']} samples of {found['patients']} patients, 95 % intervals over patients (expanded percentile "
+        "bootstrap)."
     )
     pairs = [
         [
@@ -200,7 +217,11 @@ def _classification(found: dict[str, Any]) -> list[Table]:
     columns = ["pair", "AUC difference", "p, DeLong", "corrected", "p, McNemar", "corrected"]
     return [
         Table(caption, ["images", "AUC", "accuracy", "sensitivity", "specificity"], rows),
-        Table("Paired tests on the same samples, Holm-corrected for all pairs.", columns, pairs),
+        Table(
+            "Paired tests on the same samples, with the patient as the unit, Holm-corrected for all pairs.",
+            columns,
+            pairs,
+        ),
     ]
 
 
@@ -215,6 +236,12 @@ def _curves(study: Study) -> list[str]:
         lines = {n: (t.frequency, t.ttf) for n, t in zip(study.transfers, transfers, strict=True)}
         drawn.append(curves(lines, f"TTF, edges of {contrast} HU", "frequency, 1/mm", "TTF", top=1.2))
     return drawn
+
+
+def _means(estimates: Iterable[Estimate]) -> str:
+    """What the estimates of a table are."""
+    kinds = sorted({found.interval for found in estimates if found.interval})
+    return "Means over patients" + (f", with 95 % intervals ({' or '.join(kinds)})" if kinds else "")
 
 
 def _estimate(found: Estimate, digits: int, *, scale: float = 1, sign: bool = False) -> Cell:
