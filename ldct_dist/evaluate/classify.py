@@ -1,7 +1,8 @@
 """Does a classifier do better on denoised images? The same small CNN, trained anew on each kind of image.
 
 Folds keep a patient's samples together, and are the same for every kind of image, so that the comparison is paired.
-Two-sided tests: DeLong's for AUCs (Biometrics 44 (1988)), McNemar's exact one for right and wrong answers.
+Two-sided tests, with the patient as the unit: DeLong's for AUCs (Biometrics 44 (1988)) and McNemar's exact one for right
+and wrong answers, both in the form for several samples a patient, and for one a patient as they were published.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, norm, rankdata
+from scipy.stats import norm, rankdata
 from torch import nn
 
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.statistics import holm
+from ldct_dist.evaluate.statistics import holm, tail
 
 _BATCH = 16
 _RESAMPLES = 2000
@@ -69,20 +70,21 @@ class Classifier(nn.Module):
 def classify(samples: Samples, training: Training | None = None) -> dict[str, Any]:
     """Cross-validated performance on each kind of image, and paired tests between the kinds, ready for JSON.
 
-    auc, accuracy, sensitivity and specificity are (value, low, high): 95 % bootstrap intervals over patients.
+    auc, accuracy, sensitivity and specificity are (value, low, high): 95 % intervals, the expanded percentiles of a
+    bootstrap over patients.
     Raises UserError where a class has too few patients for the folds.
     """
     training = training or Training()
     labels, patients = np.asarray(samples.labels), np.asarray(samples.patients)
     fold = patient_folds(labels, patients, training.folds, training.seed)
     scores = {kind: _out_of_fold(images, labels, fold, training) for kind, images in samples.images.items()}
-    drawn = _resamples(labels, patients, training.seed)
+    drawn, beyond = _resamples(labels, patients, training.seed), tail(len(set(samples.patients)))
     return {
         "folds": training.folds,
         "samples": len(labels),
         "patients": len(set(samples.patients)),
-        "images": {kind: _performance(labels, s, drawn) for kind, s in scores.items()},
-        "tests": _tests(labels, scores),
+        "images": {kind: _performance(labels, s, drawn, beyond) for kind, s in scores.items()},
+        "tests": _tests(labels, scores, patients),
     }
 
 
@@ -110,29 +112,47 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((rankdata(scores)[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
-def delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """p of the hypothesis that scores a and b have the same AUC; it takes the samples to be independent."""
+def delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarray) -> float:
+    """p of the hypothesis that scores a and b have the same AUC; only patients are taken to be independent (Obuchowski,
+    Biometrics 53 (1997))."""
     positive = labels == 1
+    n1, n0 = positive.sum(), (~positive).sum()
     placed = []
     for scores in (a, b):
         ranks = rankdata(scores)
-        n1, n0 = positive.sum(), (~positive).sum()
         # The share of the other class that each sample is on the right side of.
-        above = (ranks[positive] - rankdata(scores[positive])) / n0
-        below = 1 - (ranks[~positive] - rankdata(scores[~positive])) / n1
-        placed.append((above, below))
-    (a1, a0), (b1, b0) = placed
-    variance = np.var(a1 - b1, ddof=1) / len(a1) + np.var(a0 - b0, ddof=1) / len(a0)
-    difference = a1.mean() - b1.mean()
+        shares = np.empty(len(labels))
+        shares[positive] = (ranks[positive] - rankdata(scores[positive])) / n0
+        shares[~positive] = 1 - (ranks[~positive] - rankdata(scores[~positive])) / n1
+        placed.append(shares)
+    apart = placed[0] - placed[1]
+    difference = apart[positive].mean()
+    _, whose = np.unique(patients, return_inverse=True)
+    # By patient, what its samples of either class add to the difference beyond its expectation.
+    of1, of0 = (
+        np.bincount(whose, (apart - difference) * each / each.sum()) for each in (positive, ~positive)
+    )
+    k1, k0 = (len(np.unique(whose[each])) for each in (positive, ~positive))
+    k = len(of1)
+    variance = k1 / (k1 - 1) * of1 @ of1 + k0 / (k0 - 1) * of0 @ of0 + 2 * k / (k - 1) * of1 @ of0
     if variance == 0:
         return 1.0 if difference == 0 else 0.0
     return float(2 * norm.sf(abs(difference) / math.sqrt(variance)))
 
 
-def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
-    """p of the hypothesis that a and b are right equally often: exact, from the samples on which they part."""
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+def mcnemar(right_a: np.ndarray, right_b: np.ndarray, patients: np.ndarray) -> float:
+    """p of the hypothesis that a and b are right equally often: exact, from the patients on whom they part.
+
+    Were they alike, each patient's excess of right answers could as well be the other's: this p is the share of all ways
+    to swap them that gives a sum as far from 0.
+    """
+    _, whose = np.unique(patients, return_inverse=True)
+    excess = np.bincount(whose, right_a.astype(float) - right_b).astype(int)
+    shares = np.ones(1)  # of the sums from -k to k in steps of 1
+    for size in np.abs(excess):
+        shares = (np.pad(shares, (0, 2 * size)) + np.pad(shares, (2 * size, 0))) / 2
+    sums = np.arange(len(shares)) - len(shares) // 2
+    return min(1.0, float(shares[np.abs(sums) >= abs(excess.sum())].sum()))
 
 
 def _out_of_fold(images: np.ndarray, labels: np.ndarray, fold: np.ndarray, training: Training) -> np.ndarray:
@@ -163,12 +183,14 @@ def _fit(data: torch.Tensor, target: torch.Tensor, training: Training, seed: int
     return model.eval()
 
 
-def _performance(labels: np.ndarray, scores: np.ndarray, drawn: list[np.ndarray]) -> dict[str, list[float]]:
+def _performance(
+    labels: np.ndarray, scores: np.ndarray, drawn: list[np.ndarray], beyond: float
+) -> dict[str, list[float]]:
     measures = {"auc": auc, "accuracy": _accuracy, "sensitivity": _sensitivity, "specificity": _specificity}
     found = {}
     for name, measure in measures.items():
         again = [measure(labels[sample], scores[sample]) for sample in drawn]
-        found[name] = [measure(labels, scores), *map(float, np.quantile(again, [0.025, 0.975]))]
+        found[name] = [measure(labels, scores), *map(float, np.quantile(again, [beyond, 1 - beyond]))]
     return found
 
 
@@ -196,12 +218,14 @@ def _resamples(labels: np.ndarray, patients: np.ndarray, seed: int) -> list[np.n
     return drawn
 
 
-def _tests(labels: np.ndarray, scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _tests(
+    labels: np.ndarray, scores: Mapping[str, np.ndarray], patients: np.ndarray
+) -> list[dict[str, Any]]:
     pairs = list(combinations(scores, 2))
     right = {kind: (s > 0) == (labels == 1) for kind, s in scores.items()}
     tests = {
-        "delong": [delong(labels, scores[a], scores[b]) for a, b in pairs],
-        "mcnemar": [mcnemar(right[a], right[b]) for a, b in pairs],
+        "delong": [delong(labels, scores[a], scores[b], patients) for a, b in pairs],
+        "mcnemar": [mcnemar(right[a], right[b], patients) for a, b in pairs],
     }
     corrected = {name: holm(p_values) for name, p_values in tests.items()}
     return [

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import zoom
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
 from ldct_dist.ct.phantom import Disc, discs
@@ -58,7 +59,7 @@ def read_labels(path: Path) -> Labels:
 class Cohort:
     """Gathers the labelled slices of a study's cases; pass `add` to `measure` as what it shows to.
 
-    A case's own label goes to 8 slices spread over its middle. Each slice is clipped to `window` and made 64 x 64.
+    A case's own label goes to 8 slices spread over its middle. Each slice is made 64 x 64 and clipped to `window`.
     """
 
     labels: Labels
@@ -99,9 +100,10 @@ class Cohort:
 
 
 def shown(hu: np.ndarray, window: Range, side: int = SIDE) -> np.ndarray:
-    """A slice (y, x) in HU as the classifier sees it: (side, side) float32 in [0, 1]."""
-    grey = np.clip((hu.astype(np.float32) - window[0]) / (window[1] - window[0]), 0, 1)
-    return zoom(grey, [side / n for n in grey.shape], order=1, grid_mode=True, mode="nearest")
+    """A slice (y, x) in HU as the classifier sees it: (side, side) float32 in [0, 1], the means of the areas that its
+    pixels cover. A voxel here and there would bring all of its noise along, which no reader of a small image sees."""
+    means = adaptive_avg_pool2d(torch.from_numpy(hu.astype(np.float32))[None], side)[0].numpy()
+    return np.clip((means - window[0]) / (window[1] - window[0]), 0, 1)
 
 
 def lesion_task(count: int, dose: float, seed: int = 0) -> tuple[Volume, Volume, np.ndarray]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
@@ -16,7 +16,7 @@ from ldct_dist.evaluate.classify import (
     mcnemar,
     patient_folds,
 )
-from ldct_dist.evaluate.tasks import LESION_TRAINING, SIDE, Cohort, lesion_samples, read_labels
+from ldct_dist.evaluate.tasks import LESION_TRAINING, SIDE, Cohort, lesion_samples, read_labels, shown
 
 WINDOW = (-100.0, 220.0)
 
@@ -67,25 +67,57 @@ def test_auc_by_hand():
     assert auc(np.array([0, 1]), np.array([1.0, 1.0])) == 0.5
 
 
-def test_delong_has_the_size_it_says_and_finds_a_difference():
+def plain_delong(labels, a, b):
+    """As published, from the kernel of every pair."""
+    kernels = [np.sign(s[labels == 1][:, None] - s[labels == 0]) / 2 + 0.5 for s in (a, b)]
+    apart = kernels[0] - kernels[1]
+    variances = [apart.mean(axis).var(ddof=1) / apart.shape[1 - axis] for axis in (0, 1)]
+    return 2 * norm.sf(abs(apart.mean()) / np.sqrt(sum(variances)))
+
+
+def test_one_sample_a_patient_makes_the_plain_tests():
     rng = np.random.default_rng(0)
-    labels = np.arange(120) % 2
+    labels, patients = np.arange(60) % 2, np.array([f"p{i:02}" for i in range(60)])
+    for _ in range(5):
+        a, b = (labels + rng.normal(size=60).round(1) for _ in range(2))  # with ties
+        assert delong(labels, a, b, patients) == pytest.approx(plain_delong(labels, a, b))
+        right_a, right_b = rng.random(60) < 0.9, rng.random(60) < 0.6
+        only_a, only_b = (right_a & ~right_b).sum(), (right_b & ~right_a).sum()
+        expected = binomtest(only_a, only_a + only_b).pvalue
+        assert mcnemar(right_a, right_b, patients) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_tests_of_clustered_samples_have_the_size_they_say(both):
+    """40 patients of 8 slices, which are much alike, and two methods no better than each other; labels are the
+    patient's, or there are `both` in every patient."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), 8)
+    labels = np.arange(320) % 2 if both else patients % 2
     p_values = []
-    for _ in range(300):
-        shared = rng.normal(size=120)
-        a, b = (labels + shared + rng.normal(size=120) for _ in range(2))
-        p_values.append(delong(labels, a, b))
-    assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.05, abs=0.035)
+    for _ in range(400):
+        a, b = (labels - 0.5 + rng.normal(size=40)[patients] + 0.5 * rng.normal(size=320) for _ in range(2))
+        right = ((s > 0) == (labels == 1) for s in (a, b))
+        p_values.append((delong(labels, a, b, patients), mcnemar(*right, patients)))
+    rejected = (np.array(p_values) < 0.05).mean(axis=0)
+    assert rejected == pytest.approx([0.05, 0.05], abs=0.025)
+
+
+def test_delong_finds_a_difference():
+    rng = np.random.default_rng(0)
+    labels, patients = np.arange(120) % 2, np.arange(120)
     worse = norm.ppf(rng.random(120))
-    assert delong(labels, labels + 0.5 * rng.normal(size=120), worse) < 1e-4
-    assert delong(labels, worse, worse) == 1
+    assert delong(labels, labels + 0.5 * rng.normal(size=120), worse, patients) < 1e-4
+    assert delong(labels, worse, worse, patients) == 1
 
 
 def test_mcnemar_counts_where_they_part():
     a = np.array([True] * 10 + [False] * 2 + [True] * 50)
     b = np.array([False] * 10 + [True] * 2 + [True] * 50)
-    assert mcnemar(a, b) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
-    assert mcnemar(a, a) == 1
+    assert mcnemar(a, b, np.arange(62)) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert mcnemar(a, a, np.arange(62)) == 1
+    # All ten are one patient's and the two another's: the sums can be 8 or 12 of either sign, and this is an 8.
+    assert mcnemar(a, b, np.array([0] * 10 + [1] * 2 + [2] * 50)) == 1
 
 
 def test_classifier_takes_any_side_that_halves_three_times():
@@ -105,6 +137,21 @@ def test_labels_by_case_and_by_slice(tmp_path):
     assert set(samples.images) == {"low dose", "full dose"}
     assert samples.images["low dose"].shape == (10, SIDE, SIDE)
     np.testing.assert_allclose(samples.images["low dose"], 0.5)
+
+
+def test_smaller_images_have_less_noise():
+    """A pixel of 64 x 64 holds 8 x 8 of the slice's voxels; sampled, one of them would stand for all."""
+    noise = np.random.default_rng(0).normal(60, 30, (512, 512))
+    seen = shown(noise, (-400.0, 600.0)) * 1000 - 400
+    np.testing.assert_allclose(seen, noise.reshape(64, 8, 64, 8).mean((1, 3)), atol=1e-3)
+    assert seen.std() == pytest.approx(30 / 8, rel=0.05)
+    assert shown(noise[:500, :300], WINDOW).shape == (SIDE, SIDE)
+
+
+def test_images_are_averaged_before_the_window_cuts_them():
+    """Otherwise noise would change the brightness of what lies at the window's ends."""
+    noise = np.random.default_rng(0).normal(-100, 30, (512, 512))
+    assert shown(noise + 20, WINDOW).mean() == pytest.approx(20 / 320, abs=0.001)
 
 
 @pytest.mark.parametrize(
