@@ -1,10 +1,6 @@
 """RMSE, PSNR, SSIM and VIF of whole volumes against full dose, as the protocol says.
 
-Slice by slice as the papers do, or in 3-D. SSIM comes from scikit-image, because the benchmarks' own numbers do; its
-map leaves out the border that its window does not fit into.
-
-Padding is the same in both volumes, so counting it would flatter every figure: without a mask, the voxels counted
-are those whose full dose is not padding. A mask of ones gives what the reference implementations print.
+Slice by slice as the papers do, or in 3-D. SSIM comes from scikit-image, because the benchmarks' own numbers do.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.ct.volume import padding_of
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import Protocol, Range, protocol_named
 from ldct_dist.evaluate.vif import DEPTH, LEAST_SIDE, shared_information
@@ -32,8 +28,8 @@ def evaluate_volume(
 ) -> dict[str, float]:
     """The `measures` of `image_hu` against `full_hu`, all (z, y, x), HU; "vif" is there for the asking.
 
-    mask: bool (z, y, x), the voxels that count; None: those where `full_hu` is not padding. Slices of which nothing
-    counts are left out. psnr_db is inf for equal images, vif nan where no image has any structure.
+    mask: bool (z, y, x), the voxels that count; None: those that the protocol counts. Slices of which nothing counts
+    are left out. psnr_db is inf for equal images, vif nan where no image has any structure.
 
     Raises UserError for an unknown protocol, for volumes of different shapes, where no voxel counts, and where slices
     are smaller, or in 3-D fewer, than a measure's window needs.
@@ -44,7 +40,8 @@ def evaluate_volume(
         raise UserError(
             f"evaluate: shapes differ, image {image_hu.shape} and full dose {full_hu.shape}; give one grid"
         )
-    mask = full_hu > AIR_HU if mask is None else mask
+    if mask is None:
+        mask = np.ones(full_hu.shape, bool) if protocol.counts == "all" else ~padding_of(full_hu)
     if not mask.any():
         raise UserError("evaluate: no voxel to count; the mask is empty, or the full dose is all padding")
     return {name: _MEASURES[name](image_hu, full_hu, protocol, mask) for name in measures}
@@ -75,16 +72,22 @@ def ssim(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np
         border, options = 3, {"win_size": 7}
     deep = border if protocol.dims == 3 else 0
     _check_fits("SSIM", full_hu, (2 * deep + 1, 2 * border + 1))
+    beyond = border if protocol.ssim_border == "zeros" else 0
+    around = ((0, 0), (beyond, beyond), (beyond, beyond))
     inner = (slice(deep, -deep or None), slice(border, -border), slice(border, -border))
     zero = protocol.window[0] if protocol.ssim_zero is None else protocol.ssim_zero
     sums, counts = [], []
     for read in _slabs(len(full_hu), deep):
-        a, b = (np.clip(x[read].astype(np.float64), *protocol.window) - zero for x in (full_hu, image_hu))
+        a, b = (
+            np.pad(np.clip(x[read].astype(np.float64), *protocol.window) - zero, around)
+            for x in (full_hu, image_hu)
+        )
+        whole = a.shape
         if protocol.dims == 2:
             a, b = a[0], b[0]
         _, similarity = structural_similarity(a, b, data_range=protocol.data_range, full=True, **options)
-        counted = mask[read][inner]
-        sums.append(similarity.reshape(mask[read].shape)[inner][counted].sum())
+        counted = np.pad(mask[read], around)[inner]
+        sums.append(similarity.reshape(whole)[inner][counted].sum())
         counts.append(counted.sum())
     return float(_average(np.array(sums), np.array(counts), protocol).mean())
 

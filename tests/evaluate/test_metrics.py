@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
 from ldct_dist.evaluate.protocols import PROTOCOLS, protocol_named
 
-IN_2D = sorted(name for name in PROTOCOLS if not name.endswith("-3d"))
+SCANNED = sorted(name for name, p in PROTOCOLS.items() if p.counts == "scanned" and p.dims == 2)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,12 @@ def pair():
     full = body((12, 64, 64), (5.0, 6.0, 6.0), seed=0).hu
     noise = np.random.default_rng(1).normal(0, 20, full.shape)
     return np.rint(full + noise).astype(np.int16), full
+
+
+@pytest.fixture(scope="module")
+def padded(pair):
+    """With nothing in the corners of either image, as scans are: the field of view is a circle."""
+    return tuple(np.where(pair[1] == AIR_HU, AIR_HU, x).astype(np.int16) for x in pair)
 
 
 def test_values_worked_out_by_hand():
@@ -63,10 +70,10 @@ def test_the_same_error_reads_differently_by_window(name, decibel):
 
 
 @pytest.mark.parametrize("name", ["ldctbench-chest", "ldctbench-abdomen", "ldctbench-neuro"])
-def test_agrees_with_scikit_image_where_every_voxel_counts(pair, name):
-    image, full = pair
+def test_agrees_with_scikit_image_padding_counted(padded, name):
+    image, full = padded
     protocol = protocol_named(name)
-    figures = evaluate_volume(image, full, name, mask=np.ones(full.shape, bool))
+    figures = evaluate_volume(image, full, name)
     # ldct-benchmark scales the window to [0, 1] before it compares.
     a, b = ((np.clip(x, *protocol.window) - protocol.window[0]) / protocol.data_range for x in (full, image))
     slices = list(zip(a, b, strict=True))
@@ -78,22 +85,25 @@ def test_agrees_with_scikit_image_where_every_voxel_counts(pair, name):
     )
 
 
-def test_gaussian_ssim_is_the_red_cnn_one(pair):
-    """Convolutions with an 11 x 11 Gaussian of sigma 1.5, as that implementation computes it, borders apart."""
-    image, full = (torch.from_numpy(x.astype(np.float64)).clip(-160, 240)[:, None] for x in pair)
+def test_gaussian_ssim_is_the_red_cnn_one(padded):
+    """Convolutions with an 11 x 11 Gaussian of sigma 1.5 and zeros around the slice, as that implementation has them."""
+    image, full = (torch.from_numpy(x.astype(np.float64)).clip(-160, 240)[:, None] for x in padded)
     line = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2)[None, None]
 
     def mean(x):
-        return torch.nn.functional.conv2d(x, window)
+        return torch.nn.functional.conv2d(x, window, padding=5)
 
     c1, c2 = (0.01 * 400) ** 2, (0.03 * 400) ** 2
     a, b = mean(image), mean(full)
     covariance = mean(image * full) - a * b
     variances = mean(image * image) - a * a + mean(full * full) - b * b
     expected = ((2 * a * b + c1) * (2 * covariance + c2)) / ((a * a + b * b + c1) * (variances + c2))
-    figures = evaluate_volume(*pair, "redcnn-l506", mask=np.ones(pair[1].shape, bool))
+    figures = evaluate_volume(*padded, "redcnn-l506")
     assert figures["ssim"] == pytest.approx(expected.mean().item(), abs=1e-6)
+    left_out = replace(protocol_named("redcnn-l506"), ssim_border="left out")
+    inner = expected[..., 5:-5, 5:-5].mean().item()
+    assert evaluate_volume(*padded, left_out)["ssim"] == pytest.approx(inner, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -109,14 +119,13 @@ def test_equal_images_are_perfect(pair, name):
 
 def test_vif_is_that_of_torchmetrics_with_either_image_as_the_source(pair):
     image, full = pair
-    everything = np.ones(full.shape, bool)
 
     def theirs(image, full, low, high):
         a, b = (torch.from_numpy(x.astype(np.float64)).clip(low, high)[:, None] for x in (image, full))
         return visual_information_fidelity(a, b, reduction="none").mean().item()
 
     ours = {
-        name: evaluate_volume(image, full, name, everything, ["vif"])["vif"]
+        name: evaluate_volume(image, full, name, measures=["vif"])["vif"]
         for name in ("redcnn-l506", "ldctbench-chest")
     }
     assert ours["redcnn-l506"] == pytest.approx(theirs(image, full, -160, 240), abs=1e-6)
@@ -140,7 +149,7 @@ def test_ssim_in_3d_is_scikit_images_of_the_whole_volume():
     image = full + np.random.default_rng(1).normal(0, 20, full.shape)
     protocol = protocol_named("ldctbench-abdomen-3d")
     a, b = (np.clip(x.astype(float), *protocol.window) for x in (full, image))
-    figures = evaluate_volume(image, full, protocol, mask=np.ones(full.shape, bool))
+    figures = evaluate_volume(image, full, protocol)
     assert figures["ssim"] == pytest.approx(structural_similarity(a - a.min(), b - a.min(), data_range=399))
     assert figures["psnr_db"] == pytest.approx(peak_signal_noise_ratio(a, b, data_range=399))
 
@@ -164,7 +173,7 @@ def test_a_slice_without_error_does_not_make_the_mean_infinite(pair):
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
-@given(rows=st.integers(1, 40), slices=st.integers(0, 2), name=st.sampled_from(IN_2D))
+@given(rows=st.integers(1, 40), slices=st.integers(0, 2), name=st.sampled_from(SCANNED))
 def test_padding_does_not_flatter(rows, slices, name):
     rng = np.random.default_rng(0)
     full = rng.integers(-100, 200, (2, 16, 16)).astype(np.int16)
@@ -176,6 +185,34 @@ def test_padding_does_not_flatter(rows, slices, name):
     )
     assert padded["rmse_hu"] == pytest.approx(plain["rmse_hu"])
     assert padded["psnr_db"] == pytest.approx(plain["psnr_db"])
+
+
+@pytest.mark.parametrize("name", ["chest", "abdomen", "neuro"])
+def test_our_windows_differ_from_the_benchmarks_by_padding_alone(pair, padded, name):
+    middle = [x[:, 16:48, 16:48] for x in pair]
+    assert evaluate_volume(*middle, name) == evaluate_volume(*middle, f"ldctbench-{name}")
+    ours, theirs = (evaluate_volume(*padded, each) for each in (name, f"ldctbench-{name}"))
+    share = 1 - (padded[1] == AIR_HU).mean()
+    assert theirs["rmse_hu"] == pytest.approx(ours["rmse_hu"] * math.sqrt(share), rel=1e-3)
+    assert theirs["psnr_db"] == pytest.approx(ours["psnr_db"] - 10 * math.log10(share), rel=1e-3)
+    assert theirs["ssim"] > ours["ssim"]
+
+
+def test_a_mask_wins_over_what_the_protocol_counts(padded):
+    image, full = padded
+    for name, like in (("abdomen", "ldctbench-abdomen"), ("ldctbench-abdomen", "abdomen")):
+        mask = np.ones(full.shape, bool) if name == "abdomen" else full > AIR_HU
+        figures = evaluate_volume(image, full, name, mask)
+        assert figures == pytest.approx(evaluate_volume(image, full, like), rel=1e-3)
+
+
+def test_noise_that_is_cut_off_in_air_counts():
+    """It lies at the HU of padding here and there."""
+    rng = np.random.default_rng(0)
+    full = rng.normal(-1000, 24, (2, 64, 64)).clip(AIR_HU).round().astype(np.int16)
+    image = full + np.where(full == AIR_HU, 40, 0)
+    expected = 40 * math.sqrt((full == AIR_HU).mean())
+    assert evaluate_volume(image, full, "abdomen")["rmse_hu"] == pytest.approx(expected, rel=0.01)
 
 
 def test_only_the_mask_counts(pair):
@@ -191,8 +228,8 @@ def test_only_the_mask_counts(pair):
 
 def test_mistakes_are_named(pair):
     image, full = pair
-    with pytest.raises(UserError, match=r"'abdomen'.*ldctbench-abdomen, ldctbench-neuro, redcnn-l506"):
-        evaluate_volume(image, full, "abdomen")
+    with pytest.raises(UserError, match=r"'liver'.* abdomen, neuro, ldctbench-chest, .*redcnn-l506"):
+        evaluate_volume(image, full, "liver")
     with pytest.raises(UserError, match="shapes differ"):
         evaluate_volume(image[1:], full, "full-range")
     with pytest.raises(UserError, match="no voxel to count"):
@@ -205,7 +242,11 @@ def test_mistakes_are_named(pair):
         evaluate_volume(image[:6], full[:6], "full-range-3d")
 
 
-def test_a_protocol_says_its_window_and_dose():
-    assert str(protocol_named("ldctbench-abdomen")) == "ldctbench-abdomen, window [-150, 249] HU"
+def test_a_protocol_says_its_window_what_it_counts_and_dose():
+    said = [str(protocol_named(name)) for name in ("abdomen", "ldctbench-abdomen-3d")]
+    assert said == [
+        "abdomen, window [-150, 249] HU, padding left out",
+        "ldctbench-abdomen-3d, window [-150, 249] HU, padding counted",
+    ]
     assert protocol_named("ldctbench-chest").dose == 0.10
     assert protocol_named("redcnn-l506").window == (-160, 240)

@@ -80,14 +80,27 @@ def test_json_holds_every_section_and_no_infinity(report):
     assert found["physics"]["low dose"]["noise_hu"]["mean"] > found["physics"][methods[2]]["noise_hu"]["mean"]
     assert found["physics"]["low dose"]["detection"]["low"] > 0
     assert len(found["physics"]["low dose"]["ttf"]) == 4
-    assert len(found["tests"]["ldctbench-abdomen"]["ssim"]) == 6
+    tests = found["tests"]["ldctbench-abdomen"]["ssim"]
+    assert len(tests) == 6
+    assert {t["difference"]["interval"] for t in tests} == {"Student t"}
+    assert {(t["least_p"], t["least_p_holm"]) for t in tests} == {(0.5, 1)}
 
 
 def test_csv_has_a_line_a_case_and_method(report):
     lines = list(csv.DictReader((report / "cases.csv").open()))
     assert len(lines) == 2 * 4
     assert lines[0]["case"] == "<case&1>"
-    assert float(lines[0]["rmse_hu (ldctbench-abdomen)"]) == pytest.approx(14, rel=0.1)
+    scanned = math.pi / 4  # of a slice; the corners count, too, and have no error
+    assert float(lines[0]["rmse_hu (ldctbench-abdomen)"]) == pytest.approx(14 * math.sqrt(scanned), rel=0.1)
+
+
+def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
+    captions = " ".join(
+        re.findall(r'<p class="caption">(.*?)</p>', (report / "index.html").read_text(), re.S)
+    )
+    assert "ldctbench-abdomen, window [-150, 249] HU, padding counted" in captions
+    assert captions.count("Means over patients, with 95 % intervals (Student t).") == 6
+    assert "2 patients can give no p below 0.5, and none below 1 when corrected." in captions
 
 
 def test_the_page_asks_for_nothing_outside_itself(report):
