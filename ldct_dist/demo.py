@@ -17,7 +17,7 @@ from rich.console import Console
 from ldct_dist import config as configs
 from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.cluster.local import LocalRanks
-from ldct_dist.ct.derived import write_derived
+from ldct_dist.ct.derived import write_simulated
 from ldct_dist.ct.dicom import one_series, read_series
 from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.volumes import denoise_series
@@ -38,21 +38,20 @@ from ldct_dist.train.config import RunConfig
 DATA = Path(__file__).parent / "demo_data"
 TRAIN_PATIENT, TEST_PATIENT = "CRLM-CT-1006", "CRLM-CT-1004"
 RANKS = 2
+KEY = "demo.key"
 
 
 def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
-    """Ingest, train with a kill in the middle, denoise, compare; everything stays in the run's folder.
+    """Ingest, train with a kill in the middle, denoise, compare; everything stays in the run's folder, made anew.
 
-    Raises UserError if a step of it fails.
+    Raises UserError for a folder or a store that is not the demo's, and if a step of it fails.
     """
     start = time.monotonic()
     config = configs.read(RunConfig, config_path, overrides)
-    folder = config.runs / config.name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = _folder_made_anew(config)
 
     console.rule("1/4  DICOM to Zarr, quarter dose simulated")
-    _ingest(config, console)
+    _ingest(config, folder / KEY, console)
     console.rule(f"2/4  training on {TRAIN_PATIENT} with {RANKS} processes, killed once and resumed")
     resumed_at = _train_with_a_kill(config, [str(config_path), *overrides], folder, console)
     console.rule(f"3/4  denoising {TEST_PATIENT}, which training has not seen")
@@ -75,16 +74,32 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
     console.print(f"figures          {folder / 'result.json'}")
 
 
+def _folder_made_anew(config: RunConfig) -> Path:
+    """The run's folder, empty but for the key that marks it as the demo's. Only what bears that mark is deleted."""
+    folder = config.runs / config.name
+    if not config.store.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"store={config.store}: the demo ingests its own two patients, into the folder of its run alone; give "
+            f"store={folder / 'ct.zarr'}"
+        )
+    if folder.exists() and not (folder / KEY).exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: not made by the demo, which would delete it; choose another run with name=NAME"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Public data, so no secret: a fixed key makes the store, and with it the sample order, the same everywhere.
+    (folder / KEY).write_text("00" * 32)
+    return folder
+
+
 def _beside_python(command: str) -> str:
     """How to call a command of this environment from here, whether or not it is activated."""
     return os.path.relpath(Path(sys.executable).with_name(command))
 
 
-def _ingest(config: RunConfig, console: Console) -> None:
+def _ingest(config: RunConfig, key: Path, console: Console) -> None:
     splits = {TRAIN_PATIENT: "train", TEST_PATIENT: "test"}
-    # Public data, so no secret: a fixed key makes the store, and with it the sample order, the same everywhere.
-    key = config.store.with_name("demo.key")
-    key.write_text("00" * 32)
     settings = IngestConfig(dose=config.data.dose, split_of=splits, seed=config.seed, key=key)
     report = ingest(DATA, config.store, settings)
     if report.rejected:
@@ -123,9 +138,7 @@ def _denoise(config: RunConfig, folder: Path, console: Console) -> tuple[Volume,
     case = store.cases[int(store.split("test")[0])].name
     source = one_series(DATA / TEST_PATIENT)
     low = store.volume(case, dose_name(config.data.dose))
-    write_derived(
-        source, low.hu, folder / "low-dose", f"Simulated at {config.data.dose:g} of the dose by ldct_dist"
-    )
+    write_simulated(source, low.hu, folder / "low-dose", config.data.dose)
     denoise_series(weights_of(folder), folder / "low-dose", folder / "denoised")
     console.print(f"{len(low.hu)} slices -> {folder / 'denoised'}")
     low, denoised = (read_series(one_series(folder / name)) for name in ("low-dose", "denoised"))

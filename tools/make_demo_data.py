@@ -47,7 +47,7 @@ def _halve_series(folder: Path, syntax: str) -> list[Dataset]:
 
 def _halve(source: Dataset, slice_: Slice, series_uid: str, syntax: str) -> Dataset:
     ds = presentable(source)
-    mark_derived(ds, series_uid, derived_uid(series_uid, slice_.path.name), DESCRIPTION)
+    mark_derived(ds, series_uid, derived_uid(series_uid, slice_.path.name), DESCRIPTION, label=DESCRIPTION)
     if "AdditionalPatientHistory" in ds:
         del ds.AdditionalPatientHistory  # free text on a patient, of no use here
     del ds.SourceImageSequence[0].SpatialLocationsPreserved  # true of the patient, not pixel by pixel

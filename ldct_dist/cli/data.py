@@ -109,22 +109,21 @@ def simulate(
     source: Annotated[Path, typer.Argument(help="Folder with one full-dose DICOM series")],
     out: Annotated[Path, typer.Argument(help="New folder for the low-dose series")],
     dose: Annotated[float, typer.Option(help="Fraction of the dose to keep")] = 0.25,
-    seed: Annotated[int, typer.Option(help="Same seed, same noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other noise; every series has its own")] = 0,
 ) -> None:
     """A DICOM series as it would look at a lower dose.
 
     Example: ldct-dist simulate full/ quarter/ --dose 0.25
     """
-    from ldct_dist.ct.derived import write_derived
+    from ldct_dist.ct.derived import write_simulated
     from ldct_dist.ct.dicom import one_series, read_series
     from ldct_dist.ct.dose import simulate_low_dose
+    from ldct_dist.ct.dose_config import seed_of
 
     series = one_series(source, notice)
     with console.status("simulating"):
-        low = simulate_low_dose(read_series(series), dose, seed)
-    files = write_derived(
-        series, low.hu, out, f"Simulated at {dose:g} of the dose by ldct_dist (projection domain)"
-    )
+        low = simulate_low_dose(read_series(series), dose, seed_of(series.series_uid, seed))
+    files = write_simulated(series, low.hu, out, dose)
     console.print(f"{len(files)} slices -> {out}")
 
 

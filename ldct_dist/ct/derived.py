@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 from pydicom import Dataset
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+import ldct_dist
 from ldct_dist.ct.dicom import Series, read_slices
 from ldct_dist.ct.headers import number, pydicom_faults_as_user_errors, text
 from ldct_dist.ct.pixels import Slice
@@ -34,20 +36,50 @@ STALE = (
 """True of the source's pixels, file or moment of writing, not of the derived ones. The wall clock is not
 written in their place: the same input must give the same files."""
 
+PROPORTIONAL = (
+    *("XRayTubeCurrent", "XRayTubeCurrentInmA", "XRayTubeCurrentInuA"),
+    *("Exposure", "ExposureInmAs", "ExposureInuAs", "CTDIvol"),
+)
+"""A scanner that gives a fraction of the dose writes that fraction of these: it lowers the current, not the voltage."""
 
-def write_derived(series: Series, hu: np.ndarray, out: Path | str, description: str) -> list[Path]:
+LONGEST_TEXT, LONGEST_NAME, LONGEST_LABEL = 1024, 64, 32  # characters; the first two: of DICOM's ST and LO
+
+
+def write_simulated(series: Series, hu: np.ndarray, out: Path | str, dose: float) -> list[Path]:
+    """Write `hu`, `series` as it would look at the fraction `dose` of its dose: see `write_derived`."""
+    return write_derived(
+        series,
+        hu,
+        out,
+        f"Simulated at {dose:g} of the dose by ldct_dist {ldct_dist.__version__} (projection domain)",
+        label=f"simulated {100 * dose:g} % dose",
+        dose=dose,
+    )
+
+
+def write_derived(
+    series: Series,
+    hu: np.ndarray,
+    out: Path | str,
+    description: str,
+    *,
+    label: str = "derived",
+    dose: float = 1.0,
+) -> list[Path]:
     """Write `hu`, (z, y, x) int16 in the order of `read_series(series)`, as DICOM files in the folder `out`.
 
     A voxel whose HU is the source's keeps its stored value bit for bit, and padding stays the source's
     padding whatever `hu` says there. Other voxels are clipped to AIR_HU from below and to the stored
     range, never becoming PixelPaddingValue. Patient, study, frame of reference, geometry and rescale are
-    the source's. `description` says how the series was made: plain ASCII.
+    the source's. `description` says how the series was made, in full, and `label` in a word or two, which
+    SeriesDescription has after the source's own: plain ASCII. `dose`: the fraction of the source's dose that
+    the images show; tube current, exposure and CTDIvol are scaled by it.
 
     Returns the files in slice order. `out` appears complete or not at all. Raises UserError when it
-    exists and is not empty, cannot be written, or when `hu` or `description` does not fit.
+    exists and is not empty, cannot be written, or when `hu`, `description` or `label` does not fit.
     """
     out = Path(out).absolute()
-    _check(series, hu, out, description)
+    _check(series, hu, out, {"description": (description, LONGEST_TEXT), "label": (label, LONGEST_LABEL)})
     series_uid = derived_uid(series.series_uid, description, hashlib.sha256(hu.tobytes()).hexdigest())
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     names = [f"{i:04d}.dcm" for i in range(1, len(hu) + 1)]
@@ -55,9 +87,14 @@ def write_derived(series: Series, hu: np.ndarray, out: Path | str, description: 
         partial.mkdir(parents=True)
         for name, (ds, source), slice_hu in zip(names, read_slices(series), hu, strict=True):
             instance_uid = derived_uid(series_uid, name)
-            (partial / name).write_bytes(
-                _encoded(ds, source, slice_hu, series_uid, instance_uid, description)
-            )
+            with pydicom_faults_as_user_errors(source.path):
+                derived = presentable(ds)
+                if dose != 1:
+                    scale_dose(derived, dose)
+                mark_derived(derived, series_uid, instance_uid, description, label)
+                set_pixels(derived, source, _stored(source, slice_hu))
+                encoded = _encoded(derived)
+            (partial / name).write_bytes(encoded)
         os.replace(partial, out)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror}); choose another folder or make room") from e
@@ -66,20 +103,18 @@ def write_derived(series: Series, hu: np.ndarray, out: Path | str, description: 
     return [out / name for name in names]
 
 
-def _check(series: Series, hu: np.ndarray, out: Path, description: str) -> None:
+def _check(series: Series, hu: np.ndarray, out: Path, said: dict[str, tuple[str, int]]) -> None:
+    """said: by what it is, each text and how long it may be."""
     if hu.shape != series.shape or hu.dtype != np.int16:
         raise UserError(
             f"{series.name}: its volume is int16 {series.shape}, this one is {hu.dtype} {hu.shape}; "
             "give HU in the order of read_series"
         )
-    if not (description.isascii() and description.isprintable() and 0 < len(description) <= 1024):
-        raise UserError(
-            f"description {description[:40]!r}: write 1 to 1024 plain ASCII characters in one line"
-        )
-    if "\\" in description:
-        raise UserError(
-            f"description {description[:40]!r}: DICOM separates values by backslashes; write none"
-        )
+    for what, (words, longest) in said.items():
+        if not (words.isascii() and words.isprintable() and 0 < len(words) <= longest):
+            raise UserError(f"{what} {words[:40]!r}: write 1 to {longest} plain ASCII characters in one line")
+        if "\\" in words:
+            raise UserError(f"{what} {words[:40]!r}: DICOM separates values by backslashes; write none")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; choose another folder or remove it")
 
@@ -93,15 +128,9 @@ def derived_uid(*sources: str) -> str:
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '|'.join(sources)).int}"
 
 
-def _encoded(
-    ds: Dataset, source: Slice, hu: np.ndarray, series_uid: str, instance_uid: str, description: str
-) -> bytes:
+def _encoded(ds: Dataset) -> bytes:
     buffer = BytesIO()
-    with pydicom_faults_as_user_errors(source.path):
-        derived = presentable(ds)
-        mark_derived(derived, series_uid, instance_uid, description)
-        set_pixels(derived, source, _stored(source, hu))
-        derived.save_as(buffer, enforce_file_format=True, implicit_vr=False, little_endian=True)
+    ds.save_as(buffer, enforce_file_format=True, implicit_vr=False, little_endian=True)
     return buffer.getvalue()
 
 
@@ -137,16 +166,34 @@ def presentable(ds: Dataset) -> Dataset:
     return kept
 
 
-def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: str) -> None:
-    """Turn the header of an image into that of one derived from it, as `description` says (ASCII)."""
+def scale_dose(ds: Dataset, dose: float) -> None:
+    """Scale what is PROPORTIONAL to the dose by `dose`, in sequences too.
+
+    What holds no number is left out, and so is a whole number that would become 0.
+    """
+    for element in list(ds):
+        if element.VR == "SQ":
+            for item in element.value:
+                scale_dose(item, dose)
+        elif element.keyword in PROPORTIONAL:
+            scaled = (number(ds, element.keyword) or 0.0) * dose
+            del ds[element.tag]  # so that the new one takes its own VR, not a wrong one of the source's
+            # whole microamperes in DS, too, which has room for 16 characters
+            if value := scaled if dictionary_VR(element.tag) == "FD" else round(scaled):
+                setattr(ds, element.keyword, value)
+
+
+def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: str, label: str) -> None:
+    """Turn the header of an image into that of one derived from it, as `description` and `label` say (ASCII)."""
     new = Dataset()  # filled apart, so that each element takes its own VR, not a wrong one of the source's
     new.SOPInstanceUID, new.SeriesInstanceUID = instance_uid, series_uid
     new.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
-    # LO holds 64 characters: the end, which tells the two series apart, is the part to keep.
-    new.SeriesDescription = " ".join(filter(None, [text(ds, "SeriesDescription"), description]))[-64:].strip()
+    # Phase and kernel stand in the source's own text; its end gives way to what tells the two series apart.
+    own = (text(ds, "SeriesDescription") or "")[: LONGEST_NAME - len(label) - 1].strip()
+    new.SeriesDescription = f"{own} {label}".strip()
     new.SeriesNumber = int(number(ds, "SeriesNumber") or 0) % 1_000_000 + 1000
     history = [text(ds, "DerivationDescription"), description]
-    new.DerivationDescription = "; ".join(filter(None, history))[-1024:]
+    new.DerivationDescription = "; ".join(filter(None, history))[-LONGEST_TEXT:]
     new.SourceImageSequence = [_source_image(ds.SOPClassUID, ds.SOPInstanceUID)]
     new.RescaleType = "HU"  # silence means HU in an original image only
     equipment = Dataset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 from pydantic import Field
@@ -43,3 +44,9 @@ class DoseConfig(Config):
     cutoff_per_mm: float | None = Field(None, gt=0)
     electronic_noise: float = Field(5.0, ge=0)
     water_per_mm: float = Field(0.0192, gt=0)
+
+
+def seed_of(series_uid: str, seed: int) -> int:
+    """The seed to simulate the series with: patients under one `seed` must not share their noise, or a network learns
+    it by heart. The same series draws the same noise, wherever it is simulated."""
+    return seed + int(hashlib.sha256(series_uid.encode()).hexdigest()[:8], 16)

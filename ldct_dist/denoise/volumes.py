@@ -38,14 +38,14 @@ def denoise_series(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):  # said now, not after an hour's work
         raise UserError(f"{out}: exists already; choose another folder or remove it")
     model = load_weights(weights, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network = f"{model.config.name}-{model.config.size}"
     description = (
-        f"Denoised by ldct_dist {ldct_dist.__version__}, {model.config.name}-{model.config.size}, "
-        f"weights sha256 {weights_hash(weights)}"
+        f"Denoised by ldct_dist {ldct_dist.__version__}, {network}, weights sha256 {weights_hash(weights)}"
     )
     files = []
     series = sound_series(source, notice)
     for number, one in enumerate(series, start=1):
         target = out if len(series) == 1 else out / f"series-{number:03d}"
         hu = denoise_volume(model, read_series(one).hu, tile=tile, bf16=bf16, progress=progress)
-        files += write_derived(one, hu, target, description)
+        files += write_derived(one, hu, target, description, label=f"denoised {network}")
     return files

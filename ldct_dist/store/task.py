@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldct_dist.ct import noise
 from ldct_dist.ct.dicom import Series, read_series
-from ldct_dist.ct.dose_config import DoseConfig
+from ldct_dist.ct.dose_config import DoseConfig, seed_of
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
@@ -67,8 +66,7 @@ def task(
         split=split,
         provenance=keyed_hash(key, "provenance", *uids, *_states(series), *how),
         dose=dose,
-        # Another series draws other noise, and the same one the same noise whatever the key.
-        seed=seed + int(hashlib.sha256(pair.full.series_uid.encode()).hexdigest()[:8], 16),
+        seed=seed_of(pair.full.series_uid, seed),
         simulation=simulation,
         check=check,
     )

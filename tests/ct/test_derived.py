@@ -22,7 +22,7 @@ from pydicom.uid import (
 )
 
 import ldct_dist
-from ldct_dist.ct.derived import write_derived
+from ldct_dist.ct.derived import write_derived, write_simulated
 from ldct_dist.ct.dicom import Series, find_series, read_series
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
@@ -171,19 +171,26 @@ def source(tmp_path) -> Series:
 def test_header_of_the_derived_series(tmp_path, source):
     hu = read_series(source).hu.copy()
     hu[2] += 7
-    written = write_derived(source, hu, tmp_path / "out", "ldct_dist unet3d-s")
+    written = write_derived(source, hu, tmp_path / "out", "ldct_dist unet3d-s", label="denoised unet3d-s")
     for before, after in zip(map(dcmread, source.paths), map(dcmread, written), strict=True):
         for keyword in (
             *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate"),
             *("AccessionNumber", "StudyID", "FrameOfReferenceUID", "SOPClassUID", "Modality", "Manufacturer"),
-            *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "KVP"),
+            *(
+                "ImagePositionPatient",
+                "ImageOrientationPatient",
+                "PixelSpacing",
+                "SliceThickness",
+                "KVP",
+                "Exposure",
+            ),
             *("RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "InstanceNumber", "ConvolutionKernel"),
             *("BitsStored", "PixelRepresentation", "Rows", "Columns", "PatientPosition", "AcquisitionNumber"),
         ):
             assert after[keyword] == before[keyword], keyword
         assert after.ImageType == ["DERIVED", "SECONDARY", "AXIAL"]
         assert after.DerivationDescription == "corrected; ldct_dist unet3d-s"
-        assert after.SeriesDescription == "AXIAL 2.5 ldct_dist unet3d-s"
+        assert after.SeriesDescription == "AXIAL 2.5 denoised unet3d-s"
         assert after.SeriesNumber != before.SeriesNumber
         assert after.RescaleType == "HU"
         (reference,) = after.SourceImageSequence
@@ -243,20 +250,62 @@ def test_confused_padding_tag_is_written_right(tmp_path):
         assert dcmread(path).PixelPaddingValue == -2000
 
 
-def test_long_descriptions_keep_their_end(tmp_path):
-    write_series(tmp_path / "in", phantom(), Options(description="d" * 60))
+def test_a_long_name_keeps_its_beginning_and_says_what_became_of_the_series(tmp_path):
+    """By it, a radiologist tells phases and kernels apart, and the derived series from its source."""
+    write_series(
+        tmp_path / "in", phantom(), Options(description="Abdomen portal venous 1.0 B30f " + "d" * 33)
+    )
     series = only(tmp_path / "in")
-    paths = write_derived(series, read_series(series).hu, tmp_path / "out", "x" * 20 + " by unet3d")
-    said = dcmread(paths[0]).SeriesDescription
-    assert len(said) == 64
-    assert said.endswith("x by unet3d")
+    made = "Denoised by ldct_dist 0.1.0, unet3d-s, weights sha256 0123456789abcdef"
+    ds = dcmread(
+        write_derived(series, read_series(series).hu, tmp_path / "out", made, label="denoised unet3d-s")[0]
+    )
+    assert ds.SeriesDescription == "Abdomen portal venous 1.0 B30f " + "d" * 15 + " denoised unet3d-s"
+    assert len(ds.SeriesDescription) == 64
+    assert ds.DerivationDescription == made
 
 
 @pytest.mark.parametrize("description", ["", "a\nb", "Rauschärmer", "a\\b", "x" * 1025])
 def test_descriptions_that_dicom_cannot_hold(tmp_path, source, description):
     with pytest.raises(UserError, match="description"):
         write_derived(source, read_series(source).hu, tmp_path / "out", description)
+    with pytest.raises(UserError, match="label"):
+        write_derived(source, read_series(source).hu, tmp_path / "out", "made", label=description)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_simulated_dose_is_the_dose_that_the_header_tells(tmp_path):
+    """Whole numbers where DICOM wants them, in sequences too; what would round to 0 is left out."""
+    nested = Dataset()
+    nested.ExposureInmAs, nested.XRayTubeCurrentInmA, nested.CTDIvol = 150.5, 188.0, 10.6
+    tags = {"XRayTubeCurrent": 2, "XRayTubeCurrentInuA": 188000.0, "ExposureInuAs": 80000, "CTDIvol": 10.6}
+    tags |= {"ExposureTime": 1000, "CTExposureSequence": [nested]}
+    write_series(tmp_path / "in", phantom(), Options(tags=tags))
+    series = only(tmp_path / "in")
+    written = write_simulated(series, read_series(series).hu, tmp_path / "out", 0.2)
+    for i, ds in enumerate(map(dcmread, written)):
+        assert ds.Exposure == round((80 + i) / 5)
+        assert (ds.XRayTubeCurrentInuA, ds.ExposureInuAs) == (37600, 16000)
+        assert ds.CTDIvol == pytest.approx(2.12)
+        (exposed,) = ds.CTExposureSequence
+        assert exposed.ExposureInmAs == pytest.approx(30.1)
+        assert exposed.XRayTubeCurrentInmA == pytest.approx(37.6)
+        assert exposed.CTDIvol == pytest.approx(2.12)
+        assert "XRayTubeCurrent" not in ds
+        assert (ds.KVP, ds.ExposureTime) == (120, 1000)
+        assert ds.SeriesDescription == "AXIAL 2.5 simulated 20 % dose"
+    low = only(tmp_path / "out").acquisition
+    assert low.exposure_mas == pytest.approx(series.acquisition.exposure_mas / 5, abs=0.5)
+
+
+def test_a_dose_in_another_vr_than_dicom_gives_it_is_scaled_too(tmp_path):
+    for path in write_series(tmp_path / "in", phantom()):
+        ds = dcmread(path)
+        ds.add_new("Exposure", "DS", "80.5")
+        ds.save_as(path)
+    series = only(tmp_path / "in")
+    ds = dcmread(write_simulated(series, read_series(series).hu, tmp_path / "out", 0.5)[0])
+    assert (ds["Exposure"].VR, ds.Exposure) == ("IS", 40)
 
 
 @pytest.mark.parametrize(("said", "expected"), [(None, "01"), ("00", "00"), ("01", "01")])

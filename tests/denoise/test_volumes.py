@@ -65,6 +65,7 @@ def test_a_series_is_denoised_and_says_by_what(denoiser, tmp_path):
     after = read_series(one_series(tmp_path / "out")).hu
     assert np.array_equal(after, denoise_volume(random_network("unet3d", gain=0.5), before))
     assert (after != before).mean() > 0.5
+    assert pydicom.dcmread(files[0]).SeriesDescription == "AXIAL 2.5 denoised unet3d-xs"
     said = pydicom.dcmread(files[0]).DerivationDescription
     for part in (ldct_dist.__version__, "unet3d-xs", weights_hash(denoiser)):
         assert part in said
