@@ -1,0 +1,57 @@
+"""What the demo may delete, and where it may ingest: the rest of it is what the other tests are about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ldct_dist import demo
+from ldct_dist.errors import UserError
+from runs import write_config
+
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Calls of the demo's first step, which here is also its last."""
+    called: list[Path] = []
+
+    def stop(config, key, console):
+        called.append(key)
+        raise UserError("stopped here")
+
+    monkeypatch.setattr(demo, "_ingest", stop)
+    return called
+
+
+def run(*overrides: str, config: Path = CONFIG) -> str:
+    with pytest.raises(UserError) as refused:
+        demo.run(config, overrides, Console(quiet=True))
+    return str(refused.value)
+
+
+def test_a_run_that_is_not_the_demos_is_not_touched(tmp_path, steps):
+    folder = tmp_path / "runs" / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    config = write_config(tmp_path, folder / "ct.zarr")
+    assert "not made by the demo" in run(config=config)
+    assert (folder / "checkpoints").is_dir()
+    assert steps == []
+
+
+def test_a_store_that_is_not_the_demos_is_not_added_to(tmp_path, steps):
+    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    assert f"give store={tmp_path}/runs/run/ct.zarr" in run(config=config)
+    assert list(tmp_path.iterdir()) == [config]
+    assert steps == []
+
+
+def test_the_demo_makes_its_own_folder_anew_whatever_it_is_called(tmp_path, steps):
+    for _ in range(2):
+        assert run(f"runs={tmp_path}", "name=mine") == "stopped here"
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["demo.key"]
+        (tmp_path / "mine" / "left over").touch()
+    assert steps == [tmp_path / "mine" / "demo.key"] * 2
