@@ -76,12 +76,12 @@ class World:
         dist.all_gather_object(items, item, group=group)
         return items
 
-    def broadcast(self, item: Any, group: dist.ProcessGroup | None = None) -> Any:
+    def broadcast(self, item: Any) -> Any:
         """Rank 0's `item` on every rank."""
         if self.size == 1:
             return item
         box = [item]
-        dist.broadcast_object_list(box, src=0, group=group)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def agree(self, act: Callable[[], T]) -> T:

@@ -31,19 +31,19 @@ class Found:
     passed_over: list[str] = field(default_factory=list)
 
 
-def newest_valid(root: Path, world: World, group: dist.ProcessGroup | None = None) -> Found:
+def newest_valid(root: Path, world: World) -> Found:
     """The newest checkpoint under `root` of which every byte is as written; the same on every rank."""
-    sound, broken = world.broadcast(retention.newest_first(root) if world.is_main else ([], []), group)
+    sound, broken = world.broadcast(retention.newest_first(root) if world.is_main else ([], []))
     passed_over = [f"{path.name}: {why}" for path, why in broken]
     for path, manifest in sound:
-        faults = verify(path, manifest, world, group)
+        faults = verify(path, manifest, world)
         if not faults:
             return Found(path, manifest, passed_over)
         passed_over.append(f"{path.name}: {'; '.join(faults)}")
     return Found(passed_over=passed_over)
 
 
-def verify(path: Path, manifest: Manifest, world: World, group: dist.ProcessGroup | None = None) -> list[str]:
+def verify(path: Path, manifest: Manifest, world: World) -> list[str]:
     """What is wrong with the checkpoint's files; empty if nothing is."""
     faults = []
     for i, name in enumerate(sorted(manifest.files)):
@@ -52,12 +52,10 @@ def verify(path: Path, manifest: Manifest, world: World, group: dist.ProcessGrou
                 manifest.check(path, name)
             except Corrupt as e:
                 faults.append(str(e))
-    return [fault for share in world.gather(faults, group) for fault in share]
+    return [fault for share in world.gather(faults) for fault in share]
 
 
-def read(
-    path: Path, manifest: Manifest, world: World, group: dist.ProcessGroup | None = None
-) -> Iterator[tuple[str, str, torch.Tensor]]:
+def read(path: Path, manifest: Manifest, world: World) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(file name, tensor name, tensor on the CPU) for all tensors, in the same order on every rank.
 
     Call it on a checkpoint that `newest_valid` returned: it trusts the bytes.
@@ -68,26 +66,24 @@ def read(
             with safe_open(path / name, framework="pt") as f:
                 keys = sorted(f.keys())
                 listing = [(k, tuple(f.get_slice(k).get_shape()), f.get_tensor(k).dtype) for k in keys]
-                _from(owner, listing, world, group)
+                _from(owner, listing, world)
                 for k in keys:
-                    yield name, k, _tensor_from(owner, f.get_tensor(k), world, group)
+                    yield name, k, _tensor_from(owner, f.get_tensor(k), world)
         else:
-            for k, shape, dtype in _from(owner, None, world, group):
-                yield name, k, _tensor_from(owner, torch.empty(shape, dtype=dtype), world, group)
+            for k, shape, dtype in _from(owner, None, world):
+                yield name, k, _tensor_from(owner, torch.empty(shape, dtype=dtype), world)
 
 
-def _from(owner: int, item: object, world: World, group: dist.ProcessGroup | None) -> list:
+def _from(owner: int, item: object, world: World) -> list:
     box = [item]
     if world.size > 1:
-        dist.broadcast_object_list(box, src=owner, group=group)
+        dist.broadcast_object_list(box, src=owner)
     return box[0]  # type: ignore[return-value]
 
 
-def _tensor_from(
-    owner: int, tensor: torch.Tensor, world: World, group: dist.ProcessGroup | None
-) -> torch.Tensor:
+def _tensor_from(owner: int, tensor: torch.Tensor, world: World) -> torch.Tensor:
     if world.size > 1:
-        dist.broadcast(tensor, src=owner, group=group)
+        dist.broadcast(tensor, src=owner)
     return tensor
 
 

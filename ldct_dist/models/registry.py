@@ -94,6 +94,12 @@ def build(config: ModelConfig) -> Denoiser:
     return Denoiser(config)
 
 
+def outline(config: ModelConfig) -> Denoiser:
+    """The network without memory for its weights: whatever follows from their shapes. Raises UserError as `build`."""
+    with torch.device("meta"):
+        return build(config)
+
+
 def _widths(config: ModelConfig) -> Widths:
     sizes = WIDTHS[config.name]
     if config.size not in sizes:

@@ -42,7 +42,6 @@ class Checkpoints:
     ) -> None:
         self.config, self.folder, self.strategy, self.world = config, folder, strategy, world
         self.store, self.allow_new_data, self._say = store, allow_new_data, say
-        self._group = world.group()
         self.generation = world.agree(lambda: generations.claim(folder.generations))
         self.saver = Saver(folder.checkpoints, folder.generations, self.generation, config.checkpoint, world)
         self.saved: int | None = None
@@ -54,11 +53,15 @@ class Checkpoints:
 
         All ranks end with a UserError if the checkpoint was trained on another store.
         """
-        found = newest_valid(self.folder.checkpoints, self.world, self._group)
+        found = newest_valid(self.folder.checkpoints, self.world)
         for line in found.passed_over:
             self._say(f"passed over checkpoint {line}")
         if found.path is None or found.manifest is None:
-            self.strategy.begin(self._first_weights())
+            self.strategy.begin(self.world.each(lambda: first_weights(self.config)))
+            if self.config.init_from is not None:
+                self._say(
+                    f"fine-tuning: a new run that starts from the weights in {self.config.init_from} (not a resume)"
+                )
             self.saved = 0  # the first weights are there anyhow
             return TrainState(self.store)
         counters = found.manifest.state
@@ -68,7 +71,7 @@ class Checkpoints:
                 "fingerprint): give the run its store back, start a new run with init_from, or let this one go on "
                 "with other data by --allow-new-data"
             )
-        self.strategy.load(read(found.path, found.manifest, self.world, self._group), counters["updates"])
+        self.strategy.load(read(found.path, found.manifest, self.world), counters["updates"])
         state = TrainState.of(counters)
         self.saved = state.step
         self._say(f"resumed at step {state.step} from {found.path}")
@@ -108,23 +111,22 @@ class Checkpoints:
         if warning := stop.too_slow():
             self._say(warning)
 
-    def _first_weights(self) -> Denoiser:
-        path = self.config.init_from
-        if path is None:
-            return fresh_model(self.config)
-        source = load_weights(path)
-        if source.config != self.config.model:
-            raise UserError(
-                f"{path} holds {source.config}, the run's model is {self.config.model}: make them the same"
-            )
-        self._say(f"fine-tuning: a new run that starts from the weights in {path} (not a resume)")
-        return source
 
+def first_weights(config: RunConfig) -> Denoiser:
+    """The network as a new run begins with it: from the seed, or from the file that init_from names.
 
-def fresh_model(config: RunConfig) -> Denoiser:
-    """The network with the weights that the run's seed gives."""
-    torch.manual_seed(config.seed)
-    return build(config.model)
+    Raises UserError if that file is missing or damaged, or holds another network than the run's.
+    """
+    path = config.init_from
+    if path is None:
+        torch.manual_seed(config.seed)
+        return build(config.model)
+    source = load_weights(path)
+    if source.config != config.model:
+        raise UserError(
+            f"{path} holds {source.config}, the run's model is {config.model}: make them the same"
+        )
+    return source
 
 
 def _arithmetic(config: RunConfig, world: World) -> dict[str, Any]:

@@ -9,19 +9,23 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.reader import Store
+from ldct_dist.train.checkpoints import first_weights
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.run import RunFolder
 from ldct_dist.train.strategy.engine import refuse_deepspeed
 from ldct_dist.world import World
 
 
-def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, world: World) -> None:
-    """Raises UserError where they do not go together."""
+def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: RunFolder, world: World) -> None:
+    """Raises UserError where they do not go together. Nothing is written yet."""
     lanes_of(world.rank, world.size, config.data.batch)
     refuse_crop(config, model)
     protocol_named(config.validation.protocol)
     if config.validates:
         store.split(config.validation.split)
     refuse_deepspeed(config, world)
+    if config.init_from is not None and not folder.has_saved:
+        first_weights(config)
     if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
         raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")
 

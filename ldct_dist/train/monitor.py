@@ -15,6 +15,7 @@ import numpy as np
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.files import replace
 from ldct_dist.train.board import Board
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.usage import Usage
@@ -174,6 +175,4 @@ def _drop_from(folder: RunFolder, first_step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             break  # a line cut short by a kill: all that follows is newer
-    temporary = folder.losses.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(folder.losses)
+    replace(folder.losses, "".join(kept))

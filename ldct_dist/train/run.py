@@ -19,6 +19,7 @@ import ldct_dist
 from ldct_dist.checkpoint import retention
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
+from ldct_dist.files import replace
 from ldct_dist.train.config import RunConfig
 from ldct_dist.world import World
 
@@ -52,22 +53,29 @@ class RunFolder:
         """The folder that claims a generation: what its ranks tell each other lies there."""
         return self.generations / f"{number:06d}"
 
+    @property
+    def has_saved(self) -> bool:
+        """Whether there is a checkpoint, sound or not: until then nothing depends on what the run was given."""
+        return any(self.checkpoints.glob(f"{retention.PREFIX}*"))
+
     def open(self, config: RunConfig) -> list[str]:
         """Create the folder, or check that `config` is still the run's; the keys that changed.
 
-        Raises UserError if a key changed that would make it another run.
+        Raises UserError if a key changed that would make what was saved another run's.
         """
-        changed = list(self._changes(config)) if self.config.exists() else []
+        known = self.config.exists()
+        changed = list(self._changes(config)) if known else []
         changeable = tuple(f"{key}." for key in CHANGEABLE)
         refused = [line for key, line in changed if not f"{key}.".startswith(changeable)]
-        if refused:
+        if refused and self.has_saved:
             raise UserError(
                 f"{self.path} holds another run: {'; '.join(refused)}. Take the value back, or start a new run "
                 f"from these weights: name=NEW init_from={self.checkpoints}/<step>/weights.safetensors"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.config, to_yaml(config))
+            if changed or not known:
+                replace(self.config, to_yaml(config))
         except OSError as e:
             raise UserError(f"run folder {self.path}: {e.strerror}; choose another with runs=FOLDER") from e
         return [line for _, line in changed]
@@ -88,11 +96,26 @@ class RunFolder:
             "threads": torch.get_num_threads(),
             "slurm_job": _slurm_job(),
         }
-        before = json.loads(self.environment.read_text()) if self.environment.exists() else []
-        _replace(self.environment, json.dumps([*before, entry], indent=1))
+        replace(self.environment, json.dumps([*self._starts(), entry], indent=1))
+
+    def _starts(self) -> list[Any]:
+        """What was recorded so far; nothing if that is damaged, since no step depends on it."""
+        try:
+            starts = json.loads(self.environment.read_text())
+        except (FileNotFoundError, ValueError):
+            return []
+        return starts if isinstance(starts, list) else []
 
     def _changes(self, config: RunConfig) -> Iterator[tuple[str, str]]:
-        old = _flat(yaml.safe_load(self.config.read_text()))
+        try:
+            recorded = yaml.safe_load(self.config.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            recorded = None
+        if not isinstance(recorded, dict):
+            raise UserError(
+                f"{self.config}: damaged; delete it, and the run goes on with the config that it is given"
+            )
+        old = _flat(recorded)
         new = _flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
@@ -110,12 +133,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _version(package: str) -> str | None:

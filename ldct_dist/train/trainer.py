@@ -13,7 +13,8 @@ from ldct_dist.data.plan import Plan
 from ldct_dist.data.stage import StagedStore
 from ldct_dist.errors import UserError
 from ldct_dist.models.losses import build_loss, mask_from_box, share_counted
-from ldct_dist.train.checkpoints import Checkpoints, fresh_model
+from ldct_dist.models.registry import outline
+from ldct_dist.train.checkpoints import Checkpoints
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.guard import blame
@@ -65,16 +66,17 @@ class Trainer:
         self.config, self.world, self.stop = config, world, stop
         self.store = world.each(lambda: StagedStore(config.store, config.data.stage))
         self.plan = world.each(lambda: Plan(self.store, config.data, config.seed))
-        model = world.each(lambda: fresh_model(config))
-        world.each(lambda: refuse_misfits(config, model, self.store, world))
+        self.folder = RunFolder(config.runs / config.name)
+        model = world.each(lambda: outline(config.model))
+        world.each(lambda: refuse_misfits(config, model, self.store, self.folder, world))
         self.loader = world.each(lambda: Loader(self.plan, world.rank, world.size, world.device))
-        self.strategy = build_strategy(model, config, world)
+        # Without values until `take_up`: no rank holds a network beside the one that it trains for longer than that.
+        self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)
         self.loss = build_loss(config.loss)
         self.margin = config.loss.margin_for(model.radius, config.data.crop)
         self.state = TrainState(self.store.fingerprint)
         self._round_s = 0.0
         # The first thing written: every mistake above leaves no trace.
-        self.folder = RunFolder(config.runs / config.name)
         for line in world.agree(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
         if config.loss.margin is None:

@@ -14,6 +14,7 @@ from commands import command
 from forked import fork
 from ldct_dist import config as configs
 from ldct_dist.cluster.local import LocalRanks
+from ldct_dist.models.registry import Denoiser
 from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
@@ -120,6 +121,7 @@ def test_fine_tuning_starts_from_the_weights_and_is_called_that(store, unbroken,
         ("data.crop=[8,20,24]", "multiple"),
         ("validation.protocol=none", "none"),
         ("data.memory_mib=1", "too few blocks"),
+        ("init_from=/nowhere/weights.safetensors", "no such weights file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_trace(store, tmp_path, override, words):
@@ -129,6 +131,22 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_trace(store, tmp_pa
     assert line.startswith("error: ")
     assert words in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.log", "run.yaml"]
+
+
+def test_a_rank_makes_one_network_at_a_first_start_and_none_as_it_goes_on(store, tmp_path, monkeypatch):
+    """One beside that which it trains: on a node, eight of a billion parameters are 32 GB."""
+    made, build = [], Denoiser.__init__
+
+    def built(self, config):
+        build(self, config)
+        made.append(next(self.parameters()).device.type)
+
+    monkeypatch.setattr(Denoiser, "__init__", built)
+    config = write_config(tmp_path, store, steps=1, validation={"every": 9})
+    for expected in (["meta", "cpu"], ["meta"]):
+        made.clear()
+        assert train(configs.read(RunConfig, config)) is Ending.DONE
+        assert made == expected
 
 
 def test_a_missing_config_is_one_line(tmp_path):

@@ -153,6 +153,9 @@ def node(sharing: Sharing, config: RunConfig, parameters: int, gpus: int, per_no
     if sharing.offload_weights:
         offloaded += (2 if config.precision == "bf16" else 4) * p
     process = PROCESS + (config.data.memory_mib << 20)
+    first = (
+        4.0 * parameters
+    )  # the first weights, whole on every rank until they are handed over, before any save
     if sharing.nvme:
-        return Node(ranks * process, ranks * (offloaded + saving))
-    return Node(ranks * (process + offloaded + saving), 0)
+        return Node(ranks * (process + first), ranks * (offloaded + saving))
+    return Node(ranks * (process + offloaded + max(first, saving)), 0)

@@ -7,11 +7,9 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ldct_dist.errors import UserError
 from ldct_dist.models.losses import share_counted
-from ldct_dist.models.registry import Denoiser, build
+from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost import speed
 from ldct_dist.train.cost.gpus import GIB, Gpu, gpu_named
@@ -100,7 +98,7 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
         raise UserError(f"precision={config.precision}: {gpu} is planned for in {', '.join(known)}")
     if not gpus or min(gpus) < 1:
         raise UserError("--gpus: give numbers of GPUs from 1 on, such as 8,64,512")
-    model = _without_memory(config)
+    model = outline(config.model)
     refuse_crop(config, model)
     crop = config.data.crop
     activations = Activations.of(config)
@@ -122,11 +120,6 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
         rows=[_row(s, config, activations, model, kind, n, usable) for n in gpus for s in STRATEGIES],
         assumed=_assumed(kind),
     )
-
-
-def _without_memory(config: RunConfig) -> Denoiser:
-    with torch.device("meta"):
-        return build(config.model)
 
 
 def _row(

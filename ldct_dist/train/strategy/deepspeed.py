@@ -14,7 +14,7 @@ import torch
 from ldct_dist.checkpoint.load import WEIGHTS
 from ldct_dist.checkpoint.pieces import Part, Piece
 from ldct_dist.models.ema import decay_after
-from ldct_dist.models.registry import Denoiser, build
+from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.strategy.ddp import lay_out
 from ldct_dist.train.strategy.disk import Disk, folder_on_this_node, room_for
@@ -94,9 +94,7 @@ class DeepSpeedStrategy:
     @torch.no_grad()
     def averaged(self) -> Denoiser:
         """The network with the averaged weights, whole on every rank, gathered parameter by parameter."""
-        with torch.device("meta"):
-            model = build(self.config.model)
-        model.to_empty(device=self.world.device)
+        model = outline(self.config.model).to_empty(device=self.world.device)
         for name, parameter in model.named_parameters():
             whole = torch.zeros(parameter.numel(), device=self.world.device)
             if (owned := self._owned[name]) is not None:
