@@ -11,20 +11,16 @@ from typing import TypeVar
 
 import numpy as np
 from pydicom import Dataset
-from pydicom.uid import CTImageStorage, UID_dictionary
 
 from ldct_dist.ct.geometry import Vector, stack
 from ldct_dist.ct.headers import Header, read_headers
-from ldct_dist.ct.pixels import Slice, read_dataset, read_slice, rescale
+from ldct_dist.ct.nature import NotAVolume, refuse_other_than_ct
+from ldct_dist.ct.pixels import Slice, read_dataset, read_slice
 from ldct_dist.ct.stored import Stored
-from ldct_dist.ct.volume import Acquisition, Volume
+from ldct_dist.ct.volume import Acquisition, Volume, is_axial
 from ldct_dist.errors import UserError
 
 T = TypeVar("T")
-
-
-class NotAVolume(UserError):
-    """By its nature, not by damage: a scout, a dose report, a single slice, another modality."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Series:
 
     slices: one file each, in the order of the Volume: positions (mm along the slice normal) ascend,
     towards the head for axial series. patient_id is the patient's own: hash it before storing it.
-    spacing, origin and direction: as in Volume.
+    derivation: how it was made, where it is none of a scanner's. spacing, origin and direction: as in Volume.
     """
 
     slices: tuple[Stored, ...]
@@ -41,6 +37,7 @@ class Series:
     study_uid: str | None
     patient_id: str
     description: str | None
+    derivation: str | None
     acquisition: Acquisition
     shape: tuple[int, int, int]
     positions: tuple[float, ...]
@@ -56,6 +53,11 @@ class Series:
     def name(self) -> str:
         """How errors call the series: its folder, description and UID."""
         return _name(self.paths, self.description, self.series_uid)
+
+    @property
+    def is_own_output(self) -> bool:
+        """Whether this package denoised it or simulated its dose."""
+        return "ldct_dist" in (self.derivation or "")
 
 
 ReadHeaders = Callable[[Sequence[Path]], Iterable[Header | UserError | None]]
@@ -94,7 +96,7 @@ def find_series(
 
 def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line: None) -> list[Series]:
     """The CT series below `folder`. What is no volume by its nature, as a clinical export holds beside them, is
-    passed over, and `notice` hears of it.
+    passed over, and `notice` hears of it, and of series that are no axial scan as they came from a scanner.
 
     Raises UserError if there is no series, or if anything else was refused: an unreadable file may be a slice
     that a series now lacks.
@@ -114,6 +116,11 @@ def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line
         )
     for e in refused:
         notice(f"passed over: {e}")
+    for series in found:
+        if series.is_own_output:
+            notice(f"no scan, but made of one by ldct_dist: {series.name}")
+        if not is_axial(series.direction):
+            notice(f"not axial, as scans and what networks learn from are: {series.name}")
     return found
 
 
@@ -180,7 +187,7 @@ def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> st
 
 
 def _series(headers: Sequence[Header]) -> Series:
-    _refuse_other_than_ct(headers)
+    refuse_other_than_ct(headers)
     _refuse_mixed(headers)
     first = headers[0]
     positions = [_required(h.position, "ImagePositionPatient", h) for h in headers]
@@ -196,6 +203,7 @@ def _series(headers: Sequence[Header]) -> Series:
         study_uid=first.study_uid,
         patient_id=first.patient_id or "",
         description=first.description,
+        derivation=first.derivation,
         acquisition=_acquisition(headers),
         shape=(len(headers), rows, columns),
         positions=grid.positions,
@@ -203,44 +211,6 @@ def _series(headers: Sequence[Header]) -> Series:
         origin=grid.origin,
         direction=grid.direction,
     )
-
-
-def _refuse_other_than_ct(headers: Sequence[Header]) -> None:
-    natures = [_other_nature(h) for h in headers]
-    others = [nature for nature in natures if nature is not None]
-    if others:
-        # One stray image in a series of CT slices is a mistake to correct; the slices must not go unseen with it.
-        raise (NotAVolume if len(others) == len(headers) else UserError)(others[0])
-    for h in headers:
-        if h.modality is None:
-            raise UserError(f"{h.path.name}: not CT (Modality missing); export the original CT images")
-        if (h.frames or 1) > 1 or "Enhanced" in _sop_class_name(h):
-            raise UserError("enhanced (multi-frame) CT is not supported; convert it to one file a slice")
-        if h.tilt and abs(h.tilt) > 0.1:
-            raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
-        if h.rescale_type not in (None, "HU"):
-            raise UserError(
-                f"RescaleType {h.rescale_type}: its values are not HU; give the HU reconstruction"
-            )
-        try:
-            rescale(h.slope, h.intercept)
-        except UserError as e:
-            raise UserError(f"{h.path.name}: {e}") from e
-
-
-def _other_nature(header: Header) -> str | None:
-    """What the file is instead of a slice of CT; None if it is one, or a multi-frame CT."""
-    if header.modality not in ("CT", None):
-        return f"not CT (Modality {header.modality}); nothing to do unless it should be"
-    if header.sop_class != CTImageStorage and "Enhanced" not in _sop_class_name(header):
-        return f"{header.path.name} is no CT image ({_sop_class_name(header)}); export the original CT images"
-    if "LOCALIZER" in (header.image_type or "").split("\\"):
-        return f"{header.path.name} is a localizer (scout view); give the axial slices alone"
-    return None
-
-
-def _sop_class_name(header: Header) -> str:
-    return UID_dictionary.get(header.sop_class or "", (header.sop_class or "no SOP class",))[0]
 
 
 def _refuse_mixed(headers: Sequence[Header]) -> None:

@@ -25,7 +25,7 @@ import torch
 from ldct_dist.ct import noise
 from ldct_dist.ct.projector import Scan, backproject, ramp_filter
 from ldct_dist.ct.scanner import DoseConfig, hu_noise, line_integrals, scan_of, shared, transmission, white
-from ldct_dist.ct.volume import AIR_HU, Volume, padding_of
+from ldct_dist.ct.volume import AIR_HU, Volume, is_axial, padding_of
 from ldct_dist.errors import UserError
 
 _BATCH = 16  # slices that share one working-out of the geometry
@@ -53,8 +53,8 @@ def simulate_low_dose(
     simulation on top of a first: equal seeds draw equal noise. Padding stays, and no other voxel falls below AIR_HU.
     dose=1 gives `volume` itself.
 
-    Raises UserError for a dose outside (0, 1], and where config leaves photons or the cutoff to be matched and the
-    volume shows no noise to match.
+    Raises UserError for a dose outside (0, 1], for slices that are not axial, and where config leaves photons or the
+    cutoff to be matched and the volume shows no noise to match.
     """
     return simulate_low_doses(volume, [dose], seed, config, device)[0]
 
@@ -80,6 +80,10 @@ def simulate_low_doses(
     lower = [dose for dose in doses if dose < 1]
     if not lower:
         return [volume] * len(doses)
+    if not is_axial(volume.direction):
+        raise UserError(
+            "simulated dose: its slices are not axial, and a scanner's fan turns in axial ones; give the axial series"
+        )
     config = matched(volume, config, device)
     simulated = iter(_with_noise(volume, [_missing(dose, config) for dose in lower], seed, config, device))
     return [volume if dose == 1 else next(simulated) for dose in doses]

@@ -44,6 +44,7 @@ class Header:
     modality: str | None
     image_type: str | None
     description: str | None
+    derivation: str | None
     manufacturer: str | None
     model: str | None
     kernel: str | None
@@ -69,6 +70,7 @@ class Header:
 _KEYWORDS = [
     *("SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
     *("FrameOfReferenceUID", "Modality", "ImageType", "SeriesDescription", "Manufacturer"),
+    "DerivationDescription",
     *("ManufacturerModelName", "ConvolutionKernel", "KVP", "Exposure", "XRayTubeCurrent", "ExposureTime"),
     "DistanceSourceToPatient",
     *("SliceThickness", "GantryDetectorTilt", "NumberOfFrames", "Rows", "Columns", "PixelSpacing"),
@@ -247,6 +249,7 @@ def _header(path: Path, state: os.stat_result, head: Head) -> Header:
         modality=texts["Modality"],
         image_type=texts["ImageType"],
         description=texts["SeriesDescription"],
+        derivation=texts["DerivationDescription"],
         manufacturer=texts["Manufacturer"],
         model=texts["ManufacturerModelName"],
         kernel=texts["ConvolutionKernel"],

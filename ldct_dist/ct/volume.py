@@ -10,6 +10,9 @@ AIR_HU = -1024
 """HU of padding: what lies outside the scanner's field of view or beyond the volume's border. Noise in air is cut off
 there, too: `padding_of` tells the two apart."""
 
+Direction = tuple[tuple[float, float, float], ...]
+
+_AXIAL = 0.9  # cosine of a slice's normal to the patient's long axis: a head's slices are laid up to 25 degrees oblique
 _REACH = 2  # voxels from the middle of a square of padding to its side
 
 
@@ -39,7 +42,7 @@ class Volume:
     hu: np.ndarray
     spacing: tuple[float, float, float]
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    direction: tuple[tuple[float, float, float], ...] = (
+    direction: Direction = (
         (0.0, 0.0, 1.0),
         (0.0, 1.0, 0.0),
         (1.0, 0.0, 0.0),
@@ -55,6 +58,11 @@ class Volume:
     def shape(self) -> tuple[int, int, int]:
         z, y, x = self.hu.shape
         return z, y, x
+
+
+def is_axial(direction: Direction) -> bool:
+    """Whether slices of that `direction`, as in Volume, lie across the patient, as the gantry turns."""
+    return abs(direction[0][2]) >= _AXIAL
 
 
 def padding_of(hu: np.ndarray) -> np.ndarray:

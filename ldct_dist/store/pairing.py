@@ -166,16 +166,22 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
 
 
 def _recognised(series: Sequence[Series], source: Path) -> str:
-    """A folder that says low dose decides: it must not be taken for a full dose to simulate from."""
+    """A folder that says low dose decides: it must not be taken for a full dose to simulate from, nor must a series
+    that was simulated or denoised here."""
     for name, folders in _FOLDERS.items():
         places = (folders.place(s) for s in series)
         if any(place and place[0] == "low" for place in places):
             return name
-    for folder in (s.paths[0].parent for s in series):
-        if _SAYS_LOW.search(str(folder.relative_to(source))):
+    for one in series:
+        folder = one.paths[0].parent
+        says_low = _SAYS_LOW.search(str(folder.relative_to(source)))
+        if says_low or one.is_own_output:
+            what = (
+                "says low dose, in no layout that is known" if says_low else "made by ldct_dist, no full dose"
+            )
             raise UserError(
-                f"{folder}: says low dose, in no layout that is known; pair it by a manifest, or set "
-                "pairing.layout=simulate to take every series for full dose"
+                f"{folder}: {what}; pair it by a manifest, or set pairing.layout=simulate to take every series for "
+                "full dose"
             )
     return "simulate"
 

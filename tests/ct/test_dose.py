@@ -283,6 +283,15 @@ def test_negative_seed_is_refused():
         simulate_low_dose(water_cylinder((1, 32, 32), SPACING, 20), 0.25, seed=-1)
 
 
+def test_slices_across_which_no_fan_turns_are_refused():
+    coronal = ((0.0, 1.0, 0.0), (0.0, 0.0, -1.0), (1.0, 0.0, 0.0))
+    volume = replace(body((1, 32, 32), (5.0, 12.0, 12.0), seed=0), direction=coronal)
+    with pytest.raises(UserError, match="not axial"):
+        simulate_low_dose(volume, 0.25, seed=0, config=CONFIG)
+    oblique = replace(volume, direction=((0.0, 0.34, 0.94), (0.0, 0.94, -0.34), (1.0, 0.0, 0.0)))
+    assert simulate_low_dose(oblique, 0.25, seed=0, config=CONFIG).direction == oblique.direction
+
+
 def test_a_volume_without_noise_to_match_says_what_to_set():
     with pytest.raises(UserError, match="set photons"):
         simulate_low_dose(Volume(np.full((2, 64, 64), 50, np.int16), SPACING), 0.25, seed=0)

@@ -26,7 +26,7 @@ from pydicom.uid import (
 )
 
 from ldct_dist.ct.derived import write_derived
-from ldct_dist.ct.dicom import find_series, one_series, read_series
+from ldct_dist.ct.dicom import find_series, one_series, read_series, sound_series
 from ldct_dist.errors import UserError
 from synthetic_dicom import Options, phantom, write_series
 
@@ -47,6 +47,16 @@ TAGS = {
     "enhanced": ({"SOPClassUID": EnhancedCTImageStorage}, "multi-frame"),
     "multi-frame": ({"NumberOfFrames": 2}, "multi-frame"),
     "localizer": ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
+    "MIP": ({"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 MIP"]}, "maximum or minimum intensity"),
+    "MinIP": (
+        {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED", "MINIP"]},
+        "maximum or minimum intensity",
+    ),
+    "iodine": (
+        {"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "MAT_FRACTIONAL"], "RescaleType": None},
+        "a map of a material, not of HU",
+    ),
+    "density": ({"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "ELECTRON_DENSITY"]}, "not of HU"),
     "tilt": ({"GantryDetectorTilt": 12.5}, "gantry tilt of 12.5 degrees"),
     "no slope": ({"RescaleSlope": None}, "RescaleSlope"),
     "no intercept": ({"RescaleIntercept": None}, "RescaleIntercept"),
@@ -89,6 +99,48 @@ def test_headers_that_make_no_volume(tmp_path, tags, words):
     assert str(tmp_path) in line
     assert "AXIAL 2.5" in line
     assert ";" in line, "the line says what to do"
+
+
+@pytest.mark.parametrize(
+    "image_type",
+    [
+        ["DERIVED", "SECONDARY", "PROCESSED"],
+        ["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"],
+        ["DERIVED", "PRIMARY", "AXIAL", "VMI"],
+        ["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"],
+    ],
+)
+def test_derived_images_in_hu_are_taken(tmp_path, image_type):
+    write_series(tmp_path, phantom(), Options(tags={"ImageType": image_type}))
+    assert one_series(tmp_path).shape == phantom().shape
+
+
+@pytest.mark.filterwarnings("ignore:The value length")
+def test_what_is_no_axial_scan_is_passed_over_or_told_of(tmp_path):
+    """As a clinical export holds them beside the series."""
+    write_series(tmp_path / "axial", phantom(), Options(seed="axial"))
+    coronal = Options(
+        seed="coronal",
+        orientation=(1, 0, 0, 0, 0, -1),
+        tags={"ImagePositionPatient": lambda i: [0, 2.5 * i, 0]},
+    )
+    write_series(tmp_path / "coronal", phantom(), coronal)
+    for name, tags in (
+        ("mip", {"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 MIP"]}),
+        ("iodine", {"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "MATERIAL_FRACTION"], "RescaleType": None}),
+        ("zeff", {"RescaleType": "Z_EFF"}),
+        ("again", {"DerivationDescription": "Denoised by ldct_dist 0.1.0, unet3d-s"}),
+    ):
+        write_series(tmp_path / name, phantom(), Options(seed=name, tags=tags))
+    notices: list[str] = []
+    found = sound_series(tmp_path, notices.append)
+    assert [s.paths[0].parent.name for s in found] == ["again", "axial", "coronal"]
+    told = {line.split(": ")[0]: line for line in notices if not line.startswith("passed over")}
+    assert f"{tmp_path}/again" in told["no scan, but made of one by ldct_dist"]
+    assert f"{tmp_path}/coronal" in told["not axial, as scans and what networks learn from are"]
+    passed = [line for line in notices if line.startswith("passed over")]
+    assert [any(f"/{name}:" in line for line in passed) for name in ("mip", "iodine", "zeff")] == [True] * 3
+    assert len(notices) == 5
 
 
 def test_missing_slice_names_its_neighbours(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from scipy.ndimage import shift as shifted
 
 from ldct_dist import config as configs
-from ldct_dist.ct.dicom import find_series
+from ldct_dist.ct.derived import write_simulated
+from ldct_dist.ct.dicom import find_series, one_series, read_series
 from ldct_dist.ct.noise import sampled_moments
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
@@ -110,6 +111,15 @@ def test_a_folder_that_says_low_dose_is_not_simulated_from_unasked(tmp_path, fol
         find_pairs(tmp_path, PairingConfig())
     assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 1
     assert len(find_pairs(tmp_path / folder, PairingConfig())[0]) == 1  # named itself, it is what is meant
+
+
+def test_what_was_made_here_is_not_simulated_from_unasked(tmp_path):
+    write_series(tmp_path / "in", anatomy(), Options(patient="A"))
+    series = one_series(tmp_path / "in")
+    write_simulated(series, read_series(series).hu, tmp_path / "out", 0.25)
+    with pytest.raises(UserError, match="out: made by ldct_dist, no full dose; pair it by a manifest"):
+        find_pairs(tmp_path, PairingConfig())
+    assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 2
 
 
 def test_files_that_lie_flat_in_a_folder_below_the_root_are_no_layout(tmp_path):
