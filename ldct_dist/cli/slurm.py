@@ -48,13 +48,13 @@ def submit(
     from ldct_dist.cluster.submit import start
 
     if arguments[0] in ("ingest", "denoise"):
-        script, then = parse_parts(arguments, site, parts)
+        array = parse_parts(arguments, site, parts)
         if dry_run:
-            print(render_parts(script), end="")
+            print(render_parts(array.script), end="")
             return
-        for number in submit_parts(script, then):
+        for number in submit_parts(array):
             console.print(f"job      {number}", highlight=False)
-        console.print(f"logs     {script.folder}", markup=False, highlight=False)
+        console.print(f"logs     {array.script.folder}", markup=False, highlight=False)
         return
     request = parse(arguments, site, allow_new_data)
     if dry_run:

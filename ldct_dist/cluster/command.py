@@ -9,11 +9,12 @@ from pathlib import Path
 from submitit import Job
 
 from ldct_dist import config as configs
-from ldct_dist.cluster.parts import array_script
-from ldct_dist.cluster.sbatch import Script
+from ldct_dist.checkpoint.load import weights_of
+from ldct_dist.cluster.parts import Parts, array_script
 from ldct_dist.cluster.submit import Request
 from ldct_dist.denoise.cohort import cases_of
 from ldct_dist.errors import UserError
+from ldct_dist.models.weights import weights_hash
 from ldct_dist.train.config import RunConfig
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
@@ -28,21 +29,25 @@ def parse(arguments: Sequence[str], site: str | None, allow_new_data: bool) -> R
     return Request(configs.read(RunConfig, Path(config), overrides), options, site, allow_new_data)
 
 
-def parse_parts(
-    arguments: Sequence[str], site: str | None, parts: int | None
-) -> tuple[Script, list[str] | None]:
-    """`ingest SOURCE STORE ...` or `denoise WEIGHTS COHORT OUT` as an array; and the command that ends it."""
+def parse_parts(arguments: Sequence[str], site: str | None, parts: int | None) -> Parts:
+    """`ingest SOURCE STORE ...` or `denoise WEIGHTS COHORT OUT` as an array."""
     (verb, *words), options = split(arguments)
-    folders = [word for word in words if not _OVERRIDE.fullmatch(word)]
+    folders = words if verb == "denoise" else [word for word in words if not _OVERRIDE.fullmatch(word)]
     if len(folders) != (2 if verb == "ingest" else 3):
         raise UserError(
             f"submit {verb}: give what `ldct-dist {verb} --help` asks for, before the options of sbatch"
         )
     out = Path(folders[-1]).absolute()
-    if verb == "denoise":
-        parts = parts or len(cases_of(Path(folders[1])))
-    script = array_script(verb, [verb, *words], out.with_name(f"{out.name}.jobs"), parts or 8, options, site)
-    return script, ["finalise", folders[-1]] if verb == "ingest" else None
+    jobs = out.with_name(f"{out.name}.jobs")
+    if verb == "ingest":
+        script = array_script(verb, [verb, *words], jobs, parts or 8, options, site)
+        return Parts(script, then=["finalise", folders[-1]])
+    cases = cases_of(Path(folders[1]))
+    # What a run's best weights are may change before the last task starts: all take this copy.
+    weights = weights_of(Path(folders[0]))
+    copy = jobs / f"{weights_hash(weights)}.safetensors"
+    words = [verb, str(copy), *folders[1:], *(["--bf16"] if options.pop("bf16", False) else [])]
+    return Parts(array_script(verb, words, jobs, parts or len(cases), options, site), pinned=(weights, copy))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ldct_dist import files
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import Options
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
 from ldct_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The script of the array; the words of the `ldct-dist` that ends it; and a file to copy before it is submitted:
+    (from, to)."""
+
+    script: Script
+    then: Sequence[str] | None = None
+    pinned: tuple[Path, Path] | None = None
 
 
 def array_script(
@@ -35,22 +47,27 @@ def array_script(
     )
 
 
-def submit_parts(script: Script, then: Sequence[str] | None = None) -> list[str]:
-    """Submit the array, and after it, once all tasks have ended, `ldct-dist THEN` as a job of its own.
+def submit_parts(parts: Parts) -> list[str]:
+    """Submit the array, and after it, once all tasks have ended, what ends it as a job of its own.
 
     Returns the job ids. Raises UserError if Slurm refuses.
     """
+    script = parts.script
     render(script)  # a mistake is said before anything is written
     try:
         script.folder.mkdir(parents=True, exist_ok=True)
+        if parts.pinned is not None:
+            source, copy = parts.pinned
+            with files.replacing(copy) as temporary:
+                shutil.copyfile(source, temporary)
     except OSError as e:
         raise UserError(f"{script.folder}: {e.strerror}; choose a place that can be written") from e
     script = replace(script, code=snapshot_code(script.folder / "code"))
     ids = [_submit(script, "array.sbatch")]
-    if then is not None:
+    if parts.then is not None:
         last = replace(
             script,
-            command=["-m", "ldct_dist", *then],
+            command=["-m", "ldct_dist", *parts.then],
             name=f"{script.name}-end",
             kind="single",
             options={k: v for k, v in script.options.items() if not k.startswith("gpus")},
@@ -61,5 +78,5 @@ def submit_parts(script: Script, then: Sequence[str] | None = None) -> list[str]
 
 def _submit(script: Script, name: str, *options: str) -> str:
     path = script.folder / name
-    path.write_text(render(script))
+    files.replace(path, render(script))
     return jobs.sbatch(path, *options)

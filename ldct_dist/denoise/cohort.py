@@ -7,8 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldct_dist.denoise.volumes import denoise_series
+from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
+from ldct_dist.files import replace
+
+MADE_BY = ".denoised-by"
+"""beside the cases: the one network that made them all"""
 
 
 @dataclass
@@ -29,7 +33,7 @@ def cases_of(source: Path) -> list[Path]:
 
 
 def denoise_cohort(
-    weights: Path,
+    denoise: SeriesDenoiser,
     source: Path,
     out: Path,
     part: tuple[int, int] = (0, 1),
@@ -38,16 +42,19 @@ def denoise_cohort(
     """Denoise each case of `source` into a folder of its name in `out`; what is there already stays.
 
     part: (i, n) takes every n-th case from the i-th. A case that is refused does not stop the others.
+    Raises UserError for an `out` whose cases another network made: a cohort is not mixed.
     """
     report = CohortReport()
-    for case in cases_of(source)[part[0] :: part[1]]:
+    cases = cases_of(source)[part[0] :: part[1]]
+    _claim(out, denoise.name)
+    for case in cases:
         target, partial = out / case.name, out / f".{case.name}.partial"
         if target.exists():
             report.skipped.append(case.name)
             continue
         shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
         try:
-            denoise_series(weights, case, partial)
+            denoise(case, partial)
             partial.rename(target)
         except UserError as e:
             report.refused.append(f"{case.name}: {e}")
@@ -55,3 +62,19 @@ def denoise_cohort(
         report.written.append(case.name)
         progress(case.name)
     return report
+
+
+def _claim(out: Path, network: str) -> None:
+    mark = out / MADE_BY
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        unnamed = not mark.exists() and any(not path.name.startswith(".") for path in out.iterdir())
+        if not mark.exists() and not unnamed:
+            replace(mark, network)
+        made_by = "a network that it does not name" if unnamed else mark.read_text()
+    except OSError as e:
+        raise UserError(f"{out}: {e.strerror}; choose a folder that can be written") from e
+    if made_by != network:
+        raise UserError(
+            f"{out}: its cases were denoised by {made_by}, these weights are {network}; choose another folder"
+        )

@@ -12,14 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commands import command
+from commands import command, commands_on_path
 from ldct_dist import submit
-from ldct_dist.cluster.command import parse, split
+from ldct_dist.cluster.command import parse, parse_parts, split
+from ldct_dist.cluster.parts import submit_parts
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import CPUS_PER_TASK, gpus_per_node, shaped
 from ldct_dist.cluster.site import Site, read_site
 from ldct_dist.cluster.submit import dry_run, start
 from ldct_dist.errors import UserError
+from ldct_dist.models.registry import ModelConfig, build
+from ldct_dist.models.weights import save_weights
 from runs import write_config
 from stores import make_store
 
@@ -171,6 +174,33 @@ def test_words_of_the_command_line_are_told_apart():
         ["c.yaml", "optim.lr=1", "seed=3"],
         {"nodes": "2", "gres": "gpu:4", "exclusive": True, "comment": "a b"},
     )
+
+
+def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7"))
+    for case in ("a", "b"):
+        (tmp_path / "in" / case).mkdir(parents=True)
+    weights, out = tmp_path / "w.safetensors", tmp_path / "out"
+    save_weights(weights, build(ModelConfig(size="xs")))
+    array = parse_parts(["denoise", str(weights), str(tmp_path / "in"), str(out), "--bf16"], None, None)
+    assert not array.script.folder.exists()
+    then = weights.read_bytes()
+    assert submit_parts(array) == ["7"]
+    weights.write_bytes(b"of a later step")
+    (line,) = [
+        line for line in (tmp_path / "out.jobs/array.sbatch").read_text().splitlines() if " denoise " in line
+    ]
+    given = line.partition(" denoise ")[2].split()
+    assert Path(given[0]).read_bytes() == then
+    assert given[1:] == [str(tmp_path / "in"), str(out), "--bf16", "--part", '"$SLURM_ARRAY_TASK_ID/2"']
+
+
+def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="neither a weights file nor"):
+        parse_parts(
+            ["denoise", str(tmp_path / "run"), str(tmp_path / "in"), str(tmp_path / "out")], None, None
+        )
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):

@@ -1,0 +1,79 @@
+"""A cohort: one network for all of its cases, whatever becomes of the weights and however often it is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldct_dist.denoise import cohort
+from ldct_dist.denoise.cohort import MADE_BY, denoise_cohort
+from ldct_dist.denoise.volumes import SeriesDenoiser
+from ldct_dist.errors import UserError
+from ldct_dist.models.registry import ModelConfig, build
+from ldct_dist.models.weights import save_weights
+from networks import random_network
+from synthetic_dicom import Options, phantom, write_series
+
+
+@pytest.fixture
+def source(tmp_path):
+    for case in ("a", "b", "c"):
+        write_series(tmp_path / "in" / case, phantom(), Options(seed=case))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
+    return tmp_path / "w.safetensors"
+
+
+def cases(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+
+
+def test_weights_that_are_pruned_meanwhile_denoise_the_rest_all_the_same(source, weights, tmp_path):
+    report = denoise_cohort(
+        SeriesDenoiser.load(weights),
+        source,
+        tmp_path / "out",
+        progress=lambda _: weights.unlink(missing_ok=True),
+    )
+    assert (report.written, report.refused) == (["a", "b", "c"], [])
+
+
+def test_cases_of_other_weights_are_not_taken_for_these_nor_added_to(source, weights, tmp_path):
+    out = tmp_path / "out"
+    denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(0, 2))
+    save_weights(weights, random_network("unet3d", gain=0.5))
+    with pytest.raises(
+        UserError, match=r"denoised by unet3d-xs, weights sha256 \w+, these weights are unet3d"
+    ):
+        denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(1, 2))
+    assert cases(out) == ["a", "c"]
+
+
+def test_the_same_weights_go_on_where_they_were_but_not_in_another_precision(source, weights, tmp_path):
+    out = tmp_path / "out"
+    denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(0, 2))
+    report = denoise_cohort(SeriesDenoiser.load(weights), source, out)
+    assert (report.written, report.skipped) == (["b"], ["a", "c"])
+    with pytest.raises(UserError, match="in bf16"):
+        denoise_cohort(SeriesDenoiser.load(weights, bf16=True), source, out)
+
+
+def test_cases_that_nothing_is_known_of_are_not_added_to(source, weights, tmp_path):
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="a network that it does not name"):
+        denoise_cohort(SeriesDenoiser.load(weights), source, tmp_path / "out")
+    assert not (tmp_path / "out" / MADE_BY).exists()
+
+
+def test_a_case_that_is_refused_leaves_the_others(source, weights, tmp_path):
+    (source / "b" / "slice-001.dcm").unlink()
+    report = denoise_cohort(SeriesDenoiser.load(weights), source, tmp_path / "out")
+    assert report.written == ["a", "c"]
+    assert report.refused[0].startswith("b: ")
+    with pytest.raises(UserError, match="a folder that holds a folder a case"):
+        cohort.cases_of(source / "a")
