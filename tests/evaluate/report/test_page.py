@@ -57,6 +57,7 @@ def report(tmp_path_factory):
         str(folder / "out"),
     ]
     options = ["--baselines", "gaussian,tv", "--lesion-mm", "12", "--cases-shown", "1"]
+    options += ["--protocol", "ldctbench-abdomen"]
     done = CliRunner().invoke(app, arguments + options)
     assert done.exit_code == 0, done.output
     return folder / "out"
