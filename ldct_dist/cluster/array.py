@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldct_dist.cluster import jobs
-from ldct_dist.cluster.progress import read_progress
 from ldct_dist.cluster.rank import train
 from ldct_dist.cluster.record import CONFIG, JOB, job_of
 from ldct_dist.cluster.sbatch import Script, render
@@ -20,6 +19,7 @@ from ldct_dist.cluster.submit import SCRIPT
 from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
+from ldct_dist.files import replace
 
 
 def submit_array(
@@ -39,14 +39,14 @@ def submit_array(
     write_hparams(sweep)
     for point, config in zip(points, configs, strict=True):
         config.parent.mkdir(exist_ok=True)
-        config.write_text(to_yaml(point.config))
+        replace(config, to_yaml(point.config))
     text = render(_script(folder, configs, options, site, snapshot_code(folder / "code")))
-    (folder / SCRIPT).write_text(text)
+    replace(folder / SCRIPT, text)
     log = f"{folder}/".replace("%", "%%") + "%A_%a.log"
     job = jobs.sbatch(folder / SCRIPT, f"--array=0-{len(points) - 1}", f"--output={log}")
     for i, point in enumerate(points):
         record = {"job": f"{job}_{i}", "log": str(folder / f"{job}_{i}.log")}
-        (point.folder / JOB).write_text(json.dumps(record))
+        replace(point.folder / JOB, json.dumps(record))
     return job
 
 
@@ -91,7 +91,7 @@ def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[Point]:
         if job is not None and job.active:
             say(f"{point.config.name}: in the queue already, job {job.id}")
             return False
-        if read_progress(point.folder).done:
+        if point.done:
             say(f"{point.config.name}: done already")
             return False
         return True

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ldct_dist.cluster.progress import read_starts
+from ldct_dist.files import replace
 
 JOB = Path("slurm/job.json")
 CONFIG = Path("slurm/job.yaml")
@@ -32,7 +33,7 @@ def job_of(run: Path) -> str | None:
 def note_cancelled(run: Path) -> None:
     """Remember that a person ended the run's job: its exit code then says nothing about the run."""
     (run / CANCELLED).parent.mkdir(exist_ok=True)
-    (run / CANCELLED).write_text(f"{job_of(run)}\n")
+    replace(run / CANCELLED, f"{job_of(run)}\n")
 
 
 def was_cancelled(run: Path, job: str) -> bool:

@@ -245,7 +245,7 @@ _CHAIN = """\
     next=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" job.sbatch) || exit
     next=${next%%;*}
     [ ! -e "${SLURM_JOB_ID}_submitted.pkl" ] || cp "${SLURM_JOB_ID}_submitted.pkl" "${next}_submitted.pkl"
-    printf '{"job": "%s"}' "$next" > job.json
+    printf '{"job": "%s"}' "$next" > next.tmp && mv next.tmp job.json
     echo "$next" > next.tmp && mv next.tmp "$SLURM_JOB_ID.next"
   fi
 """

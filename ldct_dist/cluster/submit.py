@@ -26,7 +26,9 @@ from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
+from ldct_dist.files import replace
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.run import RunFolder
 
 CLUSTERS = ("slurm", "local", "debug")
 SCRIPT = "job.sbatch"
@@ -110,6 +112,7 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
     if cluster not in CLUSTERS:
         raise UserError(f"--cluster {cluster}: one of {', '.join(CLUSTERS)}")
     tasks, _ = request.tasks, dry_run(request)  # a mistake is said before anything is written
+    RunFolder(request.run).check(request.config)
     _refuse_twice(request)
     if cluster == "slurm" and shutil.which("srun") is None:
         raise UserError(
@@ -118,19 +121,19 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
         config = request.run / CONFIG
-        config.write_text(to_yaml(request.config))
+        replace(config, to_yaml(request.config))
     except OSError as e:
         raise UserError(f"run folder {request.run}: {e.strerror}; choose another with runs=FOLDER") from e
     function = Train(config, request.allow_new_data)
     if cluster != "slurm":
         return _executor_here(request, cluster).submit(function)
     text = render(request.script(snapshot_code(request.folder / "code")))
-    (request.folder / SCRIPT).write_text(text)
+    replace(request.folder / SCRIPT, text)
     try:
         job = Executor(request.folder, text, tasks).submit(function)
     except (FailedJobError, FailedSubmissionError) as e:
         raise UserError(f"sbatch: {_last_words(e)}") from e
-    (request.run / JOB).write_text(json.dumps({"job": job.job_id}))
+    replace(request.run / JOB, json.dumps({"job": job.job_id}))
     return job
 
 

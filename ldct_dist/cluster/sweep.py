@@ -23,6 +23,7 @@ from ldct_dist.config import Config
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.run import RunFolder
 
 Value = str | float | bool
 _HPARAMS_FILE = "events.out.tfevents.0.hparams"  # TensorBoard reads what has tfevents in its name
@@ -39,6 +40,12 @@ class Point:
     @property
     def folder(self) -> Path:
         return self.config.runs / self.config.name
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been trained for as many steps as it is to be now."""
+        checkpoint = read_progress(self.folder).checkpoint
+        return checkpoint is not None and checkpoint >= self.config.steps
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
     the last part of one where only one ends so (`lr`); `model=unet3d-s` is a network and its size. A comma
     within brackets or quotes belongs to the value. The names of the runs follow from their values alone.
 
-    Raises UserError for a mistake in any point.
+    Raises UserError for a mistake in any point, and where one was trained with other settings than these before.
     """
     given = [_argument(argument) for argument in arguments]
     base = configs.read(RunConfig, config, [o for key, values in given for o in overrides_of(key, values[0])])
@@ -79,6 +86,7 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
             raise UserError(f"two runs of the sweep would be called {name}: a value stands there twice")
         overrides += [f"runs={folder}", f"name={name}"]
         points[name] = Point(configs.read(RunConfig, config, overrides), overrides, place)
+        RunFolder(points[name].folder).check(points[name].config)
     axes = {key: list(dict.fromkeys(p.place[key] for p in points.values())) for key in keys}
     return Sweep(folder, axes, list(points.values()))
 
@@ -185,7 +193,7 @@ def run_here(sweep: Sweep, config: Path, ranks: int, say: Callable[[str], None] 
     failed = []
     for i, point in enumerate(sweep.points, 1):
         name = f"{point.config.name} ({i}/{len(sweep.points)})"
-        if read_progress(point.folder).done:
+        if point.done:
             say(f"{name}: done already")
             continue
         say(f"{name}: training")

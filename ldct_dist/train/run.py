@@ -59,12 +59,22 @@ class RunFolder:
         return any(self.checkpoints.glob(f"{retention.PREFIX}*"))
 
     def open(self, config: RunConfig) -> list[str]:
-        """Create the folder, or check that `config` is still the run's; the keys that changed.
+        """Create the folder, or check that `config` is still the run's; the keys that changed. Raises as `check` does."""
+        changed = self.check(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if changed or not self.config.exists():
+                replace(self.config, to_yaml(config))
+        except OSError as e:
+            raise UserError(f"run folder {self.path}: {e.strerror}; choose another with runs=FOLDER") from e
+        return changed
+
+    def check(self, config: RunConfig) -> list[str]:
+        """What `config` would change of the run that is there, a line a key. Writes nothing.
 
         Raises UserError if a key changed that would make what was saved another run's.
         """
-        known = self.config.exists()
-        changed = list(self._changes(config)) if known else []
+        changed = list(self._changes(config)) if self.config.exists() else []
         changeable = tuple(f"{key}." for key in CHANGEABLE)
         refused = [line for key, line in changed if not f"{key}.".startswith(changeable)]
         if refused and self.has_saved:
@@ -72,12 +82,6 @@ class RunFolder:
                 f"{self.path} holds another run: {'; '.join(refused)}. Take the value back, or start a new run "
                 f"from these weights: name=NEW init_from={self.checkpoints}/<step>/weights.safetensors"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if changed or not known:
-                replace(self.config, to_yaml(config))
-        except OSError as e:
-            raise UserError(f"run folder {self.path}: {e.strerror}; choose another with runs=FOLDER") from e
         return [line for _, line in changed]
 
     def record_start(self, world: World, generation: int, step: int) -> None:

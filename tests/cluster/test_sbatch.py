@@ -20,6 +20,7 @@ from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import CPUS_PER_TASK, gpus_per_node, shaped
 from ldct_dist.cluster.site import Site, read_site
 from ldct_dist.cluster.submit import dry_run, start
+from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
@@ -270,6 +271,16 @@ def test_a_site_or_a_cluster_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="one of slurm, local, debug"):
         submit(config, cluster="pbs")
     assert list(tmp_path.iterdir()) == [config]
+
+
+def test_a_run_that_was_another_is_refused_before_it_waits_in_the_queue(tmp_path):
+    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    before = parse([str(config)], None, False)
+    (before.run / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (before.run / "config.yaml").write_text(to_yaml(before.config))
+    with pytest.raises(UserError, match=r"holds another run: data\.batch was 4, now 2"):
+        start(parse([str(config), "data.batch=2"], None, False))
+    assert not before.folder.exists()
 
 
 def test_here_and_now_it_is_the_same_run(tmp_path, capfd):

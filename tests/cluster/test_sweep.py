@@ -14,9 +14,11 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
 from commands import commands_on_path
+from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.cluster.array import submit_array
 from ldct_dist.cluster.record import job_of
-from ldct_dist.cluster.sweep import dotted, plan, run_here
+from ldct_dist.cluster.sweep import Point, dotted, plan, run_here
+from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from runs import write_config
 from stores import make_store
@@ -148,6 +150,30 @@ def test_an_array_holds_the_runs_that_are_neither_done_nor_queued(config, tmp_pa
     assert "--array=0-1" in first
     assert "--array=0-0" in second
     assert job_of(sweep.points[1].folder) == "7_0"  # the only task of the second array
+
+
+def finish(point: Point) -> None:
+    """Leave what a run leaves that has come to its end."""
+    saved = point.folder / "checkpoints" / f"step-{point.config.steps:08d}"
+    saved.mkdir(parents=True)
+    Manifest(1, point.config.steps, {}, {}).write(saved)
+    (point.folder / "config.yaml").write_text(to_yaml(point.config))
+
+
+def test_runs_are_done_when_they_have_the_steps_that_are_asked_for_now(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7"))
+    for point in plan(config, ["seed=1,2", "steps=4"]).points:
+        finish(point)
+    said: list[str] = []
+    assert submit_array(plan(config, ["seed=1,2", "steps=4"]), {}, None, said.append) is None
+    assert said == ["seed-1: done already", "seed-2: done already"]
+    assert submit_array(plan(config, ["seed=1,2", "steps=9"]), {}, None, said.append) == "7"
+
+
+def test_runs_that_were_trained_with_other_settings_are_not_passed_over_as_done(config):
+    finish(plan(config, ["seed=1,2"]).points[1])
+    with pytest.raises(UserError, match=r"seed-2 holds another run: data\.batch was 4, now 2"):
+        plan(config, ["seed=1,2", "batch=2"])
 
 
 def test_a_sweep_that_slurm_would_refuse_leaves_nothing_behind(config, tmp_path):

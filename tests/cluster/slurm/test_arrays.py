@@ -13,6 +13,7 @@ import pytest
 from jobs_of import field, wait
 
 from ldct_dist import config as configs
+from ldct_dist.denoise.cohort import MADE_BY
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store.ingest import IngestConfig, ingest
@@ -79,8 +80,8 @@ def test_a_cohort_is_denoised_by_parts_each_case_whole(cluster, dicom, tmp_path)
     (array,) = submitted(cluster, tmp_path, "denoise", tmp_path / "w.safetensors", dicom, out, "--parts", 2)
     done = ("COMPLETED", "FAILED")
     wait(lambda: all(field(cluster, f"{array}_{i}", "JobState") in done for i in range(2)), "both parts")
-    assert sorted(p.name for p in out.iterdir()) == [f"case-{i}" for i in range(CASES)]
-    assert all(len(list(case.iterdir())) == 4 for case in out.iterdir())
+    assert sorted(p.name for p in out.iterdir()) == [MADE_BY, *(f"case-{i}" for i in range(CASES))]
+    assert all(len(list(case.iterdir())) == 4 for case in out.glob("case-*"))
 
 
 def by_hand(cluster, folder: Path, script: str, numbers: dict[str, str], *arguments: str | Path) -> str:
@@ -110,4 +111,4 @@ def test_the_scripts_to_copy_ingest_and_denoise(cluster, dicom, tmp_path):
     array = by_hand(cluster, tmp_path, "denoise.sbatch", numbers, tmp_path / "w.safetensors", dicom, out)
     ended = ("COMPLETED", "FAILED")
     wait(lambda: all(field(cluster, f"{array}_{i}", "JobState") in ended for i in range(2)), "both parts")
-    assert sorted(p.name for p in out.iterdir()) == [f"case-{i}" for i in range(CASES)]
+    assert sorted(p.name for p in out.iterdir()) == [MADE_BY, *(f"case-{i}" for i in range(CASES))]
