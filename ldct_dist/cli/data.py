@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress
 from ldct_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from ldct_dist.store.ingest import IngestReport
 
 
 @app.command()
@@ -58,6 +61,12 @@ def ingest(
             announce=announce,
             progress=lambda _: bar.advance(task),
         )
+    _print_report(report, store)
+    if report.rejected:
+        raise typer.Exit(1)
+
+
+def _print_report(report: IngestReport, store: Path) -> None:
     console.print(
         f"{len(report.written)} cases written, {len(report.skipped)} were there already, "
         f"{len(report.rejected)} refused -> {store}"
@@ -66,7 +75,6 @@ def ingest(
         console.print(f"  refused: {refusal.reason}", markup=False)
     if report.rejected:
         console.print(f"  all refusals: {report.rejected_csv}")
-        raise typer.Exit(1)
 
 
 @app.command()

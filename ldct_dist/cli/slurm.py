@@ -41,21 +41,13 @@ def submit(
     Example: ldct-dist submit configs/mayo2016_unet3d.yaml optim.lr=3e-4 --nodes 2 --gpus-per-node 4
     --time 24:00:00 --partition gpu
     """
-    from ldct_dist.cluster.command import announce, parse, parse_parts
-    from ldct_dist.cluster.parts import submit_parts
-    from ldct_dist.cluster.sbatch import render as render_parts
+    if arguments[0] in ("ingest", "denoise"):
+        _submit_array(arguments, site, parts, dry_run)
+        return
+    from ldct_dist.cluster.command import announce, parse
     from ldct_dist.cluster.submit import dry_run as render
     from ldct_dist.cluster.submit import start
 
-    if arguments[0] in ("ingest", "denoise"):
-        array = parse_parts(arguments, site, parts)
-        if dry_run:
-            print(render_parts(array.script), end="")
-            return
-        for number in submit_parts(array):
-            console.print(f"job      {number}", highlight=False)
-        console.print(f"logs     {array.script.folder}", markup=False, highlight=False)
-        return
     request = parse(arguments, site, allow_new_data)
     if dry_run:
         print(render(request), end="")
@@ -65,6 +57,20 @@ def submit(
         console.print(line, markup=False, highlight=False)
     if cluster == "debug":
         job.results()
+
+
+def _submit_array(arguments: list[str], site: str | None, parts: int | None, dry_run: bool) -> None:
+    from ldct_dist.cluster.command import parse_parts
+    from ldct_dist.cluster.parts import submit_parts
+    from ldct_dist.cluster.sbatch import render
+
+    array = parse_parts(arguments, site, parts)
+    if dry_run:
+        print(render(array.script), end="")
+        return
+    for number in submit_parts(array):
+        console.print(f"job      {number}", highlight=False)
+    console.print(f"logs     {array.script.folder}", markup=False, highlight=False)
 
 
 @app.command()
