@@ -30,6 +30,7 @@ _SCHEMA = pa.schema(
         "noise_hu": pa.float64(),
         "provenance": pa.string(),
         "body": pa.binary(),
+        "low_dose": pa.string(),
     }
 )
 
@@ -44,8 +45,23 @@ def parquet(records: Sequence[CaseRecord]) -> bytes:
 
 def catalogue(records: Sequence[CaseRecord]) -> pa.Table:
     """The catalogue of these cases: a row for each, which holds all of its record."""
-    rows = [{**asdict(r), "acquisition": json.dumps(r.acquisition)} for r in records]
+    rows = [
+        {
+            **asdict(r),
+            "acquisition": json.dumps(r.acquisition),
+            "low_dose": r.low_dose and json.dumps(r.low_dose),
+        }
+        for r in records
+    ]
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def completed(table: pa.Table) -> pa.Table:
+    """The catalogue `table` with the columns that it was written without, empty."""
+    for field in _SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def _fingerprint(records: Sequence[CaseRecord]) -> str:

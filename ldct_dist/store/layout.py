@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,10 +119,12 @@ def write_case(
     split: str,
     provenance: str = "",
     noise_hu: float | None = None,
+    low_dose: dict[str, Any] | None = None,
 ) -> CaseRecord:
     """Write a case whole: it appears under its name in one rename, or not at all. One that is there goes.
 
-    doses: dose fraction to Volume, all on one grid. patient: the keyed hash, never the ID.
+    doses: dose fraction to Volume, all on one grid. patient: the keyed hash, never the ID. provenance, noise_hu and
+    low_dose: as in CaseRecord.
     """
     names = {dose_name(d): v for d, v in sorted(doses.items(), reverse=True)}
     full = next(iter(names.values()))
@@ -148,6 +151,7 @@ def write_case(
             noise_hu=noise_hu,
             provenance=provenance,
             body=body_share(full.hu, chunk),
+            low_dose=low_dose,
         )
         (temporary / "zarr.json").write_bytes(case_metadata(record))
         _sync_tree(temporary)

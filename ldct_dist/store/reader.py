@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
+from ldct_dist.store.catalogue import completed
 from ldct_dist.store.record import CaseRecord, read_record, sha256
 from ldct_dist.store.shards import DamagedError, Region, ShardedArray
 
@@ -85,7 +86,7 @@ class Store:
                 f"{self.path}: {layout.CATALOGUE} is damaged, or not the last one written; run ldct-dist ingest again"
             )
         # Not pq.read_table, whose threads, where a process ends soon after, now and then abort it (apache/arrow 34314).
-        self.table = pq.ParquetFile(pa.BufferReader(catalogue)).read(use_threads=False)
+        self.table = completed(pq.ParquetFile(pa.BufferReader(catalogue)).read(use_threads=False))
         self.fingerprint: str = self.table.schema.metadata[b"fingerprint"].decode()
         self.cases = Cases(self.table)
         self.array = lru_cache(OPEN_ARRAYS)(self._open)

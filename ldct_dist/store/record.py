@@ -26,6 +26,9 @@ class CaseRecord:
     body: share of voxels above BODY_HU in each chunk of the chunk grid, 0..255, C order.
     voxels, arrays: `voxel_hash` of each dose's voxels, and sha256 of its zarr.json.
     provenance: keyed hash of what it was made from.
+    low_dose: how the doses below the full one came about. "made": "acquired" or "simulated"; "config", if they were
+    simulated here: the `DoseConfig`, with the photons and the cutoff that were matched to the scan. None: unknown, as
+    in stores that were written before this was kept.
     """
 
     name: str
@@ -43,11 +46,14 @@ class CaseRecord:
     noise_hu: float | None
     provenance: str
     body: bytes
+    low_dose: dict[str, Any] | None = None
 
 
 def case_metadata(record: CaseRecord) -> bytes:
     """A case's zarr.json: a function of its record alone, so a byte that differs is damage."""
     body = {**asdict(record), "body": record.body.hex()}
+    if record.low_dose is None:
+        del body["low_dose"]  # so that the seals of older records hold
     seal = sha256(json.dumps(body).encode())
     return group_metadata({"ome": _ome(record), FORMAT: {**body, "seal": seal}})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -18,20 +19,21 @@ from ldct_dist.store.layout import CASES
 from ldct_dist.store.reader import Store
 
 LOOKS_AT_ONCE = 16  # at folders: on a shared file system each takes its time
-FACTS = ["name", "patient", "split", "shape", "spacing", "doses", "noise_hu"]
+FACTS = ["name", "patient", "split", "shape", "spacing", "doses", "noise_hu", "low_dose"]
 USUAL_ORDER = ("train", "val", "test")
 
 Row = dict[str, Any]
 
 
 def rows(store: Store) -> list[Row]:
-    """The catalogue's FACTS of each case; `bytes`, the size of its voxels on disk, for which each of their files
+    """The catalogue's FACTS of each case, `low_dose` as in CaseRecord; `bytes`, the size of its voxels on disk, for which each of their files
     is looked at; and `voxel_bytes`, their size as int16. Sorted by split, then by name."""
     cases = store.table.select(FACTS).to_pylist()
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as threads:
         sizes = threads.map(_bytes_in, (store.path / CASES / row["name"] for row in cases))
         for row, size in zip(cases, sizes, strict=True):
             row |= {"bytes": size, "voxel_bytes": 2 * prod(row["shape"]) * len(row["doses"])}
+            row["low_dose"] = row["low_dose"] and json.loads(row["low_dose"])
     return sorted(cases, key=lambda row: (_order(row["split"]), row["name"]))
 
 
@@ -66,11 +68,23 @@ def _span(values: Iterable[float], form: str) -> str:
 
 
 def _doses(cases: Sequence[Row]) -> str:
-    """Each dose; how many cases have it, where not all do."""
-    counts = Counter(dose for row in cases for dose in row["doses"])
-    return ", ".join(
-        dose if count == len(cases) else f"{dose} ({count:,})" for dose, count in sorted(counts.items())[::-1]
-    )
+    return _counted((dose for row in cases for dose in row["doses"]), len(cases))
+
+
+def _made(cases: Sequence[Row]) -> str:
+    low = [row for row in cases if len(row["doses"]) > 1]
+    return _counted(((row["low_dose"] or {"made": "unknown"})["made"] for row in low), len(low)) or "none"
+
+
+def _simulated_with(cases: Iterable[Row], setting: str) -> list[Any]:
+    """That setting of the DoseConfig of each case that an ingest simulated."""
+    return [row["low_dose"]["config"][setting] for row in cases if "config" in (row["low_dose"] or ())]
+
+
+def _counted(values: Iterable[str], of: int) -> str:
+    """Each value, the last of the alphabet first; how many cases have it, where not all `of` them do."""
+    counts = sorted(Counter(values).items(), reverse=True)
+    return ", ".join(value if count == of else f"{value} ({count:,})" for value, count in counts)
 
 
 def _size(number: int) -> str:
@@ -91,6 +105,11 @@ _SUMMARY: dict[str, Callable[[list[Row]], str]] = {
     "cases": lambda r: f"{len(r):,}",
     "patients": lambda r: f"{len({row['patient'] for row in r}):,}",
     "doses": _doses,
+    "low dose": _made,
+    "simulated beam": lambda r: ", ".join(sorted(set(_simulated_with(r, "beam")))) or "-",
+    "photons a ray, 1e3": lambda r: (
+        _span((n / 1e3 for n in known), ".3g") if (known := _simulated_with(r, "photons")) else "-"
+    ),
     "slices": lambda r: f"{sum(row['shape'][0] for row in r):,}",
     "slices a case": lambda r: _span((row["shape"][0] for row in r), "d"),
     "rows, columns": lambda r: _span((n for row in r for n in row["shape"][1:]), "d"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ldct_dist.ct import noise
 from ldct_dist.ct.dicom import Series, read_series
@@ -78,7 +79,7 @@ def make_case(task: Task) -> str | None:
     Raises OSError if the store cannot be written.
     """
     try:
-        doses, moments = _volumes(task)
+        doses, moments, low_dose = _volumes(task)
         layout.write_case(
             task.store,
             task.name,
@@ -87,6 +88,7 @@ def make_case(task: Task) -> str | None:
             split=task.split,
             provenance=task.provenance,
             noise_hu=_noise_hu(moments),
+            low_dose=low_dose,
         )
     except UserError as e:
         return str(e)
@@ -95,8 +97,8 @@ def make_case(task: Task) -> str | None:
     return None
 
 
-def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments]:
-    """The case's volumes by dose fraction, and some moments of the full dose.
+def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments, dict[str, Any]]:
+    """The case's volumes by dose fraction, some moments of the full dose, and `CaseRecord.low_dose`.
 
     Raises UserError if a volume is unsound or they are no pair.
     """
@@ -104,21 +106,24 @@ def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments]:
     full = read_series(pair.full)
     moments = noise.sampled_moments(full)
     if pair.low is None:
-        from ldct_dist.ct.dose import simulate_low_dose  # with torch, which pairs do without
+        from ldct_dist.ct.dose import matched, simulate_low_dose  # with torch, which pairs do without
 
         try:
-            low = simulate_low_dose(full, task.dose, task.seed, task.simulation)
+            config = matched(full, task.simulation)
+            low = simulate_low_dose(full, task.dose, task.seed, config)
         except UserError as e:
             raise UserError(f"{pair.full.name}: {e}") from e
+        low_dose = {"made": "simulated", "config": config.model_dump()}
     else:
         low = read_series(pair.low)
         try:
             check_images(full, low, moments, task.check)
         except UserError as e:
             raise UserError(f"{pair.name or pair.full.name}: {e}") from e
+        low_dose = {"made": "simulated" if pair.low.is_own_output else "acquired"}
     words = identifying_words(pair.full.paths[0], pair.patient)
     acquisition = scrubbed(full.acquisition, words)
-    return {1.0: replace(full, acquisition=acquisition), task.dose: low}, moments
+    return {1.0: replace(full, acquisition=acquisition), task.dose: low}, moments, low_dose
 
 
 def _noise_hu(moments: noise.LocalMoments) -> float | None:

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 
+from ldct_dist.ct.dicom import one_series
+from ldct_dist.ct.dose import simulate_low_dose
+from ldct_dist.ct.dose_config import DoseConfig, seed_of
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, workers
 from ldct_dist.store.ingest import IngestConfig, finalise, ingest
@@ -25,7 +28,7 @@ from ldct_dist.store.reader import Store
 from ldct_dist.store.record import read_record
 from ldct_dist.store.task import task
 from ldct_dist.store.verify import verify
-from sources import CONFIG, QUICK, SHAPE, anatomy, write_patients
+from sources import CONFIG, QUICK, SHAPE, anatomy, write_pair, write_patients
 from synthetic_dicom import Options, write_series
 
 
@@ -60,6 +63,32 @@ def test_every_series_becomes_a_verified_case_with_its_simulated_low_dose(source
         assert (low.spacing, low.origin) == (high.spacing, high.origin)
         assert 1 < np.std(low.hu.astype(float) - high.hu) < 500
     assert verify(out) == []
+
+
+def test_a_case_says_how_its_low_dose_was_made(tmp_path, out, threads):
+    """With the config in the record, the simulation can be had again, bit for bit."""
+    write_series(tmp_path / "in", anatomy(0, (4, 96, 96), noise=12.0), Options())
+    simulation = DoseConfig(views=32, columns=64)
+    ingest(tmp_path / "in", out, CONFIG.model_copy(update={"simulation": simulation}))
+    store = Store(out)
+    record = store.record(store.cases[0].name)
+    assert record.low_dose is not None
+    assert record.low_dose["made"] == "simulated"
+    config = DoseConfig(**record.low_dose["config"])
+    assert (config.views, config.columns) == (32, 64)
+    assert config.photons is not None
+    assert config.cutoff_per_mm is not None
+    seed = seed_of(one_series(tmp_path / "in").series_uid, 0)
+    again = simulate_low_dose(store.volume(record.name, "1.00"), 0.25, seed, config)
+    assert np.array_equal(again.hu, store.volume(record.name, "0.25").hu)
+    assert verify(out) == []
+
+
+def test_a_pair_says_that_its_low_dose_was_acquired(tmp_path, out, threads):
+    write_pair(tmp_path / "in/full_dose/L067", tmp_path / "in/quarter_dose/L067", Options(patient="L067"))
+    ingest(tmp_path / "in", out, CONFIG)
+    (case,) = Store(out).cases
+    assert Store(out).record(case.name).low_dose == {"made": "acquired"}
 
 
 def test_the_measured_noise_is_that_of_the_full_dose(tmp_path, out, threads):

@@ -7,6 +7,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zarr
 from hypothesis import given, settings
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
-from ldct_dist.store import layout
+from ldct_dist.store import catalogue, layout
 from ldct_dist.store.layout import SHARD_CAP, chunk_shape, dose_name, shard_count
 from ldct_dist.store.reader import Store
+from ldct_dist.store.summary import rows
+from ldct_dist.store.verify import verify
 from stores import SPACING, make_store, smooth_volume
 
 
@@ -92,6 +95,18 @@ def test_the_fingerprint_changes_with_a_voxel_and_with_a_split(tmp_path):
 
     assert fingerprint("a", 7, "train") == fingerprint("b", 7, "train")
     assert len({fingerprint("c", 7, "train"), fingerprint("d", 8, "train"), fingerprint("e", 7, "test")}) == 3
+
+
+def test_a_store_of_before_the_low_dose_was_told_still_opens(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        columns = [field for field in catalogue._SCHEMA if field.name != "low_dose"]
+        before.setattr(catalogue, "_SCHEMA", pa.schema(columns))
+        path = make_store(tmp_path / "ct.zarr", [(3, 8, 8)]).path
+    assert "low_dose" not in (path / "cases/case-000/zarr.json").read_text()
+    store = Store(path)
+    assert store.record("case-000").low_dose is None
+    assert rows(store)[0]["low_dose"] is None
+    assert verify(path) == []
 
 
 def test_a_case_written_again_replaces_the_old_one_whole(tmp_path):
