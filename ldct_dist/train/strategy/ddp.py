@@ -56,7 +56,8 @@ class DDPStrategy:
         unbroken run did.
         """
         if self.world.size > 1:
-            size = self.config.micro_batch or self.config.data.batch // self.world.size
+            share = self.config.data.batch // self.world.size
+            size = min(self.config.micro_batch or share, share)
             restored = self(torch.zeros((size, 1, *self.config.data.crop), device=self.world.device))
             restored.float().sum().mul(0.0).backward()
             self.model.zero_grad()

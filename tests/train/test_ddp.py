@@ -1,0 +1,26 @@
+"""What DDP does beside training."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldct_dist.models.registry import build
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.world import World
+
+
+@pytest.mark.parametrize(("micro_batch", "crops"), [(None, 4), (3, 3), (64, 4)])
+def test_the_first_pass_takes_no_more_memory_than_a_step(monkeypatch, micro_batch, crops):
+    config = RunConfig.model_validate(
+        {
+            **{"name": "x", "store": "x", "steps": 1, "micro_batch": micro_batch},
+            **{"data": {"crop": [4, 8, 8], "batch": 8}, "model": {"size": "xs"}},
+        }
+    )
+    strategy = DDPStrategy(build(config.model), config, World())
+    strategy.world = World(0, 2)
+    seen, forward = [], DDPStrategy.__call__
+    monkeypatch.setattr(DDPStrategy, "__call__", lambda self, hu: seen.append(len(hu)) or forward(self, hu))
+    strategy.warm_up()
+    assert seen == [crops]
