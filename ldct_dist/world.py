@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -28,16 +31,15 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def join(cls, threads: int | None = None, timeout_s: float = 1800.0) -> World:
+    def join(cls, threads: int | None = None, timeout_s: float = 1800.0, works_on_cpu: bool = False) -> World:
         """Read the launcher's variables, set the device and the threads, and meet the other ranks.
 
-        threads: for the arithmetic on CPU; None: the node's cores, shared out over its ranks.
+        threads: for the arithmetic on CPU; None: the rank's share of the cores that it may use, but one where the
+        arithmetic is a GPU's. works_on_cpu: some of it is the CPU's all the same.
         Raises UserError when the launcher promised a rank but not where to meet.
         """
         rank, size, local_rank, local_size = _launcher()
         device = _device(local_rank, local_size)
-        share = max(1, len(os.sched_getaffinity(0)) // local_size) if device.type == "cpu" else 1
-        torch.set_num_threads(threads or share)
         if size > 1:
             missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
             if missing:
@@ -48,6 +50,9 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
         world = cls(rank, size, local_rank, local_size, device)
+        if threads is None:
+            threads = world.share_of_cores() if device.type == "cpu" or works_on_cpu else 1
+        torch.set_num_threads(threads)
         if device.type == "cuda":
             world.refuse_shared_gpu()
         return world
@@ -114,6 +119,15 @@ class World:
         if self.is_main:
             raise UserError(message)
         raise SystemExit(2)
+
+    def share_of_cores(self) -> int:
+        """Of the cores that this rank may use, its part of those that other ranks may use too; at least one.
+
+        A launcher may have given each rank cores of its own, or all ranks of a node the same.
+        """
+        cores = {(socket.gethostname(), core) for core in os.sched_getaffinity(0)}
+        users = Counter(core for theirs in self.gather(cores) for core in theirs)
+        return max(1, math.floor(sum(Fraction(1, users[core]) for core in cores)))
 
     def refuse_shared_gpu(self) -> None:
         """End all ranks if two of them have the same GPU, which NCCL cannot do."""

@@ -16,7 +16,7 @@ class DeepSpeedConfig(Config):
 
     optimizer: Place = "gpu"
     """fp32 weights, their average and Adam's means; cpu: 16 bytes a parameter less on the GPUs together, for a step
-    by the CPU: set threads to the cores that a rank may use; nvme: nor in the node's memory"""
+    by the CPU, on as many threads as `threads` says; nvme: nor in the node's memory"""
     parameters: Place = "gpu"
     """the working weights, with zero=3"""
     nvme_path: str | None = None

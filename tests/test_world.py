@@ -1,0 +1,53 @@
+"""What a rank takes of the machine that it shares."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+
+from ldct_dist import world
+from ldct_dist.world import World
+
+HERE = socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "share"),
+    [
+        (range(8), [(HERE, range(8))] * 3, 2),  # one task of a node, or srun without binding
+        (range(8), [(HERE, range(8 * i, 8 * i + 8)) for i in (1, 2, 3)], 8),  # srun that binds each task
+        (range(8), [("another-node", range(8))] * 3, 8),
+        (range(2), [(HERE, range(2))] * 3, 1),
+        (range(6), [(HERE, range(3, 9))], 4),
+    ],
+)
+def test_cores_are_shared_out_over_the_ranks_that_may_use_them(monkeypatch, mine, others, share):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(mine))
+    theirs = [{(host, core) for core in cores} for host, cores in others]
+    monkeypatch.setattr(World, "gather", lambda self, item: [item, *theirs])
+    assert World(0, 4, 0, 4).share_of_cores() == share
+
+
+@pytest.mark.parametrize(
+    ("device", "works_on_cpu", "asked", "threads"),
+    [
+        ("cpu", False, None, 6),
+        ("cuda", False, None, 1),
+        ("cuda", True, None, 6),
+        ("cuda", True, 3, 3),
+    ],
+)
+def test_a_gpu_leaves_cores_alone_unless_some_arithmetic_is_the_cpus(
+    monkeypatch, device, works_on_cpu, asked, threads
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(world, "_launcher", lambda: (0, 1, 0, 1))
+    monkeypatch.setattr(world, "_device", lambda *_: torch.device(device))
+    monkeypatch.setattr(World, "refuse_shared_gpu", lambda self: None)
+    told = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    World.join(asked, works_on_cpu=works_on_cpu)
+    assert told == [threads]
