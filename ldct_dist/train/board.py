@@ -11,15 +11,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Board:
-    """The figures of a run; close it. purge_step: what was written of this step and later ones is void.
+    """The figures of a run; close it. kept: the last step of which what was written holds.
 
     TensorBoard writes in a thread, which ends at the first failure with a traceback of its own; later calls raise it
     again. Here they raise it alone, and the next call after that begins a new file.
     """
 
-    def __init__(self, folder: Path, purge_step: int) -> None:
+    def __init__(self, folder: Path, kept: int) -> None:
         self.folder = folder
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=kept + 1, flush_secs=10)
         self._told_before = threading.excepthook
         threading.excepthook = self._hear
 

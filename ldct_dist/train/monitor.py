@@ -75,7 +75,7 @@ class Monitor(Mute):
         self.close()
         _drop_from(self.folder, step)
         self._losses = open(self.folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
-        self._board = Board(self.folder.tensorboard, purge_step=step)
+        self._board = Board(self.folder.tensorboard, kept=step)
         self._since: list[StepFigures] = []
         self._start, self._first = time.monotonic(), step
 
@@ -94,6 +94,7 @@ class Monitor(Mute):
         with self._whatever_the_disk(), self._board.writing() as board:
             for name, value in done.figures.items():
                 board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
+            board.flush()  # before the save that says it need not be measured again
         told = "  ".join(f"{k} {v:.4g}" for k, v in done.figures.items())
         for case in done.failed:
             told += f"  {case}: the network's answer is not finite"

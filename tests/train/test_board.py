@@ -19,7 +19,7 @@ def write_all(board: Board, steps: Iterable[int]) -> None:
 
 def test_a_lost_disk_costs_figures_no_traceback_and_nothing_once_it_is_back(tmp_path, capfd):
     folder = tmp_path / "tensorboard"
-    board = Board(folder, purge_step=0)
+    board = Board(folder, kept=0)
     write_all(board, [1])
     folder.rename(tmp_path / "away")
     with pytest.raises(FileNotFoundError):
