@@ -5,23 +5,40 @@ Each component declares its config beside its code as a subclass of `Config`; th
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from ldct_dist.errors import UserError
 
 
 class Config(BaseModel):
-    """Base of every component's config: frozen, and an unknown key is a mistake, not a comment."""
+    """Base of every component's config: frozen, all numbers finite, and an unknown key is a mistake, not a comment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+
+def _looked_up(path: Path) -> Path:
+    """With ~ and variables as they are in this process. Raises ValueError for one that is not known here."""
+    text = os.path.expandvars(path)
+    if unknown := re.search(r"\$(\w+|\{\w+\})", text):
+        raise ValueError(f"{path}: {unknown[0]} is not set here")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"{path}: no such user's home") from e
+
+
+Positive = Annotated[int, Field(gt=0)]
+LocalPath = Annotated[Path, AfterValidator(_looked_up)]
+"""of what the process that reads the config knows; what a node alone knows stays text until it is looked up there"""
 
 C = TypeVar("C", bound=Config)
 
@@ -40,6 +57,10 @@ def read(schema: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as e:
         raise UserError(f"{path or 'overrides'}: {e}") from e
+    except TypeError as e:  # how a key within a list is told
+        raise UserError(
+            f"{path}: {', '.join(overrides)} does not fit it ({e}); give lists whole, such as data.crop=[32,96,96]"
+        ) from e
     return validate(schema, plain, str(path or "config"))
 
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from ldct_dist.config import Config
+from ldct_dist.config import Config, Positive
 from ldct_dist.data.augment import AugmentConfig
 from ldct_dist.data.blocks import Block, Blocks, place
 from ldct_dist.errors import UserError
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 
-Positive = Annotated[int, Field(gt=0)]
 Triple = tuple[int, int, int]
 
 # The plastic number's powers: t * PLASTIC mod 1 fills the unit cube more evenly than random draws do

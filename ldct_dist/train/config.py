@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from ldct_dist.checkpoint.retention import CheckpointConfig
-from ldct_dist.config import Config
+from ldct_dist.config import Config, LocalPath, Positive
 from ldct_dist.data.plan import DataConfig
 from ldct_dist.models.losses import LossConfig
 from ldct_dist.models.registry import ModelConfig
@@ -16,7 +16,7 @@ from ldct_dist.train.guard import GuardConfig
 from ldct_dist.train.strategy.config import DeepSpeedConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
@@ -28,11 +28,11 @@ class OptimConfig(Config):
     """learning rate of the last step, as a share of lr"""
     warmup: int = Field(0, ge=0)
     """steps of linear warm-up"""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Share, Share] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float | None = Field(1.0, gt=0)
     """gradients are scaled down to this L2 norm"""
-    ema: float = Field(0.999, ge=0, lt=1)
+    ema: Share = 0.999
     """decay of the exponential moving average of the weights, which validation and denoising use"""
 
 
@@ -57,10 +57,10 @@ class RunConfig(Config):
     """One training run; the folder runs/name holds everything it writes."""
 
     name: Name
-    store: Path
+    store: LocalPath
     steps: Positive
-    runs: Path = Path("runs")
-    seed: int = Field(0, ge=0)
+    runs: LocalPath = Path("runs")
+    seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -77,21 +77,22 @@ class RunConfig(Config):
     """crops a forward pass; None: the rank's whole share. Gradients accumulate over the share"""
     compile: bool = False
     channels_last: bool = True
-    init_from: Path | None = None
+    init_from: LocalPath | None = None
     """weights.safetensors of another run to start from (fine-tuning; not a resume)"""
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
-    threads: Positive | None = None
-    """CPU threads of a rank's arithmetic; None: the node's cores, shared out over its ranks. Another number adds in
-    another order: a resume with the same one is bitwise the unbroken run"""
+    threads: int | None = Field(None, gt=0, le=4096)
+    """CPU threads of a rank's arithmetic; None: the rank's share of the cores that it may use, or one where all
+    arithmetic is a GPU's. Another number adds in another order: a resume with the same one is bitwise the unbroken
+    run"""
     time_limit_s: float | None = Field(None, gt=0)
     """stop, resumable, this long after the start; None: Slurm's time limit, if there is one"""
     grace_s: float = Field(30.0, gt=0)
     """what the scheduler leaves a run between the signal to stop and the kill (Slurm: KillWait, or N of --signal=USR1@N);
     the run says so if a step and a save take longer"""
-    hang_s: float = Field(300.0, gt=0)
+    hang_s: float = Field(300.0, gt=0, le=1e9)
     """a rank that does nothing for this long is named by the others, which leave with exit code 76 or 77"""
 
     @property

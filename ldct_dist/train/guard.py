@@ -9,11 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Annotated
 
 from pydantic import Field
 
-from ldct_dist.config import Config
+from ldct_dist.config import Config, Positive
 from ldct_dist.data.plan import Crop
 from ldct_dist.world import World
 
@@ -29,7 +28,7 @@ class GuardConfig(Config):
 
     spike: float | None = Field(20.0, gt=1)
     """a loss above this many times the running median is not learnt from; null: any finite one is"""
-    patience: Annotated[int, Field(gt=0)] = 10
+    patience: Positive = 10
     """steps skipped in a row before the run goes back to its last checkpoint, and on with other data"""
     rollbacks: int = Field(3, ge=0)
     """times a run goes back before it gives up"""

@@ -1,0 +1,67 @@
+"""Configs: what is read, and what is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldct_dist.config import read
+from ldct_dist.errors import UserError
+from ldct_dist.train.config import RunConfig
+
+GIVEN = ("name=run", "store=ct.zarr", "steps=8")
+COUNTS = (
+    *("steps", "data.batch", "data.threads", "data.memory_mib", "micro_batch", "threads", "guard.patience"),
+    *("checkpoint.every", "checkpoint.keep_every", "validation.every", "validation.max_cases", "log.every"),
+)
+NUMBERS = (
+    *("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.ema", "optim.final_lr", "loss.eps_hu"),
+    *("guard.spike", "time_limit_s", "grace_s", "hang_s", "data.dose", "data.reuse", "data.min_body"),
+)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"{key}={value}" for key in COUNTS for value in (0, -1)),
+        *(f"{key}={value}" for key in NUMBERS for value in ("nan", "inf", -1)),
+        *(f"optim.betas=[{value},0.9]" for value in ("nan", 1, -0.1)),
+        *("seed=-1", "seed=99999999999999999999", "checkpoint.keep_last=-1", "guard.rollbacks=-1"),
+        *("hang_s=1e10", "threads=100000"),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_refused_by_its_key(override):
+    with pytest.raises(UserError, match=override.partition("=")[0].replace(".", r"\.")):
+        read(RunConfig, None, [*GIVEN, override])
+
+
+def test_a_key_within_a_list_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {crop: [32, 96, 96]}")
+    with pytest.raises(UserError, match=r"data\.crop\.0=48 does not fit it .* give lists whole"):
+        read(RunConfig, path, [*GIVEN, "data.crop.0=48"])
+
+
+def test_a_home_and_variables_in_paths_are_looked_up_here_but_a_nodes_are_left(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    overrides = (
+        *("store=$SCRATCH/ct.zarr", "runs=~/runs", "init_from=${oc.env:SCRATCH}/w.safetensors"),
+        *("data.stage=$SLURM_TMPDIR", "deepspeed.nvme_path=$SLURM_TMPDIR"),
+    )
+    config = read(RunConfig, None, [*GIVEN, *overrides])
+    assert config.store == Path("/scratch/me/ct.zarr")
+    assert config.runs == Path("/home/me/runs")
+    assert config.init_from == Path("/scratch/me/w.safetensors")
+    assert config.data.stage == config.deepspeed.nvme_path == "$SLURM_TMPDIR"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("$NOT_SET/runs", r"\$NOT_SET is not set here"), ("~nobody-here/runs", "no such user")],
+)
+def test_what_is_not_known_here_makes_no_folder_of_that_name(monkeypatch, path, words):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(UserError, match=f"runs: .*{words}"):
+        read(RunConfig, None, [*GIVEN, f"runs={path}"])
