@@ -103,7 +103,7 @@ class KilledRun:
     def _compare_start_with(self, newest: int) -> None:
         recorded = starts(self.run)
         if len(recorded) > self._recorded:  # killed early, it leaves no record
-            self.lost += recorded[-1]["from_step"] != newest
+            self.lost += recorded[-1]["from_step"] < newest
         self._recorded = len(recorded)
 
 

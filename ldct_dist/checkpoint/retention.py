@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from ldct_dist.checkpoint.manifest import Corrupt, Manifest
-from ldct_dist.config import Config
-from ldct_dist.files import TEMPORARY
+from ldct_dist.config import Config, Positive
+from ldct_dist.files import TEMPORARY, sync
 
 PREFIX = "step-"
 DISCARDED = ".discarded-"
@@ -16,11 +20,11 @@ DISCARDED = ".discarded-"
 class CheckpointConfig(Config):
     """When a run is saved and what is kept."""
 
-    every: int = 500
+    every: Positive = 500
     """steps between checkpoints"""
-    keep_last: int = 3
+    keep_last: int = Field(3, ge=0)
     """newest checkpoints that stay, besides the best one"""
-    keep_every: int | None = None
+    keep_every: Positive | None = None
     """checkpoints at multiples of this many steps stay for ever"""
 
 
@@ -60,16 +64,53 @@ def prune(root: Path, config: CheckpointConfig) -> None:
 
 
 def best_of(checkpoints: list[tuple[Path, Manifest]]) -> Path | None:
-    """The checkpoint with the lowest validation RMSE; None if no checkpoint was validated."""
-    scored = [
-        (m.state["validation"], -m.step, p) for p, m in checkpoints if m.state.get("validation") is not None
-    ]
-    return min(scored)[2] if scored else None
+    """The checkpoint with the lowest validation RMSE; None if no checkpoint was validated.
+
+    Only those count that were measured on what the newest of them was: on other cases, or by another protocol, an
+    RMSE means something else. checkpoints: newest first.
+    """
+    scored = [(p, m) for p, m in checkpoints if m.state.get("validation") is not None]
+    alike = [(m.state["validation"], -m.step, p) for p, m in scored if _basis(m) == _basis(scored[0][1])]
+    return min(alike)[2] if alike else None
+
+
+def _basis(manifest: Manifest) -> Any:
+    """None in manifests of versions that did not say."""
+    return manifest.state.get("basis")
 
 
 def discard(path: Path) -> None:
     """Rename first, so that a kill in the middle never leaves half a checkpoint under its own name."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def put_in_place(written: Path, target: Path) -> None:
+    """Give a checkpoint that is all written its name. One that has it already is deleted by the next `prune` only:
+    until the new one is in its place for good, there is no other.
+    """
+    aside = _set_aside(target) if target.exists() else None
+    try:
+        written.rename(target)
+    except OSError:
+        if aside is not None:
+            aside.rename(target)
+        raise
+    sync(target.parent)
+
+
+def complete(root: Path) -> None:
+    """Give their names to checkpoints that were all written when a kill came before the rename.
+
+    Not while a save is under way.
+    """
+    for written in root.glob(f"{TEMPORARY}{PREFIX}*"):
+        with suppress(Corrupt):  # half written: the manifest comes last
+            target = directory(root, Manifest.read(written).step)
+            if not target.exists():
+                put_in_place(written, target)
+
+
+def _set_aside(path: Path) -> Path:
     aside = path.with_name(f"{DISCARDED}{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)

@@ -23,7 +23,7 @@ from ldct_dist.checkpoint import pieces, retention
 from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.checkpoint.pieces import Held, Part, Piece
 from ldct_dist.checkpoint.retention import CheckpointConfig
-from ldct_dist.files import TEMPORARY, sync
+from ldct_dist.files import TEMPORARY
 from ldct_dist.world import World
 
 LOOK_S = 1.0
@@ -32,12 +32,13 @@ LOOK_S = 1.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended: the committed path, or why there is none."""
+    """How a save ended: the committed path, or why there is none. warning: on rank 0, what else went wrong."""
 
     path: Path | None
     seconds: float
     error: str | None = None
     fenced: bool = False
+    warning: str | None = None
 
 
 class Saver:
@@ -140,22 +141,28 @@ class Saver:
                 files = {name: entry for share in shares for name, entry in share.items()}
                 Manifest(self.generation, step, files, state).write(temporary)
                 generations.check(self.claims, self.generation)
-                if target.exists():  # a checkpoint that this generation passed over, or outranks
-                    retention.discard(target)
-                temporary.rename(target)
-                sync(self.root)
-                retention.prune(self.root, self.config)
+                retention.put_in_place(temporary, target)
 
         try:
             self._together(stage)
             self._together(prepare)
             shares = self._together(write)
             self._together(commit)
-            self.last = Outcome(target, time.monotonic() - start)
+            warning = self._prune()
+            self.last = Outcome(target, time.monotonic() - start, warning=warning)
         except _Failed as e:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)  # the next save must find its place free
             self.last = Outcome(None, time.monotonic() - start, error=str(e), fenced=e.fenced)
+
+    def _prune(self) -> str | None:
+        """Make room on rank 0, now that there is a newer checkpoint; what went wrong, if anything did."""
+        try:
+            if self.world.is_main:
+                retention.prune(self.root, self.config)
+        except OSError as e:
+            return f"checkpoints that are not to be kept could not be deleted: {e}"
+        return None
 
     def _stage(self, parts: dict[str, Part], owner: dict[str, int]) -> Held:
         """Copies of what this rank gives to the parts, in memory kept from save to save: to take it anew each time

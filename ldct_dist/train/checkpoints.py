@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ldct_dist.checkpoint import generation as generations
+from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.load import newest_valid, read
 from ldct_dist.checkpoint.save import Outcome, Saver
 from ldct_dist.errors import UserError
@@ -53,6 +54,7 @@ class Checkpoints:
 
         All ranks end with a UserError if the checkpoint was trained on another store.
         """
+        self.world.agree(lambda: retention.complete(self.folder.checkpoints))
         found = newest_valid(self.folder.checkpoints, self.world)
         for line in found.passed_over:
             self._say(f"passed over checkpoint {line}")
@@ -78,7 +80,7 @@ class Checkpoints:
         if warning := _other_arithmetic(counters["arithmetic"], _arithmetic(self.config, self.world)):
             self._say(warning)
         if state.store != self.store:
-            state.store, state.best = self.store, None  # best was measured on other cases
+            state.store = self.store
             self._say(
                 f"--allow-new-data: from step {state.step} on this run trains on {self.config.store}, up to there "
                 "on another store; patients that are held out now may be among those it was trained on"
@@ -108,8 +110,9 @@ class Checkpoints:
             self._say(
                 f"warning: a checkpoint was not written: {outcome.error}; training goes on, the last good one stays"
             )
-        if warning := stop.too_slow():
-            self._say(warning)
+        for warning in (outcome.warning, stop.too_slow()):
+            if warning is not None:
+                self._say(f"warning: {warning}")
 
 
 def first_weights(config: RunConfig) -> Denoiser:

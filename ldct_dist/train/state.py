@@ -22,7 +22,9 @@ class TrainState:
     """batches passed over by rollbacks: data is not gone back to"""
     guard: Guard = field(default_factory=Guard)
     best: float | None = None
-    """lowest validation RMSE so far, HU"""
+    """lowest validation RMSE so far, HU, of those measured on `basis`"""
+    basis: dict[str, Any] | None = None
+    """what the latest validation was measured on, and how; None where none was, or by a version that did not say"""
     validated: tuple[int, float | None] | None = None
     """step of the latest validation, and its RMSE in HU; None where it has none"""
 
@@ -36,12 +38,18 @@ class TrainState:
         """Whether the weights of just this step were validated."""
         return self.validated is not None and self.validated[0] == self.step
 
-    def note_validation(self, rmse_hu: float | None) -> bool:
-        """Keep the RMSE measured at this step; whether it is the lowest so far."""
+    def note_validation(self, rmse_hu: float | None, basis: dict[str, Any]) -> bool:
+        """Keep the RMSE measured at this step; whether it is the lowest so far on this basis."""
         self.validated = (self.step, rmse_hu)
+        if basis != self.basis:
+            self.basis, self.best = basis, None
         improved = rmse_hu is not None and (self.best is None or rmse_hu < self.best)
         self.best = rmse_hu if improved else self.best
         return improved
+
+    def pass_over_validation(self) -> None:
+        """The weights of this step go without."""
+        self.validated = (self.step, None)
 
     def after_rollback_of(self, before: TrainState) -> TrainState:
         """This state of a checkpoint, once `before` has gone back to it: it meets the data after `before`."""
@@ -58,6 +66,7 @@ class TrainState:
             "moved": self.moved,
             "guard": asdict(self.guard),
             "best": self.best,
+            "basis": self.basis,
             "validated": self.validated,
             "validation": self.validated[1] if self.validated is not None and self.is_validated else None,
         }
@@ -70,5 +79,6 @@ class TrainState:
             moved=counters["moved"],
             guard=Guard(**counters["guard"]),
             best=counters["best"],
+            basis=counters.get("basis"),  # which older checkpoints lack
             validated=tuple(counters["validated"]) if counters["validated"] is not None else None,
         )

@@ -57,7 +57,7 @@ class Stop:
             return None
         self._warned = True
         return (
-            f"warning: a step and a save take {needed:.1f} s, longer than grace_s={self.grace_s:g}: a kill that soon "
+            f"a step and a save take {needed:.1f} s, longer than grace_s={self.grace_s:g}: a kill that soon "
             "after the signal goes back to the checkpoint before; ask the scheduler for more (Slurm: "
             "--signal=USR1@SECONDS) and set grace_s to it"
         )

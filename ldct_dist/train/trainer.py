@@ -40,7 +40,7 @@ def train(config: RunConfig, allow_new_data: bool = False) -> Ending:
     If a rank stops answering, the process ends with Ending.HUNG or Ending.HUNG_EARLY.
     """
     with Stop(config.time_limit_s, config.grace_s) as stop:
-        world = World.join(config.threads)
+        world = World.join(config.threads, works_on_cpu=config.deepspeed.optimizer != "gpu")
         try:
             return Trainer(config, world, stop, allow_new_data).fit()
         finally:
@@ -175,7 +175,7 @@ class Trainer:
             validated = self._validate()
             if validated is None:
                 return self._leave(in_validation=True)
-            improved = state.note_validation(validated.rmse_hu)
+            improved = state.note_validation(validated.rmse_hu, validated.basis)
         # Nothing is saved within a bad stretch: going back is to lead to before it.
         regular = state.step % config.checkpoint.every == 0 and not state.guard.stretch
         if improved or (regular and self.checkpoints.saved != state.step):
@@ -216,9 +216,11 @@ class Trainer:
 
     def _validate(self) -> Validated | None:
         """Figures of the averaged weights; None if the run is to stop before they are complete."""
-        done = validate(
-            self.strategy.averaged, self.store, self.config, self.world, self._go_on, self.watch.tick
-        )
+        averaged = self.strategy.averaged
+        try:
+            done = validate(averaged, self.store, self.config, self.world, self._go_on, self.watch.tick)
+        except UserError as e:
+            self._end_on(str(e))
         if done is not None:
             self.monitor.validation(self.state.step, done)
         return done
@@ -240,7 +242,7 @@ class Trainer:
             self._say(f"stopped at step {self.state.step}: a newer start of this run has taken over")
             return Ending.FENCED
         if in_validation and self.state.step == self._began:
-            self.state.note_validation(None)
+            self.state.pass_over_validation()
             self.checkpoints.save(self.state)
         self._enter("saving before the stop", SLOW)
         outcome, step = self.checkpoints.commit(self.state), self.state.step

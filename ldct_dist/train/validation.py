@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.tiles import NotFiniteError, denoise_volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.metrics import evaluate_volume
-from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
 from ldct_dist.world import World
+
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,12 @@ class Validated:
     on rank 0.
     """
 
-    figures: dict[str, float]
+    figures: Figures
     failed: list[str]
     """cases for which the network's answer is not finite"""
     first: dict[str, Volume] | None
+    basis: dict[str, Any]
+    """what was measured, and how: figures of another basis mean something else"""
 
     @property
     def rmse_hu(self) -> float | None:
@@ -53,11 +58,10 @@ def validate(
 
     Before each round of one case a rank, all ranks call `go_on` with the seconds that the round before took; where
     it says no, the answer is None. `tick` hears of every tile.
-    All ranks end if one of them finds a damaged case: the first with a UserError that names it.
+    Raises UserError, the same on every rank, if one of them cannot denoise or measure a case, which it names.
     """
-    protocol = protocol_named(config.validation.protocol)
-    cases, dose = held_out(store, config), dose_name(config.data.dose)
-    mine: list[tuple[int, str, dict[str, float] | None]] = []
+    cases = held_out(store, config)
+    mine: list[tuple[int, str, Figures | None]] = []
     first, fault, seconds = None, None, 0.0
     for i in range(world.rank, world.rank + len(cases), world.size):
         if not go_on(seconds):
@@ -67,29 +71,45 @@ def validate(
         start = time.perf_counter()
         name = store.cases[cases[i]].name
         try:
-            low, full = store.volume(name, dose), store.volume(name, FULL_DOSE)
+            figures, images = _measure(model, store, name, config, world.device, tick)
         except UserError as e:
-            fault = str(e)  # for all ranks to hear: the others wait for this one's figures
-            continue
-        try:
-            hu = denoise_volume(
-                model, low.hu, device=world.device, bf16=config.precision == "bf16", progress=tick
+            fault = (
+                f"validation on {name}: {e}"  # for all to hear: the other ranks wait for this one's figures
             )
-        except NotFiniteError:
-            mine.append((i, name, None))
             continue
-        denoised = replace(low, hu=hu)
-        mine.append((i, name, evaluate_volume(hu, full.hu, protocol)))
-        if i == 0:
-            first = {"low dose": low, "denoised": denoised, "full dose": full}
+        mine.append((i, name, figures))
+        first = images if i == 0 else first
         seconds = time.perf_counter() - start
     shares = world.gather((mine, fault))
     if faults := [f for _, f in shares if f is not None]:
-        world.refuse(faults[0])
+        raise UserError(faults[0])
     # by case number, so that the mean adds up in the same order for every number of ranks
     rows = sorted((row for share, _ in shares for row in share), key=lambda row: row[0])
     failed = [name for _, name, figures in rows if figures is None]
     whole = [figures for _, _, figures in rows if figures is not None] if not failed else []
-    return Validated(
-        {key: float(np.mean([row[key] for row in whole])) for key in (whole or [{}])[0]}, failed, first
-    )
+    means = {key: float(np.mean([row[key] for row in whole])) for key in (whole or [{}])[0]}
+    return Validated(means, failed, first, _basis(store, config, len(cases)))
+
+
+def _measure(
+    model: Denoiser,
+    store: Store,
+    name: str,
+    config: RunConfig,
+    device: torch.device,
+    tick: Callable[[int, int], None],
+) -> tuple[Figures | None, dict[str, Volume] | None]:
+    """A case's figures, and its low dose, denoised and full dose; neither if the network's answer is not finite."""
+    low, full = store.volume(name, dose_name(config.data.dose)), store.volume(name, FULL_DOSE)
+    try:
+        hu = denoise_volume(model, low.hu, device=device, bf16=config.precision == "bf16", progress=tick)
+    except NotFiniteError:
+        return None, None
+    figures = evaluate_volume(hu, full.hu, config.validation.protocol)
+    return figures, {"low dose": low, "denoised": replace(low, hu=hu), "full dose": full}
+
+
+def _basis(store: Store, config: RunConfig, cases: int) -> dict[str, Any]:
+    """JSON for the manifest. The cases are the first so many of the split."""
+    v = config.validation
+    return {"store": store.fingerprint, "split": v.split, "cases": cases, "protocol": v.protocol}

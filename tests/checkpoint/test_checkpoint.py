@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def saver(tmp_path):
     return Saver(tmp_path / "checkpoints", tmp_path / "generations", number, config, ALONE)
 
 
-def save(saver: Saver, step: int, validation: float | None = None):
-    saver.save(step, parts(step), {"step": step, "validation": validation})
+def save(saver: Saver, step: int, validation: float | None = None, **facts):
+    saver.save(step, parts(step), {"step": step, "validation": validation, **facts})
     return saver.finish()
 
 
@@ -113,6 +114,24 @@ def test_the_newest_the_best_and_every_nth_stay(saver):
     assert weights_of(saver.root.parent).parent.name == "step-00000020"
 
 
+def test_the_best_is_of_those_measured_on_what_the_newest_was(saver):
+    """An RMSE of other cases says nothing, nor does one of a version that did not say of which it was."""
+    few, all_cases = ({"basis": {"split": "val", "cases": n}} for n in (2, 9))
+
+    def best() -> str:
+        return weights_of(saver.root.parent).parent.name
+
+    save(saver, 10, 1.0)
+    save(saver, 20, 2.0)
+    assert best() == "step-00000010"
+    save(saver, 30, 8.0, **few)
+    assert best() == "step-00000030"
+    for step, score in ((40, 14.0), (60, 12.0), (70, None), (80, None)):
+        save(saver, step, score, **all_cases)
+    assert best() == "step-00000060"
+    assert steps(saver) == [60, 70, 80]
+
+
 def test_a_newer_generation_fences_the_older_one_and_outranks_its_steps(saver, tmp_path):
     save(saver, 100)
     newer = Saver(saver.root, saver.claims, generation.claim(saver.claims), saver.config, ALONE)
@@ -141,6 +160,59 @@ def test_a_step_saved_again_replaces_the_checkpoint_that_was_passed_over(saver):
     (path / "weights.safetensors").write_bytes(b"")
     assert save(saver, 5).error is None
     assert verify_run(saver.root) == []
+
+
+class Killed(BaseException):
+    """This process ends here."""
+
+
+@pytest.mark.parametrize("ends", [Killed, OSError])
+def test_a_step_saved_again_is_there_whatever_comes_between_its_renames(saver, monkeypatch, ends):
+    save(saver, 5)
+    rename = Path.rename
+
+    def ended_before_the_second(self, target):
+        if self.name.startswith(TEMPORARY):
+            raise ends
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", ended_before_the_second)
+    saver.save(5, parts(6), {"step": 5, "validation": None})
+    if ends is Killed:
+        with pytest.raises(Killed):
+            saver.finish()
+    else:
+        assert saver.finish().error is not None
+    monkeypatch.undo()
+    retention.complete(saver.root)  # as a start does
+    found = newest_valid(saver.root, ALONE)
+    assert found.manifest.step == 5
+    (weight,) = (t for _, name, t in read(found.path, found.manifest, ALONE) if name == "w")
+    assert weight[0, 0] == (6 if ends is Killed else 5)
+
+
+def test_a_save_killed_before_its_manifest_is_not_taken_for_one(saver):
+    save(saver, 5)
+    half = saver.root / f"{TEMPORARY}step-00000006-000001"
+    half.mkdir()
+    (half / "weights.safetensors").write_bytes(b"half")
+    retention.complete(saver.root)
+    assert newest_valid(saver.root, ALONE).manifest.step == 5
+    assert half.exists()
+
+
+def test_what_cannot_be_deleted_costs_a_warning_and_no_checkpoint(saver, monkeypatch):
+    for step in (1, 2):
+        save(saver, step)
+
+    def refused(path):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(retention, "discard", refused)
+    outcome = save(saver, 3)
+    assert (outcome.path.name, outcome.error) == ("step-00000003", None)
+    assert "could not be deleted" in outcome.warning
+    assert newest_valid(saver.root, ALONE).path == outcome.path
 
 
 def test_a_save_that_cannot_be_written_is_an_outcome_and_leaves_the_last_good_one(saver, monkeypatch):

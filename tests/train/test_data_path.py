@@ -11,7 +11,7 @@ from ldct_dist.config import read
 from ldct_dist.data.plan import Plan
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
-from runs import losses, write_config
+from runs import losses, starts, write_config
 from stores import make_store
 
 SHAPES = [(10, 40, 40), (9, 48, 40), (12, 32, 32), (8, 40, 48)] * 3
@@ -87,12 +87,28 @@ def test_damage_ends_training_with_one_line_that_names_the_case(store, unbroken,
         assert losses(run) == losses(unbroken)
 
 
-def test_damage_met_in_validation_ends_all_ranks_too(store, tmp_path):
+def test_damage_met_in_validation_ends_all_ranks_too_and_no_step_is_lost(store, tmp_path):
     damaged = shutil.copytree(store.path, tmp_path / "ct.zarr")
     flip_a_bit(damaged / "cases/case-012/1.00/c/0/0/0")
-    assert fork(write_config(tmp_path, damaged), "validation.every=1") == [2, 2]
+    config, run = write_config(tmp_path, damaged), tmp_path / "runs" / "run"
+    for start in (1, 2):
+        assert fork(config, "validation.every=2") == [2, 2]
+        lines = errors(tmp_path / "run.log")
+        assert len(lines) == start
+        assert "case case-012 at dose 1.00 is damaged" in lines[-1]
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [start["from_step"] for start in starts(run)] == [0, 2]
+
+
+def test_a_case_that_cannot_be_measured_ends_all_ranks_in_one_line_that_names_it(tmp_path):
+    shapes = [(10, 40, 40), (8, 32, 40), (4, 32, 40)]  # rank 1's, the last, is too short for a window
+    few = make_store(tmp_path / "ct.zarr", shapes, ["train", "val", "val"]).path
+    options = ("validation.every=1", "validation.protocol=ldctbench-abdomen-3d")
+    assert fork(write_config(tmp_path, few), *options) == [2, 2]
     (line,) = errors(tmp_path / "run.log")
-    assert "case case-012 at dose 1.00 is damaged" in line
+    assert line.startswith("error: validation on case-002: ")
+    assert "4 slices of (32, 40)" in line
+    assert (tmp_path / "runs/run/checkpoints/step-00000001").exists()
 
 
 def test_a_store_that_cannot_be_opened_is_one_line_from_all_ranks_together(store, tmp_path):

@@ -38,6 +38,14 @@ def unbroken(store, tmp_path_factory):
     return config.parent / "runs" / "run"
 
 
+def reported(run: Path) -> tuple[list[int], list[int]]:
+    """Steps of which TensorBoard shows a loss, and a validation."""
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    tags = ("train/loss", "validation/rmse_hu (ldctbench-abdomen)")
+    losses, validations = ([e.step for e in board.Scalars(tag)] for tag in tags)
+    return losses, validations
+
+
 def test_a_run_folder_explains_itself(unbroken):
     names = {p.name for p in unbroken.iterdir()}
     assert names == {
@@ -52,9 +60,8 @@ def test_a_run_folder_explains_itself(unbroken):
     newest = max((unbroken / "checkpoints").iterdir())
     assert newest.name == "step-00000008"
     assert load_weights(newest / "weights.safetensors").config.size == "xs"
+    assert reported(unbroken) == ([4, 8], [4, 8])
     board = EventAccumulator(str(unbroken / "tensorboard")).Reload()
-    assert [e.step for e in board.Scalars("train/loss")] == [4, 8]
-    assert [e.step for e in board.Scalars("validation/rmse_hu (ldctbench-abdomen)")] == [4, 8]
     assert board.Images("validation/low dose, denoised, full dose, difference")
 
 
@@ -85,6 +92,7 @@ def test_a_finished_run_started_again_does_nothing(unbroken, store):
     assert fork(config) == [0, 0]
     assert {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("*")} == before
     assert config.with_suffix(".log").read_text().count("done: 8 steps, weights in") == 2
+    assert reported(unbroken) == ([4, 8], [4, 8])
 
 
 def test_gradients_accumulated_over_micro_batches_are_those_of_the_whole(store, unbroken, tmp_path):
