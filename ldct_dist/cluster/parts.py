@@ -11,7 +11,7 @@ from pathlib import Path
 from ldct_dist import files
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.sbatch import Script, render
-from ldct_dist.cluster.shape import Options
+from ldct_dist.cluster.shape import CPUS_PER_PART, Options, with_cores
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
 from ldct_dist.errors import UserError
@@ -33,6 +33,7 @@ def array_script(
     """The script of an array: task i runs `ldct-dist COMMAND --part i/parts`. folder: for its logs and scripts."""
     if parts < 1:
         raise UserError(f"--parts {parts}: at least one")
+    profile = read_site(site)
     return Script(
         name=f"ldct-{name}",
         command=["-m", "ldct_dist", *command],
@@ -40,8 +41,8 @@ def array_script(
         folder=folder,
         workdir=Path.cwd(),
         python=sys.executable,
-        options=options,
-        site=read_site(site),
+        options=with_cores(options, profile, CPUS_PER_PART),
+        site=profile,
         kind="parts",
         parts=parts,
     )

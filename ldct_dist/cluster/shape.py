@@ -9,8 +9,10 @@ from ldct_dist.errors import UserError
 
 Options = Mapping[str, str | bool]
 """of sbatch, by their long names; true for those without a value"""
-CPUS_PER_TASK = 8
-"""for a rank's training, its loader's threads, its saver and its watch: with Slurm's own default they share one core"""
+CPUS_PER_RANK = 8
+"""for its training, its loader's threads, its saver and its watch: with Slurm's own default they share one core"""
+CPUS_PER_PART = 4
+"""for a task of an array, which takes as many cases at a time"""
 _UNREAD = ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks")
 
 
@@ -20,9 +22,7 @@ def shaped(given: Options, site: Site) -> dict[str, str | bool]:
     A rank a GPU; without GPUs, as many ranks as --ntasks-per-node says, or one. Raises UserError for a shape that
     the ranks would refuse once the job has waited in the queue, and for GPUs that say nothing of it.
     """
-    options = {"nodes": "1", **site.sbatch_options(), **given}
-    if "cpus-per-gpu" not in options:
-        options.setdefault("cpus-per-task", str(CPUS_PER_TASK))
+    options = {"nodes": "1", **with_cores(given, site, CPUS_PER_RANK)}
     gpus = gpus_per_node(options)
     if "ntasks-per-node" not in options:
         for key in _UNREAD:
@@ -38,6 +38,12 @@ def shaped(given: Options, site: Site) -> dict[str, str | bool]:
             "--ntasks-per-node out"
         )
     return options
+
+
+def with_cores(given: Options, site: Site, cores: int) -> dict[str, str | bool]:
+    """The options given, before the site's, and `cores` a task where neither says how many."""
+    options = {**site.sbatch_options(), **given}
+    return options if "cpus-per-gpu" in options else {"cpus-per-task": str(cores), **options}
 
 
 def number(options: Options, key: str) -> int:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from commands import command, commands_on_path
 from ldct_dist import submit
 from ldct_dist.cluster.command import parse, parse_parts, split
-from ldct_dist.cluster.parts import submit_parts
+from ldct_dist.cluster.parts import array_script, submit_parts
 from ldct_dist.cluster.sbatch import Script, render
-from ldct_dist.cluster.shape import CPUS_PER_TASK, gpus_per_node, shaped
+from ldct_dist.cluster.shape import CPUS_PER_PART, CPUS_PER_RANK, gpus_per_node, shaped
 from ldct_dist.cluster.site import Site, read_site
 from ldct_dist.cluster.submit import dry_run, start
 from ldct_dist.config import to_yaml
@@ -85,7 +85,15 @@ def test_the_script_to_copy_does_what_a_submitted_one_does():
     submitted = "".join(line for line in submitted.splitlines(keepends=True) if "SUBMITIT" not in line)
     copied = (ROOT / "slurm" / "train.sbatch").read_text()
     assert "".join(copied.partition("insist()")[1:]) == submitted
-    assert f"#SBATCH --cpus-per-task={CPUS_PER_TASK}\n" in copied
+    assert f"#SBATCH --cpus-per-task={CPUS_PER_RANK}\n" in copied
+
+
+@pytest.mark.parametrize("verb", ["ingest", "denoise"])
+def test_a_part_has_the_cores_that_the_script_to_copy_has(verb, tmp_path):
+    script = array_script(verb, [verb], tmp_path, 2, {}, None)
+    cores = f"#SBATCH --cpus-per-task={CPUS_PER_PART}"
+    assert f"{cores}\n" in render(script)
+    assert cores in (ROOT / "slurm" / f"{verb}.sbatch").read_text()
 
 
 HOSTILE = "a b'c\"$(touch pwned)`touch pwned`;touch pwned;#%j\\"
@@ -209,7 +217,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
     done = command("submit", config, "--nodes", "2", "--gpus-per-node", "a100:4", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --ntasks-per-node=4\n" in done.stdout
-    assert f"#SBATCH --cpus-per-task={CPUS_PER_TASK}\n" in done.stdout
+    assert f"#SBATCH --cpus-per-task={CPUS_PER_RANK}\n" in done.stdout
     assert list(tmp_path.iterdir()) == [config]
 
 

@@ -118,7 +118,7 @@ def test_a_sweep_trains_what_is_not_done_past_what_fails_and_shows_in_one_hparam
     view = hparams_view(folder)
     assert view.keys() == {"nowhere", "train"}
     assert view["train"]["train/loss"] > 0
-    assert view["train"]["validation/rmse_hu (ldctbench-abdomen)"] > 0
+    assert view["train"]["validation/rmse_hu (abdomen)"] > 0
     losses, said[:] = (folder / "split-train" / "losses.jsonl").read_text(), []
     assert run_here(sweep, config, ranks=1, say=said.append) == 1
     assert said[2] == "split-train (2/2): done already"

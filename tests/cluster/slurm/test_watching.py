@@ -126,6 +126,21 @@ def test_doctor_is_green_on_a_healthy_cluster(ldct, config):
     assert any("at preemption" in line for line in lines)
 
 
+def test_doctor_examines_a_container_that_has_no_slurm(ldct, config, tmp_path):
+    """A stand-in for Apptainer, within which no command is found."""
+    apptainer, site = tmp_path / "apptainer", tmp_path / "here.yaml"
+    apptainer.write_text(
+        '#!/bin/sh\nwhile [ "$1" != the.sif ]; do shift; done; shift\nPATH=/nowhere\nexec "$@"\n'
+    )
+    apptainer.chmod(0o755)
+    site.write_text(f"container: {{image: the.sif, command: {apptainer}, python: {sys.executable}}}\n")
+    done = ldct("doctor", config, "--nodes=2", "--tasks=1", "--write-mib=1", f"--site={site}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 12
+    assert "not tried: there is no scancel" in done.stdout
+    assert "at preemption" in done.stdout
+
+
 def test_doctor_names_what_is_wrong_and_where(machines, run, config, tmp_path):
     runs, ahead, wrapper = tmp_path / "runs", tmp_path / "ahead", tmp_path / "faults.sh"
     runs.mkdir()
