@@ -21,12 +21,12 @@ import torch
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.data.loader import Batch
+from ldct_dist.models.execution import lay_out
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import build
 from ldct_dist.store import layout
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.stop import Stop
-from ldct_dist.train.strategy.ddp import lay_out
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
 

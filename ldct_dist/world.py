@@ -47,8 +47,8 @@ class World:
                     f"{size} ranks were started without {' and '.join(missing)}: export them in the job "
                     "script (see slurm/train.sbatch), or start with torchrun"
                 )
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+            timeout = timedelta(seconds=timeout_s)
+            dist.init_process_group(backend_of(device), rank=rank, world_size=size, timeout=timeout)
         world = cls(rank, size, local_rank, local_size, device)
         if threads is None:
             threads = world.share_of_cores() if device.type == "cpu" or works_on_cpu else 1
@@ -147,6 +147,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def backend_of(device: torch.device) -> str:
+    """What ranks with such a device talk by; what lies in the CPU's memory goes by gloo in any case."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _launcher() -> tuple[int, int, int, int]:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 import ldct_dist
@@ -23,7 +22,7 @@ from ldct_dist.cluster.shape import Options, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.data.plan import DataConfig
 from ldct_dist.errors import UserError
-from ldct_dist.models.registry import build
+from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.strategy.parts import STATE_BYTES
 from ldct_dist.world import World
@@ -60,7 +59,13 @@ def job_command(arguments: Sequence[str], runs: Path, site: str | None, options:
     inside = runs.resolve() / "doctor"  # a container is given the folder that it lies in
     command = ["-m", "ldct_dist", "doctor-rank", f"--grace={profile.warn_s}", *arguments]
     script = Script("ldct-doctor", command, package, inside, Path.cwd(), sys.executable, site=profile)
-    given = {"job-name": script.name, "time": "10", "kill-on-bad-exit": "0", **shaped(options, profile)}
+    own = {
+        "job-name": script.name,
+        "time": "10",
+        "kill-on-bad-exit": "0",
+        "gpu-bind": profile.gpu_bind or False,
+    }
+    given = {**own, **shaped(options, profile)}
     check_options(given)
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items() if value]
     return ["srun", *words, *rank_alone(script)]
@@ -135,8 +140,7 @@ def _examine(
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint of this run: weights, their average and the optimizer's state."""
-    with torch.device("meta"):
-        return STATE_BYTES * sum(p.numel() for p in build(config.model).parameters())
+    return STATE_BYTES * sum(p.numel() for p in outline(config.model).parameters())
 
 
 def parse_partition(text: str) -> dict[str, float]:

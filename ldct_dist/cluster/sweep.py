@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2 as hp
@@ -21,7 +20,7 @@ from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.cluster.progress import read_progress
 from ldct_dist.config import Config
 from ldct_dist.errors import UserError
-from ldct_dist.models.registry import build
+from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 
@@ -78,8 +77,7 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
             o for (key, _), value in zip(given, values, strict=True) for o in overrides_of(key, value)
         ]
         point = configs.read(RunConfig, config, [*overrides, f"runs={folder}"])
-        with torch.device("meta"):
-            build(point.model)  # a size that the network does not come in is refused now, not in the last run
+        outline(point.model)  # a size that the network does not come in is refused now, not in the last run
         place = {key: _value(point, key) for key in keys}
         name = "_".join(f"{key.rpartition('.')[2]}-{_plain(value)}" for key, value in place.items())
         if name in points:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,6 +19,7 @@ import torch
 
 from ldct_dist.ct.volume import AIR_HU, padding_of
 from ldct_dist.errors import UserError
+from ldct_dist.models.execution import autocast
 from ldct_dist.models.registry import Denoiser
 
 Triple = tuple[int, int, int]
@@ -100,7 +101,7 @@ def denoised_tiles(
     weight = next(model.parameters())
     missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
     padded = np.pad(hu, missing, constant_values=AIR_HU)
-    autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
+    precision = autocast(weight.device, bf16)
     training = model.training
     model.eval()
 
@@ -108,7 +109,7 @@ def denoised_tiles(
         given = torch.from_numpy(padded[t.read])
         if weight.is_cuda:
             given = given.pin_memory().to(weight.device, non_blocking=True)
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), precision:
             return _Answer(model(given.to(weight.dtype)[None, None])[0, 0][t.keep])
 
     def cut_and_begun() -> tuple[list[Tile], _Answer]:

@@ -42,7 +42,7 @@ class ValidationConfig(Config):
     every: Positive = 1000
     """steps between validations"""
     split: str = "val"
-    protocol: str = "ldctbench-abdomen"
+    protocol: str = "abdomen"
     max_cases: Positive | None = None
 
 

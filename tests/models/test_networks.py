@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ldct_dist.errors import UserError
+from ldct_dist.models.execution import lay_out
 from ldct_dist.models.registry import WIDTHS, ModelConfig, build
-from ldct_dist.train.strategy.ddp import lay_out
 from networks import random_network
 
 NAMES = sorted(WIDTHS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from ldct_dist.models.execution import autocast, lay_out
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.strategy.ddp import lay_out
 
 Triple = tuple[int, int, int]
 aten = torch.ops.aten
@@ -79,7 +78,6 @@ def count(config: RunConfig, crops: int, crop: Triple | None = None) -> StepCost
 
 
 def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple) -> StepCost:
-    autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext()
     with FakeTensorMode():
         model = build(model_config)
         lay_out(model, config.channels_last)
@@ -91,7 +89,7 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple)
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(counter.gradient)
         with counter:
-            with autocast:
+            with autocast(hu.device, config.precision == "bf16"):
                 answer = model(hu)
             mask = mask_from_box(box, hu.shape[2:], config.loss.margin_for(model.radius, crop))
             loss = build_loss(config.loss)(answer, full, mask).sum()

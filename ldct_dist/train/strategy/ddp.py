@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ldct_dist.checkpoint.load import WEIGHTS
 from ldct_dist.checkpoint.pieces import Part
 from ldct_dist.models.ema import Ema
+from ldct_dist.models.execution import autocast, lay_out
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
@@ -34,8 +35,7 @@ class DDPStrategy:
         self.model = model
         self.ema = Ema(model, config.optim.ema)
         self.optimizer = build_optimizer(model.parameters(), config.optim)
-        bf16 = config.precision == "bf16"
-        self._autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
+        self._autocast = autocast(world.device, config.precision == "bf16")
         wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
@@ -130,15 +130,3 @@ class DDPStrategy:
     def updates(self) -> int:
         """Steps applied so far, which the average's decay depends on."""
         return self.ema.updates
-
-
-def lay_out(model: Denoiser, channels_last: bool) -> None:
-    """Channels-last is the layout in which 3-D convolutions run fastest, on CPU and GPU, of weights and activations.
-
-    Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
-    strides to be those of the parameter.
-    """
-    model.lay_out(torch.channels_last_3d if channels_last else torch.contiguous_format)
-    for p in model.parameters():
-        if channels_last and p.ndim == 5 and p[0, 0].numel() > 1:
-            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)

@@ -14,9 +14,9 @@ import torch
 from ldct_dist.checkpoint.load import WEIGHTS
 from ldct_dist.checkpoint.pieces import Part, Piece
 from ldct_dist.models.ema import decay_after
+from ldct_dist.models.execution import lay_out
 from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.strategy.ddp import lay_out
 from ldct_dist.train.strategy.disk import Disk, folder_on_this_node, room_for
 from ldct_dist.train.strategy.engine import build_adam, build_engine, on_cpu
 from ldct_dist.train.strategy.parts import MOMENTS, RAW_WEIGHTS, parts_of

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 from torch.utils.cpp_extension import _get_build_directory
 
 from ldct_dist.errors import UserError
+from ldct_dist.models.execution import autocast
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
 from ldct_dist.train.strategy.config import BUCKET, DeepSpeedConfig
 from ldct_dist.train.strategy.disk import STRETCH, folder_on_this_node, lies_in_memory
-from ldct_dist.world import World
+from ldct_dist.world import World, backend_of
 
 COMPILING_S = 600.0
 """after which a process that compiles has been killed"""
@@ -32,12 +33,12 @@ COMPILING_S = 600.0
 class _Working(nn.Module):
     """The network in the precision of the run: its weights are bf16, what goes in and comes out is float32 HU."""
 
-    def __init__(self, model: Denoiser, autocast: AbstractContextManager[Any]) -> None:
+    def __init__(self, model: Denoiser, precision: AbstractContextManager[Any]) -> None:
         super().__init__()
-        self.model, self._autocast = model, autocast
+        self.model, self._precision = model, precision
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
-        with self._autocast:
+        with self._precision:
             return self.model(hu)
 
 
@@ -45,13 +46,10 @@ def build_engine(model: Denoiser, optimizer: Optimizer, config: RunConfig, world
     """DeepSpeed's engine on the process group of `world`."""
     deepspeed = _deepspeed(world)
     if not dist.is_initialized():  # one rank alone
-        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    bf16 = config.precision == "bf16"
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
+        dist.init_process_group(backend_of(world.device), store=dist.HashStore(), rank=0, world_size=1)
     with redirect_stdout(io.StringIO()):  # it tells memory figures that nobody asked for
         engine, *_ = deepspeed.initialize(
-            model=_Working(model, autocast),
+            model=_Working(model, autocast(world.device, config.precision == "bf16")),
             optimizer=optimizer,
             config=_settings(config, world),
             dist_init_required=False,

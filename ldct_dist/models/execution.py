@@ -1,0 +1,27 @@
+"""How a network is computed, whatever it computes: its layout in memory and its precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ldct_dist.models.registry import Denoiser
+
+
+def lay_out(model: Denoiser, channels_last: bool) -> None:
+    """Channels-last is the layout in which 3-D convolutions run fastest, on CPU and GPU, of weights and activations.
+
+    Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
+    strides to be those of the parameter.
+    """
+    model.lay_out(torch.channels_last_3d if channels_last else torch.contiguous_format)
+    for p in model.parameters():
+        if channels_last and p.ndim == 5 and p[0, 0].numel() > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    """Around a forward pass on `device`, may be entered again and again; without bf16 it changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
