@@ -194,6 +194,7 @@ def test_the_partition_says_how_long_a_preempted_job_lives():
 
 
 CONTAINER = """\
+gpu_bind: per_task:1
 container: {{image: x.sif, command: {folder}/box}}
 """
 
@@ -207,6 +208,7 @@ def test_within_a_container_slurm_is_asked_from_outside(tmp_path, monkeypatch):
     path = commands_on_path(tmp_path / "bin", scontrol=scontrol, box=box, srun='shift "$SHIFT"; exec "$@"')
     (tmp_path / "site.yaml").write_text(CONTAINER.format(folder=tmp_path / "bin"))
     words = job_command([], tmp_path / "runs", str(tmp_path / "site.yaml"), {"nodes": "2"})
+    assert "--gpu-bind=per_task:1" in words
     job = {"SLURM_JOB_ID": "20007", "SLURM_STEP_NODELIST": "n[7-8]", "SLURM_JOB_PARTITION": "low"}
     environment = {"PATH": path, "SHIFT": str(words.index("bash") - 1), "SLURM_PROCID": "0", **job}
     told = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
