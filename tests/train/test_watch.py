@@ -15,7 +15,7 @@ from plants import stopped, stuck
 
 from forked import ForkedRanks, fork
 from ldct_dist.cluster.local import LocalRanks
-from ldct_dist.train.watch import LOOKS, Beat, Seen, Watch
+from ldct_dist.train.watch import LEFT, LOOKS, Beat, Seen, Watch
 from ldct_dist.world import World
 from runs import same, write_config
 from stores import make_store
@@ -189,22 +189,43 @@ def test_where_no_rank_is_behind_all_are_named():
     )
 
 
+def watch_of(folder: Path, world: World, *hosts: str) -> Watch:
+    watch = Watch(folder, 10.0, world, lambda: True)
+    watch._meet([(f"rank {rank}", host) for rank, host in enumerate(hosts)])
+    return watch
+
+
 def test_a_rank_that_left_in_peace_is_not_missed(tmp_path):
     world = World(0, 2)
-    watch, other = (Watch(tmp_path, 10.0, w, lambda: True) for w in (world, World(1, 2)))
+    watch, other = (watch_of(tmp_path, w, "here", "here") for w in (world, World(1, 2)))
     watch._write()
+    assert sorted(watch._look({})) == [0]  # the other one is still to come
     other._write()
     seen = watch._look({})
     assert sorted(seen) == [0, 1]
-    (tmp_path / "rank-00001.beat").unlink()
+    other._put(LEFT)
     assert sorted(watch._look(seen)) == [0]
+
+
+def test_a_look_opens_one_file_for_each_node_and_sees_every_rank(tmp_path, monkeypatch):
+    """Ranks may be dealt out to the nodes in turn."""
+    hosts = ("a", "b", "c") * 4
+    watches = [watch_of(tmp_path, World(rank, 12), *hosts) for rank in range(12)]
+    for watch in watches:
+        watch.enter(f"phase of {watch.world.rank}", step=7)
+        watch._write()
+    opened, read = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or read(path))
+    seen = watches[5]._look({})
+    assert {rank: s.beat.phase for rank, s in seen.items()} == {r: f"phase of {r}" for r in range(12)}
+    assert len(opened) == 3
 
 
 def test_a_beat_is_rewritten_in_place(tmp_path):
     """So it needs no room on a disk that has become full."""
-    watch = Watch(tmp_path, 10.0, World(), lambda: True)
+    watch = watch_of(tmp_path, World(), "here")
     watch._write()
-    path = tmp_path / "rank-00000.beat"
+    (path,) = tmp_path.iterdir()
     inode, size = path.stat().st_ino, path.stat().st_size
     watch.enter("a phase with a rather long name, as phases go", step=10**9, patience=12.0)
     watch._write()
