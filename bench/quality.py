@@ -5,12 +5,14 @@
 
 Four quiet series of four patients (--data, see bench/leave_one_out/patients.py), a quarter of the dose simulated.
 Each patient is left out once: a network learns from two of the others and is chosen by the third; the filters are tuned
-on it. Training is in bf16, measuring in fp32. The last line printed is JSON:
+on all three. Training is in bf16, measuring in fp32. The last line printed is JSON:
 
-rmse, ssim         by method: mean over patients, with the 95 % bootstrap interval over patients; under `protocol`
-d_prime            the channelised Hotelling observer's, on a phantom with each patient's kernel and noise
+rmse, ssim         by method: mean over patients, with the 95 % interval over patients; under `protocol`
+d_prime            the channelised Hotelling observer's, on a phantom with each patient's kernel and noise: of balls, and
+                   of rods across all slices
+ours_minus         what each of these has more than low dose and RED-CNN, paired by patient, with intervals
 worst_bias_hu      mean bias in the tissue class where it is furthest from 0, and its name
-goals              ours: first in RMSE, in SSIM; d' not below low dose's, RED-CNN's; every bias below 2 HU
+goals              ours: first in RMSE, in SSIM; d' not below low dose's, RED-CNN's, by shape; every bias below 2 HU
 not_measured       methods without weights for every patient
 at_plateau         by patient: whether RED-CNN's training came to its plateau of validation; curves lie beside the weights
 """
@@ -21,6 +23,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.baselines import BASELINES, tune
 from ldct_dist.evaluate.methods import LOW, Method, network
-from ldct_dist.evaluate.statistics import estimate
+from ldct_dist.evaluate.physics.lesions import BALL, ROD
+from ldct_dist.evaluate.statistics import estimate, paired_tests
 from ldct_dist.evaluate.study import Study, StudyConfig, measure
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
@@ -43,7 +47,7 @@ from ldct_dist.train.trainer import train
 HERE = Path(__file__).resolve().parent
 OURS, PEER = "ours", "redcnn2d"
 FILTERS = ("gaussian", "tv", "nlm")
-PROTOCOL = "ldctbench-abdomen"
+PROTOCOL = "abdomen"
 
 
 def main() -> None:
@@ -113,10 +117,10 @@ def train_peer(store: Path, work: Path, weights: Path, patient: str, seconds: fl
 def study_of(store: Store, weights: Path, patient: str) -> Study:
     """Every method on the patient that this store's training leaves out."""
     print(f"{patient}: measuring", file=sys.stderr)
-    val = store.cases[int(store.split("val")[0])].name
-    low, full = (store.volume(val, dose) for dose in (dose_name(DOSE), FULL_DOSE))
+    others = [case.name for case in store.cases if case.split != "test"]
+    pairs = [(store.volume(name, dose_name(DOSE)), store.volume(name, FULL_DOSE)) for name in others]
     methods: dict[str, Method] = {LOW: lambda volume: volume.hu}
-    methods |= {name: _filter(name, tune(name, low, full)) for name in FILTERS}
+    methods |= {name: _filter(name, tune(name, pairs)) for name in FILTERS}
     for kind, load in ((OURS, network), (PEER, redcnn2d.load)):
         if (path := weights / f"{kind}-{patient}.safetensors").exists():
             methods[kind] = load(path)
@@ -131,36 +135,60 @@ def figures(studies: dict[str, Study], weights: Path) -> dict[str, Any]:
     """What the last line says, of the methods that every patient has."""
     shared = set.intersection(*(set(study.methods) for study in studies.values()))
     first = next(iter(studies.values()))
-    whole = Study("four patients", "", DOSE, first.protocols)
+    whole = Study("four patients", "", DOSE, first.protocols, first.config)
     whole.rows = [row for study in studies.values() for row in study.rows if row.method in shared]
     means = results.summary(whole, PROTOCOL)
     bias = results.bias(whole)
     worst = {m: max(bias[m].items(), key=lambda item: abs(item[1].mean or 0)) for m in whole.methods}
     seen = {
-        m: estimate(
-            [study.detection[m].d_prime for study in studies.values() if study.detection], list(studies)
-        )
-        for m in whole.methods
+        shape: {m: [s.detection[m][shape].d_prime for s in studies.values()] for m in whole.methods}
+        for shape in (BALL, ROD)
+    }
+    d_prime = {
+        shape: {m: estimate(values, list(studies)) for m, values in by_method.items()}
+        for shape, by_method in seen.items()
+    }
+    lead = {
+        **{
+            m: _lead({k: [row.figures[PROTOCOL][m] for row in whole.of(k)] for k in whole.methods}, studies)
+            for m in ("rmse_hu", "ssim")
+        },
+        **{f"d_prime_{shape}": _lead(by_method, studies) for shape, by_method in seen.items()},
     }
     return {
         "protocol": str(whole.protocols[0]),
         "patients": list(studies),
         "rmse": {m: asdict(means[m]["rmse_hu"]) for m in whole.methods},
         "ssim": {m: asdict(means[m]["ssim"]) for m in whole.methods},
-        "d_prime": {m: asdict(seen[m]) for m in whole.methods},
+        "d_prime": {shape: {m: asdict(e) for m, e in found.items()} for shape, found in d_prime.items()},
+        "ours_minus": lead,
         "worst_bias_hu": {m: {"tissue": t, **asdict(e)} for m, (t, e) in worst.items()},
-        "goals": _goals(means, seen, worst) if {OURS, PEER} <= shared else None,
+        "goals": _goals(means, d_prime, worst) if {OURS, PEER} <= shared else None,
         "not_measured": [m for m in (OURS, PEER) if m not in shared],
         "at_plateau": {p: redcnn2d.at_plateau(weights / f"{PEER}-{p}.jsonl") for p in studies},
     }
 
 
-def _goals(means: Any, seen: Any, worst: Any) -> dict[str, bool]:
+def _lead(by_method: dict[str, list[float]], patients: Iterable[str]) -> dict[str, Any]:
+    """Ours less low dose, and less RED-CNN, on the same patients."""
+    ours = {
+        t.b: t
+        for t in paired_tests({m: by_method[m] for m in (OURS, LOW, PEER) if m in by_method}, list(patients))
+        if t.a == OURS
+    }
+    return {name: asdict(t.difference) for name, t in ours.items()}
+
+
+def _goals(means: Any, d_prime: Any, worst: Any) -> dict[str, bool]:
     rmse, ssim = ({m: row[key].mean for m, row in means.items()} for key in ("rmse_hu", "ssim"))
+    kept = {
+        f"d_prime_kept_{shape}": found[OURS].mean >= max(found[LOW].mean, found[PEER].mean)
+        for shape, found in d_prime.items()
+    }
     return {
         "first_in_rmse": min(rmse, key=rmse.__getitem__) == OURS,
         "first_in_ssim": max(ssim, key=ssim.__getitem__) == OURS,
-        "d_prime_kept": seen[OURS].mean >= max(seen[LOW].mean, seen[PEER].mean),
+        **kept,
         "bias_below_2_hu": abs(worst[OURS][1].mean) < 2,
     }
 

@@ -22,7 +22,7 @@ from ldct_dist.ct.dicom import one_series, read_series
 from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.volumes import denoise_series
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.baselines import gaussian, tune_gaussian
+from ldct_dist.evaluate.baselines import gaussian, tune
 from ldct_dist.evaluate.classify import classify
 from ldct_dist.evaluate.compare import Comparison, print_classification, print_comparison
 from ldct_dist.evaluate.figures import three_planes
@@ -150,7 +150,7 @@ def _compare(config: RunConfig, low: Volume, denoised: Volume, full: Volume) -> 
     store = Store(config.store)
     case = store.cases[int(store.split("train")[0])].name
     train_low, train_full = (store.volume(case, d) for d in (dose_name(config.data.dose), FULL_DOSE))
-    sigma = tune_gaussian(train_low, train_full)
+    sigma = tune("gaussian", [(train_low, train_full)])
     measure = protocol_named(config.validation.protocol)
     images = {"low dose": low, "gaussian": gaussian(low, sigma), "denoised": denoised}
     figures = {name: evaluate_volume(volume.hu, full.hu, measure) for name, volume in images.items()}

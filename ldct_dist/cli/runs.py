@@ -123,8 +123,8 @@ def evaluate(
     ],
     split: Annotated[str, typer.Option(help="Which cases")] = "test",
     protocol: Annotated[
-        str, typer.Option(help="Window, data range, averaging and dose, by name")
-    ] = "ldctbench-abdomen",
+        str, typer.Option(help="Window, what counts, averaging and dose, by name")
+    ] = "abdomen",
     dose: Annotated[
         float | None, typer.Option(help="Dose fraction of the input; without it, the protocol's")
     ] = None,
@@ -139,8 +139,8 @@ def evaluate(
         Path | None, typer.Option(help="CSV (case,label or case,slice,label): the report classifies, too")
     ] = None,
     cases_shown: Annotated[int, typer.Option(help="Cases of which the report holds images")] = 3,
-    lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions")] = 6.0,
-    lesion_hu: Annotated[float, typer.Option(help="Contrast of the model observer's lesions")] = 25.0,
+    lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions, mm")] = 6.0,
+    lesion_hu: Annotated[float, typer.Option(help="Contrast of the model observer's lesions, HU")] = 15.0,
 ) -> None:
     """Low dose against denoised on a store's held-out cases: a table, and with --out a whole report.
 

@@ -5,6 +5,7 @@ Noise-free; `ldct_dist.ct.dose.simulate_full_dose` makes a scan of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 from ldct_dist.ct.volume import AIR_HU, Volume
 
 _AIR = -1000.0
+_BALL_SUBSAMPLES = 9  # along each axis
 _SUBSAMPLES = 3  # along each in-plane axis, so that edges are partial volumes as in a scan
 
 
@@ -41,6 +43,19 @@ def discs(shape: tuple[int, int, int], spacing: tuple[float, float, float], fill
         part = _mean_of_subsamples((x - disc.x_mm) ** 2 + (y - disc.y_mm) ** 2 < disc.radius_mm**2)
         hu += (disc.hu - hu) * part
     return Volume(np.repeat(np.rint(hu).astype(np.int16)[None], shape[0], axis=0), spacing)
+
+
+def ball(diameter_mm: float, spacing: tuple[float, float, float]) -> np.ndarray:
+    """Share of each voxel that lies in a ball around the middle of the middle voxel: float (z, y, x), odd sizes."""
+    halves = [math.ceil(diameter_mm / 2 / mm) for mm in spacing]
+    z, y, x = (
+        (np.arange((2 * n + 1) * _BALL_SUBSAMPLES) + 0.5) / _BALL_SUBSAMPLES * mm - (n + 0.5) * mm
+        for n, mm in zip(halves, spacing, strict=True)
+    )
+    inside = z[:, None, None] ** 2 + y[:, None] ** 2 + x**2 < (diameter_mm / 2) ** 2
+    fine = np.stack(np.split(inside, 2 * halves[0] + 1)).mean(1)
+    blocks = fine.reshape(len(fine), 2 * halves[1] + 1, _BALL_SUBSAMPLES, 2 * halves[2] + 1, _BALL_SUBSAMPLES)
+    return blocks.mean((2, 4))
 
 
 def body(shape: tuple[int, int, int], spacing: tuple[float, float, float], seed: int) -> Volume:

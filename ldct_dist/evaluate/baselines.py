@@ -1,11 +1,12 @@
 """What a denoiser has to beat: the classic filters, each of the strength that serves the data best.
 
-All but the Gaussian come from scikit-image and work slice by slice, because slices are thick.
+All but the Gaussian come from scikit-image and work slice by slice, because slices are thick. Their strengths are in
+units of the noise of the volume itself, so that one that suits some patients suits others at another noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,9 +14,12 @@ from scipy.ndimage import gaussian_filter
 from scipy.optimize import minimize_scalar
 from skimage.restoration import denoise_bilateral, denoise_nl_means, denoise_tv_chambolle
 
-from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.ct import noise
+from ldct_dist.ct.volume import AIR_HU, Volume, padding_of
 from ldct_dist.errors import UserError
+from ldct_dist.store.layout import BODY_HU
 
+_LEAST_NOISE = 0.3  # HU: what rounding to whole ones makes
 _TUNED_SLICES, _TUNED_WIDTH = 4, 256  # slices, and voxels either way around their middle
 
 Filter = Callable[[Volume, float], Volume]
@@ -27,9 +31,9 @@ def gaussian(volume: Volume, sigma_mm: float) -> Volume:
     return _like(volume, gaussian_filter(volume.hu.astype(np.float32), sigma, mode="nearest"))
 
 
-def bilateral(volume: Volume, range_hu: float) -> Volume:
-    """Means over 1.5 mm in plane, of voxels that differ by less than about `range_hu` (Tomasi & Manduchi 1998)."""
-    sigma = 1.5 / min(volume.spacing[1:])
+def bilateral(volume: Volume, times_noise: float) -> Volume:
+    """Means over 1.5 mm in plane, of voxels that differ by less than about so much (Tomasi & Manduchi 1998)."""
+    sigma, range_hu = 1.5 / min(volume.spacing[1:]), times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
         return denoise_bilateral(hu, sigma_color=range_hu, sigma_spatial=sigma, bins=2000, mode="edge")
@@ -38,8 +42,9 @@ def bilateral(volume: Volume, range_hu: float) -> Volume:
     return _like(volume, np.stack([smooth(hu.astype(np.float64) - AIR_HU) for hu in volume.hu]) + AIR_HU)
 
 
-def nlm(volume: Volume, h_hu: float) -> Volume:
-    """Non-local means of 5 x 5 patches that differ by about `h_hu` within 13 x 13 voxels (Buades et al. 2005)."""
+def nlm(volume: Volume, times_noise: float) -> Volume:
+    """Non-local means of 5 x 5 patches that differ by about so much within 13 x 13 voxels (Buades et al. 2005)."""
+    h_hu = times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
         return denoise_nl_means(hu, patch_size=5, patch_distance=6, h=h_hu, fast_mode=True)
@@ -47,8 +52,9 @@ def nlm(volume: Volume, h_hu: float) -> Volume:
     return _like(volume, np.stack([smooth(hu.astype(np.float32)) for hu in volume.hu]))
 
 
-def tv(volume: Volume, weight_hu: float) -> Volume:
+def tv(volume: Volume, times_noise: float) -> Volume:
     """Least total variation at that weight (Chambolle 2004)."""
+    weight_hu = times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
         return denoise_tv_chambolle(hu, weight=weight_hu, eps=1e-4, max_num_iter=100)
@@ -67,9 +73,9 @@ class Baseline:
 
 BASELINES = {
     "gaussian": Baseline(gaussian, 6.0, "mm"),
-    "bilateral": Baseline(bilateral, 300.0, "HU"),
-    "nlm": Baseline(nlm, 150.0, "HU"),
-    "tv": Baseline(tv, 150.0, "HU"),
+    "bilateral": Baseline(bilateral, 10.0, "x noise"),
+    "nlm": Baseline(nlm, 5.0, "x noise"),
+    "tv": Baseline(tv, 5.0, "x noise"),
 }
 
 
@@ -80,42 +86,46 @@ def baseline_named(name: str) -> Baseline:
     return BASELINES[name]
 
 
-def tune(name: str, low: Volume, full: Volume) -> float:
-    """The strength of the named baseline that brings a few middle slices of `low` nearest to `full`: see `strength`."""
+def tune(name: str, pairs: Sequence[tuple[Volume, Volume]]) -> float:
+    """The strength of the named baseline, up to its strongest, that leaves least of the mean square error, on average
+    over `pairs` of low and full dose, in a few middle slices of each; voxels of padding do not count."""
     baseline = baseline_named(name)
-    z, y, x = (n // 2 for n in low.shape)
-    half = _TUNED_WIDTH // 2
-    some = (
-        slice(max(0, z - _TUNED_SLICES // 2), z + _TUNED_SLICES // 2),
-        slice(max(0, y - half), y + half),
-        slice(max(0, x - half), x + half),
-    )
-    part = [replace(volume, hu=volume.hu[some]) for volume in (low, full)]
-    return strength(
-        baseline.filter, part[0], part[1], baseline.strongest, tolerance=0.02 * baseline.strongest
-    )
+    parts = [(_middle(low), _middle(full)) for low, full in pairs]
 
-
-def tune_gaussian(low: Volume, full: Volume) -> float:
-    """The sigma in mm, up to 6, that brings `low` nearest to `full`: see `strength`."""
-    return strength(gaussian, low, full, BASELINES["gaussian"].strongest, tolerance=0.02)
-
-
-def strength(filtered: Filter, low: Volume, full: Volume, strongest: float, tolerance: float) -> float:
-    """The strength, from 0 to `strongest`, of least RMSE in HU over the full dose's voxels that are not padding."""
-    counted = full.hu > AIR_HU
-    target = full.hu[counted].astype(np.float32)
-
-    def mean_square(value: float) -> float:
-        return float(np.square(filtered(low, value).hu[counted] - target).mean())
+    def left(value: float) -> float:
+        return sum(
+            _mean_square(baseline.filter(low, value), full) / _mean_square(low, full) for low, full in parts
+        )
 
     found = minimize_scalar(
-        mean_square, bounds=(0, strongest), method="bounded", options={"xatol": tolerance}
+        left, bounds=(0, baseline.strongest), method="bounded", options={"xatol": 0.01 * baseline.strongest}
     )
     return float(found.x)
+
+
+def _middle(volume: Volume) -> Volume:
+    half = _TUNED_WIDTH // 2
+    z, *plane = (n // 2 for n in volume.shape)
+    y, x = (slice(max(0, at - half), at + half) for at in plane)
+    return replace(volume, hu=volume.hu[max(0, z - _TUNED_SLICES // 2) : z + _TUNED_SLICES // 2, y, x])
+
+
+def _mean_square(volume: Volume, full: Volume) -> float:
+    counted = ~padding_of(full.hu)
+    return float(np.square(volume.hu[counted].astype(np.float32) - full.hu[counted]).mean())
+
+
+def _noise(volume: Volume) -> float:
+    """Its standard deviation in HU; in the body as a whole, where there is too little soft tissue to tell."""
+    moments = noise.sampled_moments(volume)
+    where = moments.homogeneous
+    if where is None:
+        where = moments.mean > BODY_HU
+    flat = (where & moments.flat).any()
+    return max(_LEAST_NOISE, noise.noise_std(moments, where)) if flat else _LEAST_NOISE
 
 
 def _like(volume: Volume, hu: np.ndarray) -> Volume:
     """`hu` as whole HU on the volume's grid; padding stays."""
     whole = np.rint(hu).clip(AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
-    return replace(volume, hu=np.where(volume.hu == AIR_HU, np.int16(AIR_HU), whole))
+    return replace(volume, hu=np.where(padding_of(volume.hu), np.int16(AIR_HU), whole))

@@ -22,12 +22,12 @@ from scipy.ndimage import zoom
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.protocols import Range
+from ldct_dist.store.layout import BODY_HU
 
 GREY = colormaps["gray"]
 SIGNED = LinearSegmentedColormap.from_list(  # below zero blue, above zero red, no difference dark
     "signed", ["#a8dcff", "#2f7fc1", "#0c0c0c", "#c2472f", "#ffc9b0"]
 )
-_BODY_HU = -500
 INK, PAPER = "#e6e6e6", "#0c0c0c"
 
 # Inches on paper.
@@ -120,7 +120,7 @@ def _panels(images: dict[str, Volume], window: Range) -> tuple[list[_Panel], lis
 
 def body_box(hu: np.ndarray) -> tuple[slice, slice, slice]:
     """All slices, and the rows and columns between which the body lies; everything where there is none."""
-    body = hu > _BODY_HU
+    body = hu > BODY_HU
     box = [slice(0, len(hu))]
     for axis in (1, 2):
         filled = body.sum(axis=(0, 3 - axis))

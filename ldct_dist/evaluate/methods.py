@@ -28,15 +28,16 @@ def network(weights: Path) -> Method:
     return lambda low: denoise_volume(model, low.hu)
 
 
-def tuned_baselines(names: Sequence[str], low: Volume, full: Volume) -> dict[str, Method]:
-    """The named filters, each tuned on this pair, which should not be among what is evaluated; their names say to what.
+def tuned_baselines(names: Sequence[str], pairs: Sequence[tuple[Volume, Volume]]) -> dict[str, Method]:
+    """The named filters, each tuned on these pairs of low and full dose, which should not be among what is evaluated;
+    their names say to what.
 
     Raises UserError for an unknown name.
     """
     chosen = {name: baseline_named(name) for name in names}
 
     def method(name: str) -> tuple[str, Method]:
-        value = tune(name, low, full)
+        value = tune(name, pairs)
         label = f"{name} ({value:.2g} {chosen[name].unit})"
         return label, lambda volume: chosen[name].filter(volume, value).hu
 

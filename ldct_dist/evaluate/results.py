@@ -60,13 +60,13 @@ def physics(study: Study) -> dict[str, dict[str, Any]]:
     """method -> noise, structure and detection; None where it could not be measured."""
     found: dict[str, dict[str, Any]] = {}
     for method, rows in _by_method(study).items():
-        nps, seen = study.nps.get(method), study.detection.get(method)
+        nps, seen = study.nps.get(method), study.detection.get(method, {})
         found[method] = {
             "noise_hu": asdict(_over_patients(rows, [_number(row.noise_hu) for row in rows])),
             "conspicuous": asdict(_over_patients(rows, [_number(row.conspicuous) for row in rows])),
             "nps_mean_frequency_per_mm": nps.mean_frequency if nps else None,
             "nps_radial": _pairs(*nps.radial()) if nps else None,
-            "detection": asdict(seen) if seen else None,
+            "detection": {shape: asdict(of) for shape, of in seen.items()},
             "ttf": [
                 {
                     "contrast_hu": t.contrast_hu,
@@ -85,6 +85,8 @@ def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
         "store": study.store,
         "fingerprint": study.fingerprint,
         "dose": study.dose,
+        "weights": study.weights,
+        "scans": study.scans,
         "protocols": [asdict(protocol) for protocol in study.protocols],
         "summary": {p.name: _plain(summary(study, p.name)) for p in study.protocols},
         "tests": {
@@ -94,6 +96,9 @@ def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
         "bias_hu": _plain(bias(study)),
         "physics": physics(study),
         "nps_case": study.nps_case,
+        "nps_regions": next((nps.regions for nps in study.nps.values()), None),
+        "phantom_case": study.phantom_case,
+        "lesion": {"diameter_mm": study.config.lesion_mm, "contrast_hu": study.config.lesion_hu},
         "classification": classification,
         "cases": [asdict(row) for row in study.rows],
         "notes": study.notes,

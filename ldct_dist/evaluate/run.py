@@ -20,6 +20,7 @@ from ldct_dist.evaluate.report.page import prepare, write_report
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.study import Study, StudyConfig, measure, methods_for
 from ldct_dist.evaluate.tasks import Cohort, read_labels
+from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.reader import Store
 
 
@@ -64,6 +65,7 @@ def evaluate(
             show=show,
             say=status.update,
         )
+        study.weights = {name: weights_hash(path) for name, path in weights.items()}
         status.update("classifying")
         classified = classify(cohort.samples()) if cohort else None
     print_comparison(_comparison(study), console)

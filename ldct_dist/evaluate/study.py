@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -23,10 +25,12 @@ from ldct_dist.evaluate.physics.tissue import tissue_bias, tissues
 from ldct_dist.evaluate.physics.trial import make_trial
 from ldct_dist.evaluate.physics.ttf import Transfer
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
-from ldct_dist.store.layout import FULL_DOSE, dose_name
+from ldct_dist.store.layout import BODY_HU, FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
+from ldct_dist.store.record import CaseRecord
 
 _ENOUGH_REGIONS = 4
+_TUNED_ON = 4  # cases
 Say = Callable[[str], None]
 
 
@@ -38,10 +42,10 @@ class StudyConfig(Config):
     """
 
     split: str = "test"
-    protocol: str = "ldctbench-abdomen"
+    protocol: str = "abdomen"
     dose: float | None = Field(None, gt=0, lt=1)
     lesion_mm: float = Field(6.0, gt=0)
-    lesion_hu: float = 25.0
+    lesion_hu: float = 15.0
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,24 @@ class Row:
 
 @dataclass
 class Study:
-    """What came out. notes: what could not be measured, and why."""
+    """What came out. scans: by case, how it was made. weights: by network, the hash of its file. notes: what could not
+    be measured, and why."""
 
     store: str
     fingerprint: str
     dose: float
     protocols: tuple[Protocol, ...]
+    config: StudyConfig
+    scans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     nps: dict[str, NoisePower] = field(default_factory=dict)
     nps_case: str | None = None
+    phantom_case: str | None = None
+    """whose voxels, kernel and noise the phantom got"""
     transfers: dict[str, list[Transfer]] = field(default_factory=dict)
-    detection: dict[str, Detectability] = field(default_factory=dict)
+    detection: dict[str, dict[str, Detectability]] = field(default_factory=dict)
+    """by method, then by the lesions' shape"""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -101,7 +112,7 @@ def methods_for(
 ) -> dict[str, Method]:
     """The low dose itself, then the baselines, the peers and the networks, by name.
 
-    Baselines are tuned on a case of another split. Raises UserError for what is not there.
+    Baselines are tuned on a few cases of the other splits. Raises UserError for what is not there.
     """
     methods: dict[str, Method] = {LOW: lambda low: low.hu}
     if baselines:
@@ -110,10 +121,10 @@ def methods_for(
             raise UserError(
                 f"{store.path}: every case is in split {config.split!r}, so none is left to tune baselines on"
             )
-        name = store.cases[int(others[0])].name
-        dose = config.dose or protocol_named(config.protocol).dose
-        low, full = (store.volume(name, d) for d in (dose_name(dose), FULL_DOSE))
-        methods |= tuned_baselines(baselines, low, full)
+        doses = dose_name(config.dose or protocol_named(config.protocol).dose), FULL_DOSE
+        spread = others[np.linspace(0, len(others) - 1, min(_TUNED_ON, len(others))).astype(int)]
+        pairs = [[store.volume(store.cases[int(i)].name, dose) for dose in doses] for i in spread]
+        methods |= tuned_baselines(baselines, [(low, full) for low, full in pairs])
     return methods | dict(peers) | {name: network(path) for name, path in weights.items()}
 
 
@@ -133,10 +144,11 @@ def measure(
     protocol = protocol_named(config.protocol)
     dose = config.dose or protocol.dose
     protocols = (protocol, protocol.in_3d()) if physics and protocol.dims == 2 else (protocol,)
-    study = Study(store.path.name, store.fingerprint, dose, protocols)
+    study = Study(store.path.name, store.fingerprint, dose, protocols, config)
     for i in store.split(config.split):
         case = store.cases[int(i)]
         low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
+        study.scans[case.name] = _conditions(full, store.record(case.name))
         ground = _Ground(low, full) if physics else None
         images = {}
         for name, method in methods.items():
@@ -148,9 +160,21 @@ def measure(
         if ground:
             _noise_powers(study, case.name, ground, images)
         show(case.name, low, full, images)
-        if physics and not study.detection:
-            _try_phantom(study, config, methods, low, full, say)
+        if physics and study.phantom_case is None:
+            _try_phantom(study, config, methods, case.name, low, full, say)
     return study
+
+
+def _conditions(full: Volume, record: CaseRecord) -> dict[str, Any]:
+    """What figures of different scans may differ by."""
+    return {
+        "kernel": full.acquisition.kernel,
+        "kvp": full.acquisition.kvp,
+        "slice_thickness_mm": full.acquisition.slice_thickness_mm,
+        "spacing_mm": full.spacing,
+        "shape": full.shape,
+        "low_dose": record.low_dose["made"] if record.low_dose else None,
+    }
 
 
 def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Study) -> dict[str, float]:
@@ -184,9 +208,11 @@ def _with_physics(row: Row, image: np.ndarray, ground: _Ground, study: Study) ->
     if ground.soft is None or ground.std is None:
         study.note(f"{row.case}: too little soft tissue to measure noise")
         return replace(row, bias_hu=bias)
-    body = ground.moments.mean > -500
+    body = ground.moments.mean > BODY_HU
     conspicuous = float((np.abs(hallucination_map(image, full, ground.std))[body] > CONSPICUOUS).mean())
-    level = noise.noise_std(noise.local_moments(image, full.spacing), ground.soft)
+    # In the full dose's flat windows: smooth images have others, which would leave out what is left of their noise.
+    variance = noise.local_moments(image, full.spacing).variance[ground.soft & ground.moments.flat]
+    level = float(np.sqrt(np.median(variance)))
     return replace(row, bias_hu=bias, conspicuous=conspicuous, noise_hu=level)
 
 
@@ -207,15 +233,26 @@ def _noise_powers(study: Study, case: str, ground: _Ground, images: Mapping[str,
 
 
 def _try_phantom(
-    study: Study, config: StudyConfig, methods: Mapping[str, Method], low: Volume, full: Volume, say: Say
+    study: Study,
+    config: StudyConfig,
+    methods: Mapping[str, Method],
+    case: str,
+    low: Volume,
+    full: Volume,
+    say: Say,
 ) -> None:
+    """From the first case that has the tissue for it."""
     try:
-        trial = make_trial(full, low, config.lesion_mm, config.lesion_hu)
+        trial = make_trial(full, low, config.lesion_mm, config.lesion_hu, seed=zlib.crc32(case.encode()))
     except UserError as e:
         study.note(f"phantom: {e}")
         return
+    study.phantom_case = case
     for name, method in methods.items():
         say(f"phantom: {name}")
         denoise = partial(apply, name, method)
         study.transfers[name] = trial.transfers(denoise)
-        study.detection[name] = trial.detection(denoise)
+        try:
+            study.detection[name] = trial.detection(denoise)
+        except UserError as e:
+            study.note(f"phantom, {name}: {e}")

@@ -5,7 +5,7 @@ import pytest
 
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU, Volume
-from ldct_dist.evaluate.baselines import gaussian, tune_gaussian
+from ldct_dist.evaluate.baselines import BASELINES, gaussian, tune
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_padding_stays(full):
 
 def test_tuned_width_beats_its_neighbours(full):
     low = with_noise(full, 80)
-    sigma = tune_gaussian(low, full)
+    sigma = tune("gaussian", [(low, full)])
 
     def rmse(width):
         error = gaussian(low, width).hu.astype(float) - full.hu
@@ -48,4 +48,26 @@ def test_tuned_width_beats_its_neighbours(full):
 
 
 def test_more_noise_wants_a_wider_filter(full):
-    assert tune_gaussian(with_noise(full, 20), full) < tune_gaussian(with_noise(full, 150), full)
+    few, many = (tune("gaussian", [(with_noise(full, std), full)]) for std in (20, 150))
+    assert few < many
+
+
+@pytest.mark.parametrize("name", ["bilateral", "nlm", "tv"])
+def test_a_strength_that_suits_one_noise_suits_another(full, name):
+    def left(std, strength):
+        low = with_noise(full, std)
+        errors = [
+            np.square(image.hu.astype(float) - full.hu)[full.hu > AIR_HU].mean()
+            for image in (BASELINES[name].filter(low, strength), low)
+        ]
+        return errors[0] / errors[1]
+
+    tuned = {std: tune(name, [(with_noise(full, std), full)]) for std in (30, 90)}
+    for std, other in ((30, 90), (90, 30)):
+        assert left(std, tuned[other]) < 1.1 * left(std, tuned[std]) < 0.9
+
+
+def test_one_pair_that_is_noisier_does_not_outvote_another(full):
+    low = [(with_noise(full, std), full) for std in (20, 150)]
+    alone = [tune("gaussian", [pair]) for pair in low]
+    assert alone[0] + 0.1 < tune("gaussian", low) < alone[1] - 0.1

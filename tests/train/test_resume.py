@@ -34,7 +34,7 @@ def store(tmp_path_factory):
 
 def validations(run) -> list[tuple[int, float]]:
     board = EventAccumulator(str(run / "tensorboard")).Reload()
-    return [(e.step, e.value) for e in board.Scalars("validation/rmse_hu (ldctbench-abdomen)")]
+    return [(e.step, e.value) for e in board.Scalars("validation/rmse_hu (abdomen)")]
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def unbroken(store, tmp_path_factory):
 
 def validations(run) -> list[tuple[int, float]]:
     board = EventAccumulator(str(run / "tensorboard")).Reload()
-    return [(e.step, e.value) for e in board.Scalars("validation/rmse_hu (ldctbench-abdomen)")]
+    return [(e.step, e.value) for e in board.Scalars("validation/rmse_hu (abdomen)")]
 
 
 def test_each_signal_to_any_rank_stops_all_ranks_at_one_step_which_is_saved(store, unbroken, tmp_path):

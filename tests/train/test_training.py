@@ -41,7 +41,7 @@ def unbroken(store, tmp_path_factory):
 def reported(run: Path) -> tuple[list[int], list[int]]:
     """Steps of which TensorBoard shows a loss, and a validation."""
     board = EventAccumulator(str(run / "tensorboard")).Reload()
-    tags = ("train/loss", "validation/rmse_hu (ldctbench-abdomen)")
+    tags = ("train/loss", "validation/rmse_hu (abdomen)")
     losses, validations = ([e.step for e in board.Scalars(tag)] for tag in tags)
     return losses, validations
 

@@ -46,7 +46,7 @@ def detectability(
     """d' of patches with a lesion, (n, size, size) HU, against (m, size, size) without one.
 
     All patches must hold noise of their own: the same noise with and without a lesion would not tell its spread.
-    Raises UserError where there are too few for the channels.
+    Raises UserError where there are too few for the channels, and where they do not differ.
     """
     v1, v0 = (
         np.tensordot(patches.astype(np.float64), channels, ((1, 2), (1, 2))) for patches in (present, absent)
@@ -56,6 +56,10 @@ def detectability(
     if free < p + 4 or min(n1, n0) < 2:
         raise UserError(f"observer: {n1} + {n0} patches are too few for {p} channels; give more")
     spread = sum((v - v.mean(0)).T @ (v - v.mean(0)) for v in (v1, v0)) / free
+    if np.linalg.matrix_rank(spread) < p:
+        raise UserError(
+            "observer: the patches hold no noise of their own, so nothing limits what is seen in them"
+        )
     apart = v1.mean(0) - v0.mean(0)
     squared = float(apart @ np.linalg.solve(spread, apart))
 

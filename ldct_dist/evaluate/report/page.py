@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.methods import FULL, LOW
 from ldct_dist.evaluate.metrics import LABELS
+from ldct_dist.evaluate.physics.lesions import BALL, ROD
 from ldct_dist.evaluate.report.curves import curves
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.statistics import Estimate
 from ldct_dist.evaluate.study import Study
+from ldct_dist.files import replace
 
 PAGE, JSON, CSV = "index.html", "results.json", "cases.csv"
 _NONE = "–"
@@ -65,16 +66,12 @@ def write_report(
         PAGE: render(study, pictures, classification),
     }
     for name, text in written.items():
-        temporary = out / f".{name}.{os.getpid()}"
         try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(out / name)
+            replace(out / name, text)
         except OSError as e:
             raise UserError(
                 f"{out / name}: cannot be written ({e.strerror}); make room or choose another folder"
             ) from e
-        finally:
-            temporary.unlink(missing_ok=True)
     return out / PAGE
 
 
@@ -94,8 +91,10 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
         bias=_bias(study),
         tests=[_tests(study, p.name) for p in study.protocols],
         per_case=_per_case(study),
+        scans=_scans(study),
         classification=_classification(classification) if classification else [],
         curves=_curves(study),
+        regions=next((nps.regions for nps in study.nps.values()), 0),
         pictures={"cases": pictures.cases, "low": LOW, "full": FULL},
         shown=[m for m in study.methods if m != LOW],
     )
@@ -162,21 +161,53 @@ def _physics(study: Study) -> Table:
                 _estimate(noise, 1),
                 _number(found["nps_mean_frequency_per_mm"], 3),
                 *(_number(t["f50_per_mm"], 2) for t in found["ttf"]),
-                Cell(f"{seen['d_prime']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}]", seen["d_prime"])
-                if seen
-                else Cell(_NONE, ""),
+                *(_detection(seen.get(shape)) for shape in (BALL, ROD)),
                 _estimate(conspicuous, 3, scale=100),
             ]
         )
     columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
     columns += [f"TTF 50 % at {c:+.0f} HU, 1/mm".replace("-", "−") for c in contrasts]
-    columns += ["d′ of the lesion", "voxels with structure beyond 4 σ, %"]
+    columns += [f"d′ of a {shape}" for shape in (BALL, ROD)]
+    columns += ["voxels with structure beyond 4 σ, %"]
+    lesion = f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU".replace("-", "−")
     caption = (
-        "Noise in the patients' soft tissue; sharpness and lesion detection (channelised Hotelling observer, 95 % "
-        "interval) on a phantom scanned as the first case was; structure that full dose has not, in units of its noise. "
-        f"{_means(estimates)}."
+        "Noise in the patients' soft tissue, within 6 mm; sharpness and detection on a phantom scanned as "
+        f"{study.phantom_case or 'no case'} was, by a channelised Hotelling observer who sees one slice, of lesions of "
+        f"{lesion}: balls, and rods across all slices (d′ with its 95 % interval); structure that full dose has not, in "
+        f"units of its noise. {_means(estimates)}."
     )
     return Table(caption, columns, rows)
+
+
+def _detection(found: dict[str, float] | None) -> Cell:
+    if found is None:
+        return Cell(_NONE, "")
+    return Cell(f"{found['d_prime']:.2f} [{found['low']:.2f}, {found['high']:.2f}]", found["d_prime"])
+
+
+def _scans(study: Study) -> Table:
+    rows = [
+        [
+            Cell(case, case),
+            Cell(scan["low_dose"] or "not known", scan["low_dose"] or ""),
+            Cell(scan["kernel"] or _NONE, scan["kernel"] or ""),
+            _number(scan["kvp"], 0),
+            _number(scan["slice_thickness_mm"], 1),
+            Cell(" × ".join(f"{mm:.3g}" for mm in scan["spacing_mm"]), scan["spacing_mm"][0]),
+            Cell(" × ".join(map(str, scan["shape"])), scan["shape"][0]),
+        ]
+        for case, scan in study.scans.items()
+    ]
+    columns = [
+        "case",
+        "low dose",
+        "kernel",
+        "kVp",
+        "slice thickness, mm",
+        "voxel, mm (z, y, x)",
+        "voxels (z, y, x)",
+    ]
+    return Table("How the scans were made.", columns, rows)
 
 
 def _per_case(study: Study) -> Table:

@@ -21,7 +21,7 @@ from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.report.page import prepare, write_report
 from ldct_dist.evaluate.report.pictures import Pictures
-from ldct_dist.evaluate.study import Row, Study
+from ldct_dist.evaluate.study import Row, Study, StudyConfig
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
 from networks import random_network
@@ -79,7 +79,11 @@ def test_json_holds_every_section_and_no_infinity(report):
             assert figures["rmse_hu"]["low"] <= figures["rmse_hu"]["mean"] <= figures["rmse_hu"]["high"]
     assert abs(found["bias_hu"]["low dose"]["soft"]["mean"]) < 1
     assert found["physics"]["low dose"]["noise_hu"]["mean"] > found["physics"][methods[2]]["noise_hu"]["mean"]
-    assert found["physics"]["low dose"]["detection"]["low"] > 0
+    assert set(found["physics"]["low dose"]["detection"]) == {"ball", "rod"}
+    assert found["physics"]["low dose"]["detection"]["rod"]["low"] > 0
+    assert found["lesion"] == {"diameter_mm": 12, "contrast_hu": 15}
+    assert found["phantom_case"] in found["scans"]
+    assert len(next(iter(found["weights"].values()))) == 16
     assert len(found["physics"]["low dose"]["ttf"]) == 4
     tests = found["tests"]["ldctbench-abdomen"]["ssim"]
     assert len(tests) == 6
@@ -101,6 +105,7 @@ def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
     )
     assert "ldctbench-abdomen, window [-150, 249] HU, padding counted" in captions
     assert captions.count("Means over patients, with 95 % intervals (Student t).") == 6
+    assert "of lesions of 12 mm and +15 HU: balls, and rods across all slices" in captions
     assert "2 patients can give no p below 0.5, and none below 1 when corrected." in captions
 
 
@@ -184,7 +189,7 @@ def equal_images():
     protocol = protocol_named("ldctbench-abdomen")
     perfect = {"rmse_hu": 0.0, "psnr_db": math.inf, "ssim": 1.0}
     row = Row("case", "patient", "oracle", {protocol.name: perfect}, {"soft": -0.0})
-    return Study("store", "0" * 64, 0.25, (protocol,), [row], notes=["nothing to note"])
+    return Study("store", "0" * 64, 0.25, (protocol,), StudyConfig(), rows=[row], notes=["nothing to note"])
 
 
 def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
