@@ -52,19 +52,13 @@ def test_the_driver_is_told_for_either_kernel_module():
 
 
 def test_a_gpu_that_waits_for_a_core_is_told_by_node(probe):
-    alone = [{0, 1, 2, 3}, {4, 5, 6, 7}, {0, 1, 2, 3}]
     on_gpus = replace(probe, world=World(device=torch.device("cuda")))
-    assert nodes.judge_cores(on_gpus, alone) == (True, "4 a rank")
-    shared = [{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]  # each may use all, and so do its neighbours
-    assert nodes.judge_cores(on_gpus, shared)[1].startswith("2 a rank on n1, for training and 2 threads")
-    well, text = nodes.judge_cores(on_gpus, [*alone[:2], {5}])
+    assert nodes.judge_cores(on_gpus, [4, 4, 8]) == (True, "4 a rank")
+    well, text = nodes.judge_cores(on_gpus, [4, 4, 1])
     assert not well
-    assert text.startswith("1 a rank on n2")
+    assert text.startswith("1 a rank on n2, for training and 2 threads")
     assert "--cpus-per-task=3" in text
-    assert nodes.judge_cores(probe, [{0}, {1}, {0}]) == (
-        True,
-        "1 a rank",
-    )  # without GPUs, it is as the machine is
+    assert nodes.judge_cores(probe, [1, 1, 1]) == (True, "1 a rank")  # without GPUs, it is as the machine is
 
 
 @pytest.mark.parametrize(("main", "findings"), [(True, ["ranks"]), (False, [])])

@@ -63,25 +63,20 @@ def judge_gpu(probe: Probe, seen: list[bool]) -> Verdict:
     return True, f"{len(seen)}, one a rank" if all(seen) else "none: training runs on the CPU"
 
 
-def look_cores(_: Probe) -> set[int]:
-    """The cores that this rank may use."""
-    return os.sched_getaffinity(0)
+def look_cores(probe: Probe) -> int:
+    """Of the cores that this rank may use, its share."""
+    return probe.world.share_of_cores()
 
 
-def judge_cores(probe: Probe, seen: list[set[int]]) -> Verdict:
-    """Ranks that may use the same cores share them."""
-    cores: dict[str, set[int]] = {}
-    for host, mine in zip(probe.hosts, seen, strict=True):
-        cores.setdefault(host, set()).update(mine)
-    a_rank = {host: len(c) / probe.hosts.count(host) for host, c in cores.items()}
-    fewest = min(a_rank, key=lambda host: a_rank[host])
-    needed = probe.loader_threads + 1
-    if a_rank[fewest] < needed and probe.world.device.type == "cuda":
+def judge_cores(probe: Probe, seen: list[int]) -> Verdict:
+    fewest, needed = min(seen), probe.loader_threads + 1
+    if fewest < needed and probe.world.device.type == "cuda":
+        where = probe.where([rank for rank, cores in enumerate(seen) if cores == fewest])
         return False, (
-            f"{a_rank[fewest]:g} a rank on {fewest}, for training and {probe.loader_threads} threads that load: the "
-            f"GPU will wait for data; ask for at least --cpus-per-task={needed}"
+            f"{fewest} a rank on {where}, for training and {probe.loader_threads} threads that load: the GPU will "
+            f"wait for data; ask for at least --cpus-per-task={needed}"
         )
-    return True, f"{a_rank[fewest]:g} a rank"
+    return True, f"{fewest} a rank"
 
 
 def look_clock(probe: Probe) -> list[float]:
