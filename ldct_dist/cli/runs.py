@@ -128,6 +128,7 @@ def evaluate(
     dose: Annotated[
         float | None, typer.Option(help="Dose fraction of the input; without it, the protocol's")
     ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="See denoise; tables say so")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for a report: HTML, JSON, CSV")] = None,
     baselines: Annotated[
         str, typer.Option(help="Filters that the report compares, tuned on another split; '' for none")
@@ -149,11 +150,13 @@ def evaluate(
     from ldct_dist.evaluate.run import evaluate as run
 
     *weights, store = paths
-    named = {_name_of(path, weights): weights_file(path) for path in weights}
+    precision = " in bf16" if bf16 else ""
+    named = {_name_of(path, weights) + precision: weights_file(path) for path in weights}
     options = {
         "split": split,
         "protocol": protocol,
         "dose": dose,
+        "bf16": bf16,
         "lesion_mm": lesion_mm,
         "lesion_hu": lesion_hu,
     }

@@ -38,12 +38,14 @@ class StudyConfig(Config):
     """What is evaluated, and how.
 
     split: the cases. protocol: by name; its 3-D form is measured as well. dose: fraction of full dose of the input;
-    None: the protocol's own. lesion_mm, lesion_hu: diameter and contrast of the lesions for the model observer.
+    None: the protocol's own. bf16: how networks calculate. lesion_mm, lesion_hu: diameter and contrast of the lesions
+    for the model observer.
     """
 
     split: str = "test"
     protocol: str = "abdomen"
     dose: float | None = Field(None, gt=0, lt=1)
+    bf16: bool = False
     lesion_mm: float = Field(6.0, gt=0)
     lesion_hu: float = 15.0
 
@@ -125,7 +127,7 @@ def methods_for(
         spread = others[np.linspace(0, len(others) - 1, min(_TUNED_ON, len(others))).astype(int)]
         pairs = [[store.volume(store.cases[int(i)].name, dose) for dose in doses] for i in spread]
         methods |= tuned_baselines(baselines, [(low, full) for low, full in pairs])
-    return methods | dict(peers) | {name: network(path) for name, path in weights.items()}
+    return methods | dict(peers) | {name: network(path, config.bf16) for name, path in weights.items()}
 
 
 def measure(

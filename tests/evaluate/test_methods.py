@@ -2,12 +2,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ldct_dist.cli import app
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU
+from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.baselines import BASELINES
-from ldct_dist.evaluate.methods import apply, peer, tuned_baselines
+from ldct_dist.evaluate.methods import apply, network, peer, tuned_baselines
+from ldct_dist.models.weights import load_weights, save_weights
+from networks import random_network
+from stores import make_store
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +65,20 @@ def test_mistakes_are_named(pair):
         apply("x", lambda volume: volume.hu[1:], pair[0])
     with pytest.raises(UserError, match="not finite"):
         apply("x", lambda volume: volume.hu * np.nan, pair[0])
+
+
+def test_a_network_is_measured_in_the_precision_that_it_is_used_in(pair, tmp_path):
+    weights, (low, _) = tmp_path / "net.safetensors", pair
+    save_weights(weights, random_network("unet3d", gain=0.5))
+    in_fp32, in_bf16 = network(weights)(low), network(weights, bf16=True)(low)
+    assert np.array_equal(in_bf16, denoise_volume(load_weights(weights), low.hu, bf16=True))
+    assert not np.array_equal(in_bf16, in_fp32)
+
+
+def test_a_table_says_that_a_network_calculated_in_bf16(tmp_path):
+    weights = tmp_path / "net.safetensors"
+    save_weights(weights, random_network("unet3d", gain=0.5))
+    make_store(tmp_path / "ct.zarr", [(8, 40, 40)], ["test"])
+    done = CliRunner().invoke(app, ["evaluate", str(weights), str(tmp_path / "ct.zarr"), "--bf16"])
+    assert done.exit_code == 0, done.exception
+    assert "in bf16" in done.output
