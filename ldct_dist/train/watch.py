@@ -116,7 +116,7 @@ class Watch:
         if kind is None:  # else the others are to miss this rank, and to name it
             self._stacks.unlink()
             self._put(LEFT)
-            path, _ = self._places[self.world.rank]
+            path = self._places[self.world.rank][0]
             if not _content(path).strip(b" "):  # the last of its node
                 path.unlink(missing_ok=True)
 
