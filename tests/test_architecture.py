@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import ldct_dist
@@ -39,3 +41,9 @@ def test_a_module_imports_only_from_those_before_it():
 
 def test_public_names_are_there():
     assert all(getattr(ldct_dist, name) is not None for name in ldct_dist.__all__)
+
+
+def test_a_folder_of_the_packages_name_does_not_hide_it(tmp_path):
+    """The folder that holds a clone is such a place."""
+    (tmp_path / "ldct_dist").mkdir()
+    subprocess.run([sys.executable, "-c", "from ldct_dist import UserError"], cwd=tmp_path, check=True)
