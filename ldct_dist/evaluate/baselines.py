@@ -20,7 +20,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store.layout import BODY_HU
 
 _LEAST_NOISE = 0.3  # HU: what rounding to whole ones makes
-_TUNED_SLICES, _TUNED_WIDTH = 4, 256  # slices, and voxels either way around their middle
+_TUNED_SLICES = 4  # of each pair
 
 Filter = Callable[[Volume, float], Volume]
 
@@ -98,16 +98,14 @@ def tune(name: str, pairs: Sequence[tuple[Volume, Volume]]) -> float:
         )
 
     found = minimize_scalar(
-        left, bounds=(0, baseline.strongest), method="bounded", options={"xatol": 0.01 * baseline.strongest}
+        left, bounds=(0, baseline.strongest), method="bounded", options={"xatol": 0.02 * baseline.strongest}
     )
     return float(found.x)
 
 
 def _middle(volume: Volume) -> Volume:
-    half = _TUNED_WIDTH // 2
-    z, *plane = (n // 2 for n in volume.shape)
-    y, x = (slice(max(0, at - half), at + half) for at in plane)
-    return replace(volume, hu=volume.hu[max(0, z - _TUNED_SLICES // 2) : z + _TUNED_SLICES // 2, y, x])
+    start = max(0, (len(volume.hu) - _TUNED_SLICES) // 2)
+    return replace(volume, hu=volume.hu[start : start + _TUNED_SLICES])
 
 
 def _mean_square(volume: Volume, full: Volume) -> float:
