@@ -22,7 +22,7 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import count
 from ldct_dist.train.cost.gpus import GPUS, peak_of_device
 from ldct_dist.train.cost.memory import PROCESS, STRATEGIES, Activations, memory, node
-from ldct_dist.train.cost.plan import plan
+from ldct_dist.train.cost.plan import Plan, plan
 from ldct_dist.train.cost.table import print_plan
 from ldct_dist.train.strategy.ddp import DDPStrategy
 from ldct_dist.world import World
@@ -265,7 +265,8 @@ def test_a_devices_peak_goes_by_its_name(name, precision, peak):
     [
         ("h100", [8], {}, f"known are {', '.join(GPUS)}"),
         ("v100-32g", [8], {"precision": "bf16"}, "v100-32g is planned for in fp32"),
-        ("h100-80g", [0], {}, "from 1 on"),
+        ("h100-80g", [0], {}, "from 1 to 1000000"),
+        ("h100-80g", [99_999_999_999], {}, "from 1 to 1000000"),
         ("h100-80g", [8], {"data": {"crop": (8, 32, 36)}}, "multiples of"),
         ("h100-80g", [8], {"loss": {"margin": (4, 0, 0)}}, "leaves nothing of a crop"),
     ],
@@ -275,11 +276,37 @@ def test_what_cannot_be_planned_is_one_line(gpu, gpus, changes, words):
         plan(run_config(**changes), gpu, gpus)
 
 
-def test_a_table_fits_a_terminal_and_says_what_does_not_fit_the_gpu(tmp_path):
-    console = Console(width=80, record=True, file=io.StringIO())
+def test_a_row_of_another_run_than_the_configs_says_so():
+    made = plan(run_config(steps=1000, data={"batch": 32}), "h100-80g", [8, 64, 8])
+    words = {row.gpus: row.changed for row in made.rows}
+    assert list(words) == [8, 64]
+    assert len(made.rows) == 2 * len(STRATEGIES)  # a number that is given twice is planned once
+    assert words[8] is None
+    assert words[64] == (
+        "data.batch 32 -> 64, steps 1000 -> 500: the config's batch cannot be shared evenly by 64 GPUs"
+    )
+    assert made.as_json()["rows"][-1]["changed"] == words[64]
+    assert words[64] in printed(made, 200)
+
+
+def printed(made: Plan, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_plan(made, console)
+    return console.export_text()
+
+
+def test_a_small_networks_memory_is_in_mib_and_a_narrow_console_has_words():
+    made = plan(run_config(), "h100-80g", [1])
+    assert "MiB a GPU, of 73.6 GiB usable" in printed(made, 80)
+    narrow = printed(made, 40)
+    weights = 4 * made.parameters / 2**20
+    assert f"ddp: micro 1, weights {weights:.2f}, grads" in " ".join(narrow.split())
+    assert "\u2026" not in narrow
+
+
+def test_a_table_fits_a_terminal_and_says_what_does_not_fit_the_gpu():
     big = run_config(model={"size": "xxl"}, data={"crop": (32, 512, 512), "batch": 32})
-    print_plan(plan(big, "a100-40g", [8]), console)
-    text = console.export_text()
+    text = printed(plan(big, "a100-40g", [8]), 80)
     assert "1.03 G parameters" in text
     assert "\u2026" not in text  # nothing cut off
     assert re.search(r"^ ddp +1 .*!\s*$", text, re.MULTILINE)

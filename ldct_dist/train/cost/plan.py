@@ -23,6 +23,8 @@ FRAGMENTED = 0.05
 """of what remains that the allocator cannot use"""
 SLICE = 512
 """voxels that a CT slice is wide: no crop is wider"""
+MOST = 1_000_000
+"""GPUs: more than any machine has"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Times:
 class Row:
     """One strategy on one number of GPUs. `fits` is what each micro-batch needs; the largest that fits is taken as
     `micro_batch`, None if there is none. largest_crop: voxels (z, y, x) of a single crop a GPU that still fits.
+    changed: how this is another run than the config's, which so many GPUs cannot share evenly; None where it is not.
     """
 
     strategy: str
@@ -57,6 +60,7 @@ class Row:
     batch: int
     steps: int
     """that see as many crops as the config's steps do with its batch"""
+    changed: str | None
     fits: list[Fit]
     largest_crop: tuple[int, int, int] | None
     micro_batch: int | None
@@ -96,8 +100,8 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
     if kind.peak(config.precision) is None:
         known = [p for p in ("fp32", "bf16") if kind.peak(p) is not None]
         raise UserError(f"precision={config.precision}: {gpu} is planned for in {', '.join(known)}")
-    if not gpus or min(gpus) < 1:
-        raise UserError("--gpus: give numbers of GPUs from 1 on, such as 8,64,512")
+    if not gpus or min(gpus) < 1 or max(gpus) > MOST:
+        raise UserError(f"--gpus: give numbers of GPUs from 1 to {MOST}, such as 8,64,512")
     model = outline(config.model)
     refuse_crop(config, model)
     crop = config.data.crop
@@ -117,7 +121,11 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
         usable=usable,
         checkpoint=checkpoint,
         save_s=checkpoint / speed.DISK,
-        rows=[_row(s, config, activations, model, kind, n, usable) for n in gpus for s in STRATEGIES],
+        rows=[
+            _row(s, config, activations, model, kind, n, usable)
+            for n in dict.fromkeys(gpus)
+            for s in STRATEGIES
+        ],
         assumed=_assumed(kind),
     )
 
@@ -133,6 +141,12 @@ def _row(
 ) -> Row:
     batch = max(1, round(config.data.batch / gpus)) * gpus
     share, steps = batch // gpus, -(-config.steps * config.data.batch // batch)
+    changed = None
+    if batch != config.data.batch:
+        changed = (
+            f"data.batch {config.data.batch} -> {batch}, steps {config.steps} -> {steps}: the config's batch cannot "
+            f"be shared evenly by {gpus} GPU{'s' if gpus > 1 else ''}"
+        )
     fits = []
     for micro in _micro_batches(config.micro_batch, share):
         needed = memory(sharing, config, activations, micro, share, gpus)
@@ -145,7 +159,7 @@ def _row(
         hours = steps * took.step_s / 3600
         times = Times(took.sent, took.step_s, took.efficiency, hours, hours * gpus)
     beside = node(sharing, config, activations.few.parameters, gpus, gpu.per_node)
-    return Row(sharing.name, gpus, batch, steps, fits, largest, chosen, times, beside)
+    return Row(sharing.name, gpus, batch, steps, changed, fits, largest, chosen, times, beside)
 
 
 def _micro_batches(wanted: int | None, share: int) -> list[int]:

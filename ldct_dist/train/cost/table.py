@@ -10,6 +10,7 @@ from ldct_dist.train.cost.gpus import GIB
 from ldct_dist.train.cost.memory import Memory
 from ldct_dist.train.cost.plan import Fit, Plan, Row
 
+MIB = 1 << 20
 PARTS = {
     "weights": "weights",
     "gradients": "grads",
@@ -30,46 +31,60 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"crops of {_size(plan.crop)}: {100 * plan.counted:.0f} % of the voxels inside a volume count in the loss"
     )
-    console.print(
-        f"checkpoint {plan.checkpoint / GIB:.1f} GiB, saved in {plan.save_s:.0f} s, beside training"
-    )
+    console.print(f"checkpoint {_bytes(plan.checkpoint)}, saved in {plan.save_s:.0f} s, beside training")
     for gpus in dict.fromkeys(row.gpus for row in plan.rows):
         rows = [row for row in plan.rows if row.gpus == gpus]
         first = rows[0]
         title = f"{gpus} x {plan.gpu}: batch {first.batch}, {first.steps} steps"
         console.print()
-        console.print(
-            _memory_table(title + f"; GiB a GPU, of {plan.usable / GIB:.1f} usable (! too much)", rows)
-        )
-        console.print(_time_table(title, rows))
+        if first.changed:
+            console.print(f"[yellow]not the config's run: {first.changed}[/]")
+        _print_table(_memory_table(title, rows, plan.usable), console)
+        _print_table(_time_table(title, rows), console)
         console.print(_nodes(rows))
     console.print()
     console.print(_assumptions(plan))
 
 
-def _memory_table(title: str, rows: list[Row]) -> Table:
+def _print_table(table: Table, console: Console) -> None:
+    """Row by row in words where the console is too narrow for its columns."""
+    unlimited = console.options.update(width=1000)
+    if console.measure(table, options=unlimited).minimum <= console.width:
+        console.print(table)
+        return
+    console.print(table.title, soft_wrap=False)
+    names = [str(column.header) for column in table.columns[1:]]
+    for name, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        words = ", ".join(f"{what} {cell}" for what, cell in zip(names, cells, strict=True))
+        console.print(f"{name}: {words}" if name else f"  {words}", soft_wrap=False)
+
+
+def _memory_table(title: str, rows: list[Row], usable: float) -> Table:
+    unit, size = _unit(max(fit.total for row in rows for fit in row.fits))
+    title += f"; {unit} a GPU, of {_bytes(usable)} usable (! too much)"
     table = _table(title, ("micro", *PARTS.values(), "total"))
     for row in rows:
         for fit in row.fits:
             name = row.strategy if fit is row.fits[0] else ""
-            table.add_row(name, *_figures(fit), style="" if fit.fits else "red")
+            table.add_row(name, *_figures(fit, size), style="" if fit.fits else "red")
     return table
 
 
-def _figures(fit: Fit) -> list[str]:
-    parts = [_short(getattr(fit.memory, part) / GIB) for part in PARTS]
-    return [str(fit.micro_batch), *parts, _short(fit.total / GIB) + ("" if fit.fits else "!")]
+def _figures(fit: Fit, size: int) -> list[str]:
+    parts = [_short(getattr(fit.memory, part) / size) for part in PARTS]
+    return [str(fit.micro_batch), *parts, _short(fit.total / size) + ("" if fit.fits else "!")]
 
 
 def _time_table(title: str, rows: list[Row]) -> Table:
-    table = _table(title, ("micro", "largest crop", "GiB sent", "step s", "scaling", "hours", "GPU-h"))
+    unit, size = _unit(max((row.times.sent for row in rows if row.times), default=0))
+    table = _table(title, ("micro", "largest crop", f"{unit} sent", "step s", "scaling", "hours", "GPU-h"))
     for row in rows:
         largest, times = _size(row.largest_crop) if row.largest_crop else "none", row.times
         if times is None:
             table.add_row(row.strategy, "-", largest, *["-"] * 5)
             continue
         table.add_row(
-            *(row.strategy, str(row.micro_batch), largest, _short(times.sent / GIB), f"{times.step_s:.3f}"),
+            *(row.strategy, str(row.micro_batch), largest, _short(times.sent / size), f"{times.step_s:.3f}"),
             *(f"{100 * times.efficiency:.0f} %", _short(times.hours), _short(times.gpu_hours)),
         )
     return table
@@ -77,11 +92,11 @@ def _time_table(title: str, rows: list[Row]) -> Table:
 
 def _nodes(rows: list[Row]) -> str:
     needs = [
-        f"{row.strategy} {_short(row.node.memory / GIB)}"
-        + (f" (and {_short(row.node.disk / GIB)} of its disk)" if row.node.disk else "")
+        f"{row.strategy} {_bytes(row.node.memory)}"
+        + (f" (and {_bytes(row.node.disk)} of its disk)" if row.node.disk else "")
         for row in rows
     ]
-    return f"GiB of each node's RAM: {', '.join(needs)}"
+    return f"each node's RAM: {', '.join(needs)}"
 
 
 def _assumptions(plan: Plan) -> str:
@@ -114,6 +129,16 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
 
 def _size(voxels: tuple[int, int, int]) -> str:
     return "x".join(map(str, voxels))
+
+
+def _unit(most: float) -> tuple[str, int]:
+    """The unit in which figures of so many bytes at most are best read, and its bytes."""
+    return ("GiB", GIB) if most >= GIB else ("MiB", MIB)
+
+
+def _bytes(number: float) -> str:
+    unit, size = _unit(number)
+    return f"{_short(number / size)} {unit}"
 
 
 def _short(number: float) -> str:
