@@ -50,11 +50,10 @@ class World:
             timeout = timedelta(seconds=timeout_s)
             dist.init_process_group(backend_of(device), rank=rank, world_size=size, timeout=timeout)
         world = cls(rank, size, local_rank, local_size, device)
+        world.refuse_uneven_gpus()
         if threads is None:
             threads = world.share_of_cores() if device.type == "cpu" or works_on_cpu else 1
         torch.set_num_threads(threads)
-        if device.type == "cuda":
-            world.refuse_shared_gpu()
         return world
 
     def leave(self) -> None:
@@ -129,16 +128,21 @@ class World:
         users = Counter(core for theirs in self.gather(cores) for core in theirs)
         return max(1, math.floor(sum(Fraction(1, users[core]) for core in cores)))
 
-    def refuse_shared_gpu(self) -> None:
-        """End all ranks if two of them have the same GPU, which NCCL cannot do."""
-        gpu = f"{socket.gethostname()}, {torch.cuda.get_device_properties(self.device).uuid}"
-        ranks: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(self.gather(gpu)):
+    def refuse_uneven_gpus(self) -> None:
+        """End all ranks if some have a GPU and others none, or if two have the same one, which NCCL cannot do."""
+        gpu = torch.cuda.get_device_properties(self.device).uuid if self.device.type == "cuda" else None
+        ranks: dict[tuple[str, str | None], list[int]] = {}
+        for rank, theirs in enumerate(self.gather((socket.gethostname(), gpu and str(gpu)))):
             ranks.setdefault(theirs, []).append(rank)
-        for theirs, sharing in ranks.items():
-            if len(sharing) > 1:
+        without = [host for host, gpu in ranks if gpu is None]
+        if 0 < len(without) < len(ranks):
+            self.refuse(
+                f"ranks on {', '.join(without)} see no GPU, others do: see nvidia-smi there, or leave it out"
+            )
+        for (host, theirs), sharing in ranks.items():
+            if theirs is not None and len(sharing) > 1:
                 self.refuse(
-                    f"ranks {', '.join(map(str, sharing))} share one GPU ({theirs}): start as many ranks on a node "
+                    f"ranks {', '.join(map(str, sharing))} share one GPU ({host}, {theirs}): start as many ranks on a node "
                     "as it has GPUs (torchrun --nproc-per-node, srun --ntasks-per-node), and let each see its own or all"
                 )
 

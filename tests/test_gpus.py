@@ -51,9 +51,18 @@ def test_without_gpus_from_slurm_it_is_the_cpu(node):
 def test_ranks_that_share_a_gpu_end_in_one_line(monkeypatch, rank):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
     world = World(rank, 3, rank, 3, torch.device("cuda", 0))
-    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, "node-2, GPU-1", mine])
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, ("node-2", "GPU-1"), mine])
     with pytest.raises(UserError if rank == 0 else SystemExit) as ended:
-        world.refuse_shared_gpu()
+        world.refuse_uneven_gpus()
     assert "ranks 0, 2 share one GPU" in str(ended.value) if rank == 0 else ended.value.code == 2
-    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, "node-2, GPU-1", "node-1, GPU-2"])
-    world.refuse_shared_gpu()
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, ("node-2", "GPU-1"), ("node-1", "GPU-2")])
+    world.refuse_uneven_gpus()
+
+
+def test_a_node_without_gpus_among_others_ends_in_one_line(monkeypatch):
+    world = World(0, 2, 0, 1)
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, ("node-2", "GPU-1")])
+    with pytest.raises(UserError, match="see no GPU, others do"):
+        world.refuse_uneven_gpus()
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, ("node-2", None)])
+    world.refuse_uneven_gpus()

@@ -46,7 +46,7 @@ def test_a_gpu_leaves_cores_alone_unless_some_arithmetic_is_the_cpus(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     monkeypatch.setattr(world, "_launcher", lambda: (0, 1, 0, 1))
     monkeypatch.setattr(world, "_device", lambda *_: torch.device(device))
-    monkeypatch.setattr(World, "refuse_shared_gpu", lambda self: None)
+    monkeypatch.setattr(World, "refuse_uneven_gpus", lambda self: None)
     told = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     World.join(asked, works_on_cpu=works_on_cpu)
