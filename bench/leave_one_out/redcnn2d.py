@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.ct.volume import Volume, padding_of
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 
@@ -151,13 +151,13 @@ class _Training:
         self.average.update_parameters(self.network)
         self.step += 1
 
-    def validate(self, low: torch.Tensor, full: torch.Tensor) -> None:
-        """RMSE over slices of HU (n, 1, y, x); the weights are kept where it is the least so far."""
+    def validate(self, low: torch.Tensor, full: torch.Tensor, counted: torch.Tensor) -> None:
+        """RMSE over what counts of slices of HU (n, 1, y, x); the weights are kept where it is the least so far."""
         with torch.inference_mode(), _autocast():
             denoised = torch.cat(
                 [_leave(self.average(_enter(one.to(_device())))).cpu() for one in low.split(1)]
             )
-        rmse = (denoised - full)[full > AIR_HU].square().mean().sqrt().item()
+        rmse = (denoised - full)[counted].square().mean().sqrt().item()
         self.curve.append({"step": self.step, "rmse_hu": rmse})
         print(f"{self.run.name}: step {self.step}, validation {rmse:.3f} HU", file=sys.stderr)
         if rmse == min(point["rmse_hu"] for point in self.curve):
@@ -211,10 +211,13 @@ def _patches(pairs: list[tuple[Volume, Volume]], step: int) -> tuple[torch.Tenso
     return both[:, :1], both[:, 1:]
 
 
-def _middles(pairs: list[tuple[Volume, Volume]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some slices' middle fields, spread over the first of `pairs`: HU (n, 1, y, x), low dose and full."""
+def _middles(pairs: list[tuple[Volume, Volume]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Some slices' middle fields, spread over the first of `pairs`: HU (n, 1, y, x), low dose and full; and, as bool,
+    which voxels are not padding."""
     shape = pairs[0][0].shape
     z = np.linspace(0, shape[0] - 1, _VALIDATED).round().astype(int)
     y, x = (slice((n - _FIELD) // 2, (n + _FIELD) // 2) for n in shape[1:])
-    low, full = (torch.from_numpy(v.hu[z][:, y, x]).float()[:, None] for v in pairs[0])
-    return low, full
+    low, full = (v.hu[z] for v in pairs[0])
+    counted = ~padding_of(full)  # told of whole slices alone
+    low, full, counted = (torch.from_numpy(whole[:, y, x])[:, None] for whole in (low, full, counted))
+    return low.float(), full.float(), counted

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.ndimage import binary_erosion
 
 from ldct_dist.ct.noise import LocalMoments
-from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.ct.volume import Volume, padding_of
 
 TISSUES = {
     "air": (-1023.0, -930.0),
@@ -47,7 +47,7 @@ def tissues(full: Volume, moments: LocalMoments) -> dict[str, np.ndarray]:
     By single voxels, noise would choose its own class, and the best denoiser would look biased. A rim of one voxel is
     left out, where tissues mix.
     """
-    scanned = full.hu > AIR_HU
+    scanned = ~padding_of(full.hu)
     return {
         name: binary_erosion((moments.mean > low) & (moments.mean <= high), _IN_PLANE) & scanned
         for name, (low, high) in TISSUES.items()

@@ -40,6 +40,14 @@ def test_the_perfect_denoiser_has_no_bias(truth):
     assert all(abs(bias[name].hu) < 1 for name in ("fat", "soft"))
 
 
+def test_air_whose_noise_is_cut_off_is_air():
+    """A second scan is as good as the first, though each has voxels at AIR_HU where the other has none."""
+    hu = [np.random.default_rng(seed).normal(-1010, 15, (4, 80, 80)).clip(AIR_HU) for seed in (0, 1)]
+    full, image = (Volume(np.rint(scan).astype(np.int16), (5.0, 1.0, 1.0)) for scan in hu)
+    bias = tissue_bias(image.hu, full, classes(full))
+    assert abs(bias["air"].hu) < 0.5
+
+
 def test_lung_is_no_air_and_padding_is_nothing():
     hu = np.full((2, 80, 80), -1000, np.int16)
     hu[:, 20:60, 20:60] = -800
