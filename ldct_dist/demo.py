@@ -139,7 +139,7 @@ def _denoise(config: RunConfig, folder: Path, console: Console) -> tuple[Volume,
     source = one_series(DATA / TEST_PATIENT)
     low = store.volume(case, dose_name(config.data.dose))
     write_simulated(source, low.hu, folder / "low-dose", config.data.dose)
-    denoise_series(weights_of(folder), folder / "low-dose", folder / "denoised")
+    denoise_series(folder, folder / "low-dose", folder / "denoised")
     console.print(f"{len(low.hu)} slices -> {folder / 'denoised'}")
     low, denoised = (read_series(one_series(folder / name)) for name in ("low-dose", "denoised"))
     return low, denoised, read_series(source)

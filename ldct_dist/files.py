@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ldct_dist.errors import UserError
 
 TEMPORARY = ".writing-"
 """what the name of a file or folder begins with until it is whole"""
@@ -30,6 +33,17 @@ def replace(path: Path, content: bytes | str) -> None:
     """Write `content`, text as UTF-8, in place of what `path` holds. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises UserError where `folder`, or what there is of the way to it, cannot be written to: before work that would
+    be lost. Nothing is left behind."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another folder") from e
 
 
 def sync(path: Path) -> None:

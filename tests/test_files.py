@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldct_dist import files
+from ldct_dist.errors import UserError
 
 
 def test_the_bytes_are_on_disk_before_the_name_is_and_the_name_before_it_returns(tmp_path, monkeypatch):
@@ -32,3 +33,12 @@ def test_after_an_error_the_old_file_stands_alone(tmp_path, monkeypatch):
         files.replace(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_found_out_without_a_trace(tmp_path):
+    files.refuse_unwritable(tmp_path / "new" / "newer")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"{folder}: cannot be written"):
+            files.refuse_unwritable(folder)

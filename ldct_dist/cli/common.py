@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,13 +29,6 @@ Site = Annotated[str | None, typer.Option(help="A profile in configs/sites, or a
 
 def notice(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def weights_file(path: Path) -> Path:
-    """The weights file that a run, a checkpoint or a file name stands for."""
-    from ldct_dist.checkpoint.load import weights_of
-
-    return weights_of(path)
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress, weights_file
+from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress
 from ldct_dist.errors import UserError
 
 
@@ -74,7 +74,7 @@ def plan(
 def denoise(
     weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
     source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],
-    out: Annotated[Path, typer.Argument(help="New folder for the derived series")],
+    out: Annotated[Path, typer.Argument(help="Folder for the derived series")],
     part: Annotated[
         str | None,
         typer.Option(help="i/n: SOURCE holds a folder a case; every n-th of them from the i-th (from 0)"),
@@ -85,14 +85,22 @@ def denoise(
 ) -> None:
     """Denoise DICOM series into derived DICOM series, on a GPU where there is one.
 
+    Stopped amid several series or cases, the same command goes on with what is missing.
+
     Example: ldct-dist denoise runs/mayo/ /data/patient-7 /data/patient-7-denoised
     """
     from ldct_dist.denoise.cohort import denoise_cohort
     from ldct_dist.denoise.volumes import SeriesDenoiser, denoise_series
 
     if part is not None:
-        denoiser = SeriesDenoiser.load(weights_file(weights), bf16=bf16)
-        report = denoise_cohort(denoiser, source, out, part_of(part))
+        denoiser = SeriesDenoiser.load(weights, bf16=bf16)
+        report = denoise_cohort(
+            denoiser,
+            source,
+            out,
+            part_of(part),
+            progress=lambda case: console.print(f"{case}: denoised", markup=False),
+        )
         console.print(
             f"{len(report.written)} cases denoised, {len(report.skipped)} were there already -> {out}"
         )
@@ -102,7 +110,7 @@ def denoise(
     with progress() as bar:
         task = bar.add_task("denoise", total=1.0)
         files = denoise_series(
-            weights_file(weights),
+            weights,
             source,
             out,
             bf16=bf16,
@@ -139,7 +147,7 @@ def evaluate(
     labels: Annotated[
         Path | None, typer.Option(help="CSV (case,label or case,slice,label): the report classifies, too")
     ] = None,
-    cases_shown: Annotated[int, typer.Option(help="Cases of which the report holds images")] = 3,
+    cases_shown: Annotated[int, typer.Option(min=0, help="Cases of which the report holds images")] = 3,
     lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions, mm")] = 6.0,
     lesion_hu: Annotated[float, typer.Option(help="Contrast of the model observer's lesions, HU")] = 15.0,
 ) -> None:
@@ -151,7 +159,7 @@ def evaluate(
 
     *weights, store = paths
     precision = " in bf16" if bf16 else ""
-    named = {_name_of(path, weights) + precision: weights_file(path) for path in weights}
+    named = {_name_of(path, weights) + precision: path for path in weights}
     options = {
         "split": split,
         "protocol": protocol,

@@ -6,6 +6,7 @@ description and source images), C.7.5.2 (contributing equipment).
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -84,6 +85,8 @@ def write_derived(
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     names = [f"{i:04d}.dcm" for i in range(1, len(hu) + 1)]
     try:
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{'?' * 32}.partial"):
+            shutil.rmtree(left)  # of a start that was killed
         partial.mkdir(parents=True)
         for name, (ds, source), slice_hu in zip(names, read_slices(series), hu, strict=True):
             instance_uid = derived_uid(series_uid, name)

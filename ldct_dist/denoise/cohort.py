@@ -7,12 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ldct_dist.denoise.claim import claim
 from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
-from ldct_dist.files import replace
-
-MADE_BY = ".denoised-by"
-"""beside the cases: the one network that made them all"""
 
 
 @dataclass
@@ -46,7 +43,7 @@ def denoise_cohort(
     """
     report = CohortReport()
     cases = cases_of(source)[part[0] :: part[1]]
-    _claim(out, denoise.name)
+    claim(out, denoise.name)
     for case in cases:
         target, partial = out / case.name, out / f".{case.name}.partial"
         if target.exists():
@@ -62,19 +59,3 @@ def denoise_cohort(
         report.written.append(case.name)
         progress(case.name)
     return report
-
-
-def _claim(out: Path, network: str) -> None:
-    mark = out / MADE_BY
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        unnamed = not mark.exists() and any(not path.name.startswith(".") for path in out.iterdir())
-        if not mark.exists() and not unnamed:
-            replace(mark, network)
-        made_by = "a network that it does not name" if unnamed else mark.read_text()
-    except OSError as e:
-        raise UserError(f"{out}: {e.strerror}; choose a folder that can be written") from e
-    if made_by != network:
-        raise UserError(
-            f"{out}: its cases were denoised by {made_by}, these weights are {network}; choose another folder"
-        )

@@ -72,8 +72,11 @@ def denoise_volume(
 
     Padding, as `padding_of` finds it, stays as it is. `tile`: None takes what suits the device. `device`: where the
     model is, or shall be moved; None leaves it there. `progress` hears (tiles done, tiles in all).
-    Raises NotFiniteError where the network's answer is not finite.
+    Raises NotFiniteError where the network's answer is not finite, and UserError where `hu` is something else.
     """
+    if not (isinstance(hu, np.ndarray) and hu.ndim == 3 and hu.dtype == np.int16):
+        got = f"{hu.dtype} {hu.shape}" if isinstance(hu, np.ndarray) else type(hu).__name__
+        raise UserError(f"denoise_volume: takes int16 HU (z, y, x), not {got}; of a Volume give its hu")
     out = np.empty_like(hu)
     for write, answer in denoised_tiles(model, hu, tile=tile, device=device, bf16=bf16, progress=progress):
         if not answer.isfinite().all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import torch
 
 import ldct_dist
+from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.ct.derived import write_derived
-from ldct_dist.ct.dicom import read_series, sound_series
+from ldct_dist.ct.dicom import Series, read_series, sound_series
+from ldct_dist.denoise.claim import MADE_BY, claim, refuse_taken
 from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume
-from ldct_dist.errors import UserError
+from ldct_dist.files import refuse_unwritable
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.models.weights import load_weights, weights_hash
 
@@ -27,37 +30,53 @@ class SeriesDenoiser:
 
     @classmethod
     def load(
-        cls, weights: Path, device: torch.device | str | None = None, bf16: bool = False
+        cls, weights: Path | str, device: torch.device | str | None = None, bf16: bool = False
     ) -> SeriesDenoiser:
-        """`device`: None takes a GPU if there is one. Raises UserError for weights that cannot be used."""
-        model = load_weights(weights, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        name = f"{model.config.name}-{model.config.size}, weights sha256 {weights_hash(weights)}"
+        """`weights`, `device`: as in `denoise_series`. Raises UserError for weights that cannot be used."""
+        file = weights_of(Path(weights))
+        model = load_weights(file, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = f"{model.config.name}-{model.config.size}, weights sha256 {weights_hash(file)}"
         return cls(model, f"{name}, in bf16" if bf16 else name, bf16)
 
     def __call__(
         self,
-        source: Path,
-        out: Path,
+        source: Path | str,
+        out: Path | str,
         tile: Triple | None = None,
         progress: Progress = lambda done, total: None,
         notice: Callable[[str], None] = lambda line: None,
     ) -> list[Path]:
-        """`denoise_series`, into a folder that holds nothing yet."""
+        """`denoise_series`, with this network."""
+        out = Path(out)
+        series = sound_series(source, notice)
+        if len(series) == 1:
+            refuse_taken(out)
+            refuse_unwritable(out.absolute().parent)
+            return self._denoise(series[0], out, tile, progress)
+        uids = hashlib.sha256(" ".join(one.series_uid for one in series).encode()).hexdigest()[:16]
+        claim(out, f"{self.name}, from {len(series)} series (their UIDs' sha256 {uids})")
+        files = []
+        for number, one in enumerate(series, start=1):
+            target = out / f"series-{number:03d}"
+            if target.exists():
+                notice(f"{target}: there already")
+            else:
+                self._denoise(one, target, tile, progress)
+                notice(f"{target}: denoised, {number} of {len(series)}")
+            files += sorted(target.iterdir())
+        return files
+
+    def _denoise(self, series: Series, out: Path, tile: Triple | None, progress: Progress) -> list[Path]:
+        hu = denoise_volume(self.model, read_series(series).hu, tile=tile, bf16=self.bf16, progress=progress)
         description = f"Denoised by ldct_dist {ldct_dist.__version__}, {self.name}"
         label = f"denoised {self.model.config.name}-{self.model.config.size}"
-        files = []
-        series = sound_series(source, notice)
-        for number, one in enumerate(series, start=1):
-            target = out if len(series) == 1 else out / f"series-{number:03d}"
-            hu = denoise_volume(self.model, read_series(one).hu, tile=tile, bf16=self.bf16, progress=progress)
-            files += write_derived(one, hu, target, description, label=label)
-        return files
+        return write_derived(series, hu, out, description, label=label)
 
 
 def denoise_series(
-    weights: Path,
-    source: Path,
-    out: Path,
+    weights: Path | str,
+    source: Path | str,
+    out: Path | str,
     *,
     tile: Triple | None = None,
     device: torch.device | str | None = None,
@@ -67,13 +86,15 @@ def denoise_series(
 ) -> list[Path]:
     """Denoise each CT series below `source` into `out`, one folder a series if there are several.
 
-    A voxel that the network leaves unchanged keeps its stored value bit for bit. DerivationDescription names
-    this package's version, the network and the hash of its weights. `device`: None takes a GPU if there is one.
-    `progress` hears (tiles done, tiles in all) of each series in turn, `notice` what is passed over as no volume.
+    weights: a weights file, a checkpoint, or a run, whose best weights are taken. A voxel that the network leaves
+    unchanged keeps its stored value bit for bit. DerivationDescription names this package's version, the network and
+    the hash of its weights. `device`: None takes a GPU if there is one. `progress` hears (tiles done, tiles in all) of
+    each series in turn, `notice` what is passed over as no volume and, of several series, each that is done.
 
-    Returns the files. Raises UserError for weights or series that cannot be used, and for an `out` that holds
-    something already; what is in `out` afterwards is whole series.
+    What is in `out` is whole series: of several, those stay that were denoised before a start with the same series and
+    weights was stopped. Returns the files. Raises UserError for weights or series that cannot be used, for an `out`
+    that cannot be written, and for one that holds something else.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):  # said now, not after an hour's work
-        raise UserError(f"{out}: exists already; choose another folder or remove it")
+    if not (Path(out) / MADE_BY).exists():
+        refuse_taken(Path(out))  # before all work, which may be an hour's
     return SeriesDenoiser.load(weights, device, bf16)(source, out, tile, progress, notice)

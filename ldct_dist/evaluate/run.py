@@ -8,18 +8,21 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.status import Status
 
 from ldct_dist import config as configs
+from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.classify import Training, classify, patient_folds
 from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_classification, print_comparison
 from ldct_dist.evaluate.methods import peer
 from ldct_dist.evaluate.protocols import protocol_named
-from ldct_dist.evaluate.report.page import prepare, write_report
+from ldct_dist.evaluate.report.page import write_report
 from ldct_dist.evaluate.report.pictures import Pictures
-from ldct_dist.evaluate.study import Study, StudyConfig, measure, methods_for
+from ldct_dist.evaluate.study import Say, Study, StudyConfig, measure, methods_for
 from ldct_dist.evaluate.tasks import Cohort, read_labels
+from ldct_dist.files import refuse_unwritable
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.reader import Store
 
@@ -37,8 +40,9 @@ def evaluate(
 ) -> None:
     """Measure, print, and write a report to `out` where that is given; baselines and labels are for the report.
 
-    weights, by the names that tables call them. Raises UserError for what is not there.
+    weights: files, checkpoints or runs, by the names that tables call them. Raises UserError for what is not there.
     """
+    weights = {name: weights_of(path) for name, path in weights.items()}
     config = configs.validate(StudyConfig, dict(options), "evaluate")
     protocol_named(config.protocol)
     opened = Store(store)
@@ -46,7 +50,7 @@ def evaluate(
         raise UserError("--labels: classification is part of the report; add --out FOLDER")
     cohort = _cohort(opened, config, labels) if labels else None
     if out is not None:
-        prepare(out)
+        refuse_unwritable(out)
     pictures = Pictures(protocol_named(config.protocol), cases_shown)
 
     def show(name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
@@ -56,17 +60,12 @@ def evaluate(
             cohort.add(name, low, full, images)
 
     with console.status("denoising and measuring") as status:
-        methods = methods_for(opened, config, weights, dict(map(peer, peers)), baselines if out else ())
-        study = measure(
-            opened,
-            config,
-            methods,
-            physics=out is not None,
-            show=show,
-            say=status.update,
-        )
+        say = _say(console, status)
+        methods = methods_for(opened, config, weights, dict(map(peer, peers)), baselines if out else (), say)
+        study = measure(opened, config, methods, physics=out is not None, show=show, say=say)
         study.weights = {name: weights_hash(path) for name, path in weights.items()}
-        status.update("classifying")
+        if cohort:
+            say("classifying", "each kind of image")
         classified = classify(cohort.samples()) if cohort else None
     print_comparison(_comparison(study), console)
     if classified:
@@ -75,6 +74,20 @@ def evaluate(
         console.print(f"not measured: {note}", markup=False)
     if out is not None:
         console.print(f"report -> {write_report(out, study, pictures, classified)}")
+
+
+def _say(console: Console, status: Status) -> Say:
+    """A terminal tells what goes on now; a log has a line when the next thing begins."""
+    said: set[str] = set()
+
+    def say(what: str, method: str) -> None:
+        if console.is_terminal:
+            status.update(f"{what}: {method}")
+        elif what not in said:
+            said.add(what)
+            console.print(what, markup=False)
+
+    return say
 
 
 def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:

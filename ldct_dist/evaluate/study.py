@@ -31,7 +31,8 @@ from ldct_dist.store.record import CaseRecord
 
 _ENOUGH_REGIONS = 4
 _TUNED_ON = 4  # cases
-Say = Callable[[str], None]
+Say = Callable[[str, str], None]
+"""Hears what is being worked on, and by which method."""
 
 
 class StudyConfig(Config):
@@ -47,7 +48,7 @@ class StudyConfig(Config):
     dose: float | None = Field(None, gt=0, lt=1)
     bf16: bool = False
     lesion_mm: float = Field(6.0, gt=0)
-    lesion_hu: float = 15.0
+    lesion_hu: float = Field(15.0, ge=-1000, le=3000)
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,28 @@ def methods_for(
     weights: Mapping[str, Path],
     peers: Mapping[str, Method],
     baselines: Sequence[str],
+    say: Say = lambda what, method: None,
 ) -> dict[str, Method]:
     """The low dose itself, then the baselines, the peers and the networks, by name.
 
     Baselines are tuned on a few cases of the other splits. Raises UserError for what is not there.
     """
+    store.split(config.split)  # refused, as networks are, before filters are tuned for minutes
+    networks = {name: network(path, config.bf16) for name, path in weights.items()}
     methods: dict[str, Method] = {LOW: lambda low: low.hu}
     if baselines:
         others = np.flatnonzero(store.splits != config.split)
         if not len(others):
             raise UserError(
-                f"{store.path}: every case is in split {config.split!r}, so none is left to tune baselines on"
+                f"{store.path}: every case is in split {config.split!r}, so none is left to tune baselines on; do "
+                "without them: --baselines ''"
             )
+        say("tuning filters", ", ".join(baselines))
         doses = dose_name(config.dose or protocol_named(config.protocol).dose), FULL_DOSE
         spread = others[np.linspace(0, len(others) - 1, min(_TUNED_ON, len(others))).astype(int)]
         pairs = [[store.volume(store.cases[int(i)].name, dose) for dose in doses] for i in spread]
         methods |= tuned_baselines(baselines, [(low, full) for low, full in pairs])
-    return methods | dict(peers) | {name: network(path, config.bf16) for name, path in weights.items()}
+    return methods | dict(peers) | networks
 
 
 def measure(
@@ -137,7 +143,7 @@ def measure(
     *,
     physics: bool = True,
     show: Show = lambda *_: None,
-    say: Say = lambda _: None,
+    say: Say = lambda what, method: None,
 ) -> Study:
     """Every method on every case of the split; without `physics`, only the protocol's figures in 2-D.
 
@@ -147,14 +153,15 @@ def measure(
     dose = config.dose or protocol.dose
     protocols = (protocol, protocol.in_3d()) if physics and protocol.dims == 2 else (protocol,)
     study = Study(store.path.name, store.fingerprint, dose, protocols, config)
-    for i in store.split(config.split):
+    chosen = store.split(config.split)
+    for number, i in enumerate(chosen, start=1):
         case = store.cases[int(i)]
         low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
         study.scans[case.name] = _conditions(full, store.record(case.name))
         ground = _Ground(low, full) if physics else None
         images = {}
         for name, method in methods.items():
-            say(f"{case.name}: {name}")
+            say(f"case {number} of {len(chosen)}, {case.name}", name)
             images[name] = apply(name, method, low)
             figures = {p.name: _figures(images[name], full.hu, p, study) for p in protocols}
             row = Row(case.name, case.patient, name, figures)
@@ -251,7 +258,7 @@ def _try_phantom(
         return
     study.phantom_case = case
     for name, method in methods.items():
-        say(f"phantom: {name}")
+        say("phantom", name)
         denoise = partial(apply, name, method)
         study.transfers[name] = trial.transfers(denoise)
         try:

@@ -50,6 +50,10 @@ def read_labels(path: Path) -> Labels:
                     )
                 at = int(line["slice"]) if line.get("slice") else None
                 labels.setdefault(line["case"], {})[at] = int(line["label"])
+    except FileNotFoundError as e:
+        raise UserError(
+            f"{path}: no such file; give a CSV with the columns case,label or case,slice,label"
+        ) from e
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read as CSV ({e})") from e
     return labels

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from ldct_dist.cli import app
 from ldct_dist.denoise import cohort
-from ldct_dist.denoise.cohort import MADE_BY, denoise_cohort
+from ldct_dist.denoise.claim import MADE_BY
+from ldct_dist.denoise.cohort import denoise_cohort
 from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
@@ -48,7 +51,7 @@ def test_cases_of_other_weights_are_not_taken_for_these_nor_added_to(source, wei
     denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(0, 2))
     save_weights(weights, random_network("unet3d", gain=0.5))
     with pytest.raises(
-        UserError, match=r"denoised by unet3d-xs, weights sha256 \w+, these weights are unet3d"
+        UserError, match=r"denoised by unet3d-xs, weights sha256 \w+, this would be by unet3d"
     ):
         denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(1, 2))
     assert cases(out) == ["a", "c"]
@@ -61,6 +64,16 @@ def test_the_same_weights_go_on_where_they_were_but_not_in_another_precision(sou
     assert (report.written, report.skipped) == (["b"], ["a", "c"])
     with pytest.raises(UserError, match="in bf16"):
         denoise_cohort(SeriesDenoiser.load(weights, bf16=True), source, out)
+
+
+def test_a_case_has_a_line_as_soon_as_it_is_whole(source, weights, tmp_path):
+    done = CliRunner().invoke(
+        app, ["denoise", str(weights), str(source), str(tmp_path / "out"), "--part", "1/3"]
+    )
+    assert done.output.splitlines() == [
+        "b: denoised",
+        f"1 cases denoised, 0 were there already -> {tmp_path / 'out'}",
+    ]
 
 
 def test_cases_that_nothing_is_known_of_are_not_added_to(source, weights, tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,11 @@ import pytest
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless
 
 import ldct_dist
+from ldct_dist.checkpoint.manifest import Manifest
+from ldct_dist.ct import derived
 from ldct_dist.ct.dicom import one_series, read_series
+from ldct_dist.ct.volume import Volume
+from ldct_dist.denoise.claim import MADE_BY
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.denoise.volumes import denoise_series
 from ldct_dist.errors import UserError
@@ -76,6 +82,98 @@ def test_several_series_get_a_folder_each(identity, tmp_path):
         write_series(tmp_path / "in" / seed, phantom(), Options(seed=seed))
     files = denoise_series(identity, tmp_path / "in", tmp_path / "out")
     assert {f.parent.name for f in files} == {"series-001", "series-002"}
+
+
+@pytest.fixture
+def three_series(tmp_path):
+    for seed in ("a", "b", "c"):
+        write_series(tmp_path / "in" / seed, phantom(), Options(seed=seed))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def killed(identity, three_series, tmp_path, monkeypatch):
+    """The output of a start that was killed while it wrote its second series."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(partial: Path, target: Path) -> None:
+        if target.name == "series-002":
+            raise Killed
+        os.rename(partial, target)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(derived.os, "replace", kill)
+        dying.setattr(derived.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            denoise_series(identity, three_series, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob(".series-002.*.partial"))) == 1
+    return tmp_path / "out"
+
+
+def test_the_same_command_goes_on_with_the_series_that_are_missing(identity, three_series, killed):
+    before = {path: path.stat().st_mtime_ns for path in (killed / "series-001").iterdir()}
+    notices: list[str] = []
+    files = denoise_series(identity, three_series, killed, notice=notices.append)
+    assert [line.rpartition("/")[2] for line in notices] == [
+        "series-001: there already",
+        "series-002: denoised, 2 of 3",
+        "series-003: denoised, 3 of 3",
+    ]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert sorted(path.name for path in killed.iterdir()) == [
+        MADE_BY,
+        *("series-001", "series-002", "series-003"),
+    ]
+    assert sorted(files) == sorted(killed.rglob("*.dcm"))
+    assert len(files) == 3 * len(phantom())
+
+
+def test_what_other_weights_or_of_other_series_was_made_is_not_gone_on_with(
+    identity, denoiser, three_series, killed
+):
+    with pytest.raises(UserError, match="this would be by unet3d-xs, weights sha256"):
+        denoise_series(denoiser, three_series, killed)
+    write_series(three_series / "aa", phantom(), Options(seed="aa"))  # now the second of four
+    with pytest.raises(UserError, match=r"from 3 series .* this would be by .* from 4 series"):
+        denoise_series(identity, three_series, killed)
+    for name in ("aa", "b", "c"):
+        shutil.rmtree(three_series / name)
+    with pytest.raises(UserError, match="exists already"):
+        denoise_series(identity, three_series, killed)
+    assert [path.name for path in killed.glob("series-*")] == ["series-001"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(identity, several, tmp_path):
+    for seed in ("a", "b") if several else ("a",):
+        write_series(tmp_path / "in" / seed, phantom(), Options(seed=seed))
+    (tmp_path / "file").touch()
+    tiles: list[int] = []
+    with pytest.raises(UserError, match="Not a directory"):
+        denoise_series(
+            identity, tmp_path / "in", tmp_path / "file" / "out", progress=lambda done, _: tiles.append(done)
+        )
+    assert tiles == []
+
+
+def test_names_may_be_text_and_a_run_stands_for_its_weights(denoiser, tmp_path, monkeypatch):
+    write_series(tmp_path / "in", phantom())
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    denoiser.rename(checkpoint / "weights.safetensors")
+    Manifest(generation=0, step=1, files={}, state={}).write(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert len(denoise_series("run", "in", "out")) == len(phantom())
+
+
+@pytest.mark.parametrize("given", ["volume", "2-D", "float"])
+def test_what_is_no_array_of_whole_hu_is_one_line(given, tmp_path):
+    volume = phantom()
+    hu = {"volume": Volume(volume, (1.0, 1.0, 1.0)), "2-D": volume[0], "float": volume.astype(float)}[given]
+    with pytest.raises(UserError, match=r"takes int16 HU \(z, y, x\), not .*; of a Volume give its hu"):
+        denoise_volume(build(ModelConfig(size="xs")), hu)
 
 
 def test_an_output_that_exists_is_refused_before_any_work(identity, tmp_path):

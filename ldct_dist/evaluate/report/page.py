@@ -44,18 +44,6 @@ class Table:
     rows: list[list[Cell]]
 
 
-def prepare(out: Path) -> None:
-    """Make the report's folder before any work is done. Raises UserError where that is impossible."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f".{PAGE}").touch()
-        (out / f".{PAGE}").unlink()
-    except OSError as e:
-        raise UserError(
-            f"--out {out}: not a folder that can be written to ({e.strerror}); choose another"
-        ) from e
-
-
 def write_report(
     out: Path, study: Study, pictures: Pictures, classification: dict[str, Any] | None = None
 ) -> Path:
@@ -67,6 +55,7 @@ def write_report(
     }
     for name, text in written.items():
         try:
+            out.mkdir(parents=True, exist_ok=True)
             replace(out / name, text)
         except OSError as e:
             raise UserError(

@@ -13,7 +13,7 @@ import pytest
 from jobs_of import field, wait
 
 from ldct_dist import config as configs
-from ldct_dist.denoise.cohort import MADE_BY
+from ldct_dist.denoise.claim import MADE_BY
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store.ingest import IngestConfig, ingest

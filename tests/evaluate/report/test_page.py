@@ -19,12 +19,13 @@ from ldct_dist.cli import app
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU, Volume
 from ldct_dist.evaluate.protocols import protocol_named
-from ldct_dist.evaluate.report.page import prepare, write_report
+from ldct_dist.evaluate.report.page import write_report
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.study import Row, Study, StudyConfig
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
 from networks import random_network
+from stores import make_store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
@@ -60,6 +61,7 @@ def report(tmp_path_factory):
     options += ["--protocol", "ldctbench-abdomen"]
     done = CliRunner().invoke(app, arguments + options)
     assert done.exit_code == 0, done.output
+    (folder / "log").write_text(done.output)
     return folder / "out"
 
 
@@ -193,7 +195,6 @@ def equal_images():
 
 
 def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
-    prepare(tmp_path)
     write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert found["cases"][0]["figures"]["ldctbench-abdomen"]["psnr_db"] is None
@@ -215,11 +216,43 @@ def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["classification"] == found
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
+@pytest.fixture
+def unevaluated(tmp_path):
+    """The words of a command, whose store has a case that is held out, and none to tune filters on."""
     save_weights(tmp_path / "net.safetensors", random_network("unet3d"))
-    layout.create(tmp_path / "ct.zarr")
-    layout.finalise(tmp_path / "ct.zarr")
-    arguments = ["evaluate", str(tmp_path / "net.safetensors"), str(tmp_path / "ct.zarr")]
-    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "file" / "report")])
-    assert "not a folder that can be written to" in str(done.exception)
+    make_store(tmp_path / "ct.zarr", [(8, 40, 40)], ["test"])
+    return ["evaluate", str(tmp_path / "net.safetensors"), str(tmp_path / "ct.zarr")]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(unevaluated, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, [*unevaluated, "--out", str(tmp_path / "file" / "report")])
+    assert "report: cannot be written (Not a directory)" in str(done.exception)
+    assert done.output == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lesion-hu", "nan"], "lesion_hu: Input should be a finite number"),
+        (["--lesion-hu", "1e9"], "lesion_hu: Input should be less than"),
+        (["--lesion-mm", "inf"], "lesion_mm: Input should be a finite number"),
+        (["--lesion-mm", "-6"], "lesion_mm: Input should be greater than 0"),
+        (["--dose", "nan"], "dose: Input should be"),
+        (["--cases-shown", "-1"], "Invalid value for '--cases-shown'"),
+        (["--split", "nope"], "no case in split 'nope'"),
+        (["--labels", "nope.csv"], "nope.csv: no such file"),
+        ([], "every case is in split 'test'.*do without them: --baselines ''"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder_and_says_what_to_do(unevaluated, options, words, tmp_path):
+    done = CliRunner().invoke(app, [*unevaluated, "--out", str(tmp_path / "report"), *options])
+    assert done.exit_code != 0
+    assert re.search(words, f"{done.output} {done.exception}"), done.output
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_log_has_a_line_as_each_case_begins(report):
+    *_, log = report.parent.joinpath("log").read_text().partition("tuning")
+    begun = [line for line in log.splitlines() if line.startswith(("case", "phantom"))]
+    assert begun == ["case 1 of 2, <case&1>", "phantom", "case 2 of 2, <case&2>"]
