@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress
+from ldct_dist.cli.common import app, console, notice, part_of, progress
 from ldct_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from ldct_dist.store.ingest import IngestReport
+    from ldct_dist.store.ingest import IngestReport, Survey
 
 
 @app.command()
@@ -20,7 +21,12 @@ def ingest(
         Path, typer.Argument(help="Folder with the DICOM files, nested as it may be, or a manifest (CSV)")
     ],
     store: Annotated[Path, typer.Argument(help="The store to write, or to go on with")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Overrides, such as pairing.kernel='B30*' split_of='{L067: test}'"
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with these settings")] = None,
     part: Annotated[
         str, typer.Option(help="i/n: every n-th case from the i-th (from 0), for array jobs")
@@ -35,7 +41,7 @@ def ingest(
     start_server()  # first, so that its imports and those below, of half a second each, go on at the same time
 
     from ldct_dist import config as configs
-    from ldct_dist.store.ingest import IngestConfig, Survey
+    from ldct_dist.store.ingest import IngestConfig
     from ldct_dist.store.ingest import ingest as run
 
     settings = configs.read(IngestConfig, config, overrides or [])
@@ -43,14 +49,7 @@ def ingest(
         task = bar.add_task("reading headers", total=None)
 
         def announce(survey: Survey) -> None:
-            console.print(
-                f"{survey.cases} cases to write: {survey.files} files, about {survey.bytes / 2**30:.2f} GiB "
-                f"({survey.free / 2**30:.1f} GiB are free there, unless a quota leaves less)"
-            )
-            if survey.bytes > survey.free:
-                notice(
-                    "warning: the disk will probably be full before the end; cases that are whole by then stay"
-                )
+            _print_survey(survey)
             bar.update(task, description="ingest", total=survey.cases)
 
         report = run(
@@ -62,19 +61,43 @@ def ingest(
             progress=lambda _: bar.advance(task),
         )
     _print_report(report, store)
+    if part == "0/1":
+        _print_splits(store, [name for name, share in settings.splits.items() if share > 0])
     if report.rejected:
         raise typer.Exit(1)
 
 
-def _print_report(report: IngestReport, store: Path) -> None:
+def _print_survey(survey: Survey) -> None:
     console.print(
-        f"{len(report.written)} cases written, {len(report.skipped)} were there already, "
+        f"cases to write: {survey.cases}, in {survey.files} files of about {survey.bytes / 2**30:.2f} GiB "
+        f"({survey.free / 2**30:.1f} GiB are free there, unless a quota leaves less)"
+    )
+    if survey.bytes > survey.free:
+        notice("warning: the disk will probably be full before the end; cases that are whole by then stay")
+    if survey.empty:
+        notice(
+            f"warning: no patient falls into split {' or '.join(survey.empty)}; give larger shares by splits=, or name "
+            f"patients by split_of='{{PATIENT: {survey.empty[-1]}}}': cases that are there are not made again for that"
+        )
+
+
+def _print_report(report: IngestReport, store: Path) -> None:
+    moved = f", {len(report.moved)} of them moved to another split" if report.moved else ""
+    console.print(
+        f"cases: {len(report.written)} written, {len(report.skipped)} there already{moved}, "
         f"{len(report.rejected)} refused -> {store}"
     )
     for refusal in report.rejected[:20]:
         console.print(f"  refused: {refusal.reason}", markup=False)
     if report.rejected:
         console.print(f"  all refusals: {report.rejected_csv}")
+
+
+def _print_splits(store: Path, named: Iterable[str] = ()) -> None:
+    from ldct_dist.store.reader import Store
+    from ldct_dist.store.summary import by_split
+
+    console.print(by_split(Store(store), named))
 
 
 @app.command()
@@ -85,7 +108,8 @@ def finalise(store: Annotated[Path, typer.Argument(help="The store whose parts a
     """
     from ldct_dist.store.ingest import finalise as run
 
-    console.print(f"{run(store)} cases -> {store}")
+    console.print(f"cases: {run(store)} -> {store}")
+    _print_splits(store)
 
 
 @app.command()

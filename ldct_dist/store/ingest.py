@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pydantic import Field
@@ -19,7 +18,8 @@ from ldct_dist.ct.dose_config import DoseConfig
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, parts
 from ldct_dist.store.pairing import Pair, PairingConfig, Refusal, find_pairs
-from ldct_dist.store.privacy import default_key_path, keyed_hash, load_key
+from ldct_dist.store.privacy import default_key_path, load_key
+from ldct_dist.store.splits import check_named, check_shares, split_of_each
 from ldct_dist.store.task import Task, task
 from ldct_dist.store.workers import Workers
 
@@ -40,8 +40,8 @@ class IngestConfig(Config):
     """pattern of a patient (shell wildcards) to its split, for those that are not to be drawn"""
     key: Path | None = None
     """the secret that patients are hashed with; default: STORE.key beside the store"""
-    workers: int | None = Field(None, gt=0)
-    """processes; default: one for each CPU this process may use"""
+    workers: int | None = Field(None, gt=0, le=1024)
+    """processes, of which no more are started than there are cases; default: one for each CPU this process may use"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Survey:
     bytes: int
     free: int
     """bytes free on the store's file system; a quota may leave fewer"""
+    empty: tuple[str, ...]
+    """splits that are to have a share of the patients, and have none"""
 
 
 @dataclass
@@ -60,6 +62,8 @@ class IngestReport:
     written: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """cases that were there whole, from the same source"""
+    moved: list[str] = field(default_factory=list)
+    """those of them that stood in another split, and have only been told their new one"""
     rejected: list[Refusal] = field(default_factory=list)
     rejected_csv: Path | None = None
     """where the rejected are listed, if there are any"""
@@ -81,33 +85,38 @@ def ingest(
     refused is listed in OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork
     server, which import the calling script: it needs an `if __name__ == "__main__"`.
 
-    Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split, and if
-    `out` cannot be written; cases that are whole by then stay, and the next start goes on from there.
+    Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split or a pattern
+    of `split_of` decides for none, and if `out` cannot be written; cases that are whole by then stay, and the next
+    start goes on from there.
     """
     source, out, config = Path(source), Path(out), config or IngestConfig()
-    _check_shares(config)
+    check_shares(config.splits, config.split_of)
     _check_places(source, out)
     with Workers(config.workers or len(os.sched_getaffinity(0))) as workers:
         pairs, refused = find_pairs(source, config.pairing, workers.map)
         with _unwritable_as_user_error(out):
+            if not pairs:
+                _write_rejected(out, part, refused)
+                raise _nothing_ingested(source, refused)
+            check_named(pairs, refused, config.splits, config.split_of)
             key = load_key(config.key or default_key_path(out))
-            splits = [_split(pair, key, config) for pair in pairs]
-            _refuse_leaks(pairs, splits)
+            splits = split_of_each(pairs, key, config.splits, config.split_of)
             with parts.writing(out, part):
                 layout.create(out)
                 parts.begin(out, part)
+                empty = tuple(s for s, share in config.splits.items() if share > 0 and s not in splits)
                 tasks = _tasks(out, pairs, splits, key, config, part)
-                report = _make(out, tasks, workers, announce, progress)
+                report = _make(out, tasks, empty, workers, announce, progress)
                 report.rejected[:0] = refused if part[0] == 0 else []
                 report.rejected_csv = _write_rejected(out, part, report.rejected)
                 if part[1] > 1:
                     parts.end(out, part)
-                elif report.rejected and not layout.list_cases(out):
-                    first = report.rejected[0].reason
-                    raise UserError(f"{source}: no series could be ingested; the first reason: {first}")
-                else:
+                elif layout.list_cases(out):
                     layout.finalise(out)
                     parts.forget(out)
+                else:
+                    parts.forget(out)
+                    raise _nothing_ingested(source, report.rejected)
     return report
 
 
@@ -119,6 +128,8 @@ def finalise(out: Path | str) -> int:
     out = Path(out)
     layout.check_format(out)
     missing = parts.missing(out)
+    if missing == [(0, 1)]:
+        raise UserError(f"{out}: its ingest did not finish: run it again")
     if missing:
         named = ", ".join(f"{i}/{n}" for i, n in missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise UserError(f"{out}: {len(missing)} part(s) of its ingest are not done: run --part {named} first")
@@ -133,17 +144,24 @@ def finalise(out: Path | str) -> int:
 def _make(
     out: Path,
     tasks: Sequence[Task],
+    empty: tuple[str, ...],
     workers: Workers,
     announce: Callable[[Survey], None],
     progress: Callable[[str], None],
 ) -> IngestReport:
-    """Make the cases that are not there yet; the report of that."""
-    report = IngestReport(skipped=[t.name for t in tasks if t.is_done])
-    skipped = set(report.skipped)
-    todo = [t for t in tasks if t.name not in skipped]
+    """Make the cases that are not there yet, and move those that stand in another split; the report of that."""
+    records = [t.record for t in tasks]
+    todo = [t for t, record in zip(tasks, records, strict=True) if record is None]
     # Large ones first: the last to be made are then short, and no process waits long for the others.
     todo.sort(key=lambda t: math.prod(t.pair.full.shape), reverse=True)
-    announce(_survey(out, todo))
+    announce(_survey(out, todo, empty))
+    report = IngestReport()
+    for t, record in zip(tasks, records, strict=True):
+        if record is not None:
+            report.skipped.append(t.name)
+            if record.split != t.split:
+                t.move(record)
+                report.moved.append(t.name)
     for done, refusal in workers.make(todo):
         if refusal is None:
             report.written.append(done.name)
@@ -172,65 +190,18 @@ def _tasks(
             seed=config.seed,
             simulation=config.simulation,
             check=config.pairing.check,
+            splits=config.splits,
         )
         for pair, split in list(zip(pairs, splits, strict=True))[first::step]
     ]
 
 
-def _split(pair: Pair, key: bytes, config: IngestConfig) -> str:
-    patterns = (split for pattern, split in config.split_of.items() if fnmatchcase(pair.patient, pattern))
-    named = pair.split or next(patterns, None)
-    if named is None:
-        return _drawn(pair.patient, key, config.splits)
-    if named not in config.splits:
-        raise UserError(
-            f"split {named!r} is none of {', '.join(config.splits)}; correct it, or add it to splits "
-            "(a share of 0 will do)"
-        )
-    return named
-
-
-def _drawn(patient: str, key: bytes, splits: dict[str, float]) -> str:
-    u = int(keyed_hash(key, "split", patient)[:13], 16) / 16**13
-    for split, share in splits.items():
-        u -= share
-        if u < 0:
-            return split
-    return max(splits, key=lambda split: splits[split])  # u was within rounding of 1
-
-
-def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:
-    of: dict[str, set[str]] = {}
-    for pair, split in zip(pairs, splits, strict=True):
-        for whose in _whose(pair):
-            of.setdefault(whose, set()).add(split)
-    leaking = [pair for pair in pairs if any(len(of[whose]) > 1 for whose in _whose(pair))]
-    if leaking:
-        where = ", ".join(pair.name or str(pair.full.paths[0].parent) for pair in leaking[:6])
-        raise UserError(
-            f"{len(leaking)} cases of one patient or study would stand in more than one split ({where}); "
-            "give all cases of a patient one split"
-        )
-
-
-def _whose(pair: Pair) -> set[str]:
-    """What tells the patient: a study is of one patient, whatever a manifest calls its series."""
-    studies = {series.study_uid for series in (pair.full, pair.low) if series}
-    return {pair.patient, *filter(None, studies)}
-
-
-def _survey(out: Path, tasks: Sequence[Task]) -> Survey:
+def _survey(out: Path, tasks: Sequence[Task], empty: tuple[str, ...]) -> Survey:
     shapes = [t.pair.full.shape for t in tasks]
     # a case is its record, and for each of its two doses the array's metadata and its shards
     files = sum(1 + 2 * (1 + layout.shard_count(shape)) for shape in shapes)
     size = round(2 * 2 * sum(map(math.prod, shapes)) / TYPICAL_RATIO)
-    return Survey(len(tasks), files, size, shutil.disk_usage(out).free)
-
-
-def _check_shares(config: IngestConfig) -> None:
-    total = sum(config.splits.values())
-    if min(config.splits.values(), default=0.0) < 0 or abs(total - 1) > 1e-6:
-        raise UserError(f"splits: the shares {config.splits} add up to {total:g}; they must add up to 1")
+    return Survey(len(tasks), files, size, shutil.disk_usage(out).free, empty)
 
 
 def _check_places(source: Path, out: Path) -> None:
@@ -238,6 +209,12 @@ def _check_places(source: Path, out: Path) -> None:
         raise UserError(f"{source}: no such file or folder; give the DICOM files' folder, or a manifest")
     if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out}: is the source or lies in it; put the store outside {source}")
+    with _unwritable_as_user_error(out):
+        layout.check_place(out)
+
+
+def _nothing_ingested(source: Path, refused: Sequence[Refusal]) -> UserError:
+    return UserError(f"{source}: no series could be ingested; the first reason: {refused[0].reason}")
 
 
 @contextmanager
@@ -259,6 +236,7 @@ def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal
     if not rejected:
         path.unlink(missing_ok=True)
         return None
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as f:
         rows = csv.writer(f)
         rows.writerow(["where", "reason"])

@@ -69,17 +69,23 @@ def chunk_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return cut[0], cut[1], cut[2]
 
 
-def create(path: Path) -> None:
-    """Make an empty store, or check that `path` is one. Raises UserError if it is something else."""
+def check_place(path: Path) -> None:
+    """Raises UserError unless a store can be made at `path`, or `path` is one that this package reads."""
     taken = path.exists() and not (path.is_dir() and all(_is_temporary(p) for p in path.iterdir()))
     # Looked for last: if what is there comes from one who makes the same store just now, so is this.
+    if (path / "zarr.json").exists():
+        check_format(path)
+    elif taken:
+        raise UserError(f"{path}: exists and is not a store; choose an empty or new folder")
+
+
+def create(path: Path) -> None:
+    """Make an empty store, or go on with the one at `path`. Raises UserError if it is something else."""
+    check_place(path)
     if not (path / "zarr.json").exists():
-        if taken:
-            raise UserError(f"{path}: exists and is not a store; choose an empty or new folder")
         path.mkdir(parents=True, exist_ok=True)
         # First: from here on it is a store to whoever starts beside this process, or after its end.
         replace(path / "zarr.json", root_metadata())
-    check_format(path)
     (path / CASES).mkdir(exist_ok=True)
     if not (path / CASES / "zarr.json").exists():
         replace(path / CASES / "zarr.json", CASES_METADATA)

@@ -1,4 +1,4 @@
-"""Who may write a store at the same time, and which parts of an array job are done.
+"""Who may write a store at the same time, and which parts of its ingest are begun and done.
 
 Kept beside the store, not in it, so that a store is the same however it was made.
 """
@@ -41,23 +41,27 @@ def writing(store: Path, part: Part) -> Iterator[None]:
 
 
 def begin(store: Path, part: Part) -> None:
-    """Forget that `part` was done, and the parts of an array job of another size."""
+    """Remember that `part` is begun, and no more that it was done; forget the parts of an array of another size."""
+    _folder(store).mkdir(exist_ok=True)
     for mark in _marks(store):
-        if _part(mark) == part or _part(mark)[1] != part[1]:
+        if _part(mark)[1] != part[1]:
             mark.unlink(missing_ok=True)
+    _begun(store, part).touch()
+    _done(store, part).unlink(missing_ok=True)
 
 
 def end(store: Path, part: Part) -> None:
     """Remember that `part` is done."""
-    folder = _folder(store)
-    folder.mkdir(exist_ok=True)
-    (folder / f"{part[0]}-of-{part[1]}").touch()
+    _folder(store).mkdir(exist_ok=True)
+    _done(store, part).touch()
 
 
 def missing(store: Path) -> list[Part]:
-    """Parts of the array job that are not done; none if no part was ever done."""
-    done = {_part(mark) for mark in _marks(store)}
-    sizes = {n for _, n in done}
+    """Parts that are not done of the array job, or of the ingest in one part, that was begun last; none if it was
+    finalised."""
+    marks = _marks(store)
+    sizes = {_part(mark)[1] for mark in marks}
+    done = {_part(mark) for mark in marks if not mark.suffix}
     return [(i, n) for n in sorted(sizes) for i in range(n) if (i, n) not in done]
 
 
@@ -69,10 +73,18 @@ def _folder(store: Path) -> Path:
     return store.with_name(f"{store.name}.parts")
 
 
+def _done(store: Path, part: Part) -> Path:
+    return _folder(store) / f"{part[0]}-of-{part[1]}"
+
+
+def _begun(store: Path, part: Part) -> Path:
+    return _done(store, part).with_suffix(".begun")
+
+
 def _marks(store: Path) -> list[Path]:
     return list(_folder(store).glob("*-of-*"))
 
 
 def _part(mark: Path) -> Part:
-    i, n = mark.name.split("-of-")
+    i, n = mark.stem.split("-of-")
     return int(i), int(n)

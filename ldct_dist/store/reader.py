@@ -101,7 +101,10 @@ class Store:
         indices = np.flatnonzero(self.splits == name)
         if not len(indices):
             there = ", ".join(sorted(set(self.splits))) or "none"
-            raise UserError(f"{self.path}: no case in split {name!r}; its splits are: {there}")
+            raise UserError(
+                f"{self.path}: no case in split {name!r}; its splits are: {there}; name one of them, or ingest again "
+                f"with other shares (splits=) or with a patient named (split_of='{{PATIENT: {name}}}')"
+            )
         return indices
 
     def having(self, dose: str) -> np.ndarray:

@@ -47,6 +47,16 @@ def summary(cases: Sequence[Row]) -> Table:
     return table
 
 
+def by_split(store: Store, named: Iterable[str] = ()) -> str:
+    """One line: how many cases, and of how many patients, each split holds, those `named` even if none."""
+    cases = list(zip(store.splits, store.table["patient"].to_pylist(), strict=True))
+    cells = []
+    for split in sorted({*named, *store.splits}, key=_order):
+        patients = [patient for where, patient in cases if where == split]
+        cells.append(f"{split} {len(patients):,} ({len(set(patients)):,})" if patients else f"{split} none")
+    return f"cases (patients) by split: {', '.join(cells)}"
+
+
 def listing(cases: Sequence[Row]) -> Table:
     """One row a case; with the names that ingest makes up, no wider than 80 columns."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)

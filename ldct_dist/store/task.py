@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldct_dist import files
 from ldct_dist.ct import noise
 from ldct_dist.ct.dicom import Series, read_series
 from ldct_dist.ct.dose_config import DoseConfig, seed_of
@@ -15,31 +17,42 @@ from ldct_dist.store import layout
 from ldct_dist.store.paircheck import PairCheckConfig, check_images
 from ldct_dist.store.pairing import Pair
 from ldct_dist.store.privacy import identifying_words, keyed_hash, scrubbed
-from ldct_dist.store.record import read_record
+from ldct_dist.store.record import CaseRecord, case_metadata, read_record
 
 
 @dataclass(frozen=True)
 class Task:
-    """A case to be. patient and provenance: keyed hashes. dose: of the low dose, as a fraction."""
+    """A case to be. patient: a keyed hash. provenances: by split, what `CaseRecord.provenance` would be in it. dose: of
+    the low dose, as a fraction."""
 
     store: Path
     name: str
     pair: Pair
     patient: str
     split: str
-    provenance: str
+    provenances: dict[str, str]
     dose: float
     seed: int
     simulation: DoseConfig
     check: PairCheckConfig
 
     @property
-    def is_done(self) -> bool:
-        """Whether the case is there whole, made of what it would be made of now."""
+    def provenance(self) -> str:
+        return self.provenances[self.split]
+
+    @property
+    def record(self) -> CaseRecord | None:
+        """The case's, if it is there whole and made of what it would be made of now, be it in another split."""
         try:
-            return read_record(self.store / layout.CASES / self.name).provenance == self.provenance
+            record = read_record(self.store / layout.CASES / self.name)
         except UserError:
-            return False
+            return None
+        return record if record.provenance == self.provenances.get(record.split) else None
+
+    def move(self, record: CaseRecord) -> None:
+        """Put the case that is there with `record` into this split; its voxels stay."""
+        moved = replace(record, split=self.split, provenance=self.provenance)
+        files.replace(self.store / layout.CASES / self.name / "zarr.json", case_metadata(moved))
 
 
 def task(
@@ -52,20 +65,25 @@ def task(
     seed: int,
     simulation: DoseConfig,
     check: PairCheckConfig,
+    splits: Iterable[str] = (),
 ) -> Task:
-    """The task of making a case of `pair`. Files count by their sizes and times when their headers were read."""
+    """The task of making a case of `pair`. Files count by their sizes and times when their headers were read.
+
+    splits: those in which the case may be already, besides its own.
+    """
     dose = pair.dose or dose
     series = [s for s in (pair.full, pair.low) if s is not None]
     uids = [s.series_uid for s in series]
     patient = keyed_hash(key, "patient", pair.patient)
-    how = [f"{dose:g}", str(seed), simulation.model_dump_json(), patient, split]
+    how = [f"{dose:g}", str(seed), simulation.model_dump_json(), patient]
+    made_of = [*uids, *_states(series), *how]
     return Task(
         store=store,
         name=pair.name or f"case-{keyed_hash(key, 'case', *uids)[:12]}",
         pair=pair,
         patient=patient,
         split=split,
-        provenance=keyed_hash(key, "provenance", *uids, *_states(series), *how),
+        provenances={s: keyed_hash(key, "provenance", *made_of, s) for s in {split, *splits}},
         dose=dose,
         seed=seed_of(pair.full.series_uid, seed),
         simulation=simulation,

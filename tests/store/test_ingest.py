@@ -21,7 +21,7 @@ from ldct_dist.ct.dose import simulate_low_dose
 from ldct_dist.ct.dose_config import DoseConfig, seed_of
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, workers
-from ldct_dist.store.ingest import IngestConfig, finalise, ingest
+from ldct_dist.store.ingest import finalise, ingest
 from ldct_dist.store.pairing import PairingConfig, find_pairs
 from ldct_dist.store.parts import writing
 from ldct_dist.store.reader import Store
@@ -121,9 +121,22 @@ def test_other_settings_are_another_case(source, out, threads):
     ingest(source, out, CONFIG)
     report = ingest(source, out, CONFIG.model_copy(update={"seed": 1}))
     assert len(report.written) == 3
-    moved = ingest(source, out, CONFIG.model_copy(update={"seed": 1, "split_of": {"*": "val"}}))
-    assert moved.written
-    assert set(Store(out).splits) == {"val"}
+
+
+def test_another_split_makes_no_case_again(source, out, tmp_path, threads):
+    """And leaves the store that an ingest with this split from the first would have made."""
+    config = CONFIG.model_copy(update={"key": tmp_path / "key", "split_of": {"*": "train"}})
+    ingest(source, out, config)
+    arrays = {path: path.stat().st_ino for path in (out / "cases").glob("*/*/**/*")}
+    changed = config.model_copy(update={"split_of": {"P001": "test", "*": "train"}})
+    report = ingest(source, out, changed)
+    assert (report.written, len(report.skipped), len(report.moved)) == ([], 3, 1)
+    assert sorted(Store(out).splits) == ["test", "train", "train"]
+    assert {path: path.stat().st_ino for path in (out / "cases").glob("*/*/**/*")} == arrays
+    assert verify(out) == []
+    ingest(source, tmp_path / "new.zarr", changed)
+    assert content(out) == content(tmp_path / "new.zarr")
+    assert not ingest(source, out, changed).moved
 
 
 def test_the_noise_does_not_depend_on_the_secret(source, tmp_path, threads):
@@ -158,6 +171,22 @@ def test_finalise_names_the_parts_that_are_missing(source, out, threads):
     assert finalise(out) == 3
     assert finalise(out) == 3
     assert not out.with_name("ct.zarr.parts").exists()
+
+
+@pytest.mark.parametrize("part", [(0, 1), (1, 2)])
+def test_finalise_makes_no_store_of_an_ingest_that_was_cut_off(source, out, threads, part):
+    """Nor of an array of which no task came to its end."""
+
+    def interrupt(case: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(source, out, CONFIG, part=part, progress=interrupt)
+    assert layout.list_cases(out)
+    with pytest.raises(UserError, match=r"did not finish: run it again|run --part 0/2, 1/2 first"):
+        finalise(out)
+    ingest(source, out, CONFIG)
+    assert finalise(out) == 3
 
 
 def test_two_ingests_do_not_write_one_store_at_once(source, out, threads):
@@ -195,8 +224,18 @@ def test_a_source_of_which_nothing_can_be_used_says_the_first_reason(tmp_path, o
     write_series(tmp_path / "in", anatomy(), Options(tags={"Modality": "MR"}))
     with pytest.raises(UserError, match=r"no series could be ingested; the first reason: .*not CT"):
         ingest(tmp_path / "in", out, CONFIG)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "ct.zarr.rejected.csv"}
     with pytest.raises(UserError, match="no such file or folder"):
         ingest(tmp_path / "nowhere", out, CONFIG)
+
+
+def test_what_is_no_store_is_left_alone(source, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="notes: exists and is not a store"):
+        ingest(source, tmp_path / "notes", CONFIG)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("place", ["in", "in/deep/ct.zarr", "in/../in/ct.zarr"])
@@ -230,34 +269,6 @@ def test_a_full_disk_is_one_line_and_whole_cases_stay(source, out, threads, monk
         ingest(source, out, CONFIG.model_copy(update={"workers": 1}))
     assert len(layout.list_cases(out)) == 1
     assert not list((out / "cases").glob(f"{layout.TEMPORARY}*"))
-
-
-def test_a_patient_in_two_splits_stops_the_ingest_before_it_writes(tmp_path, out):
-    for i in range(2):
-        write_series(tmp_path / str(i), anatomy(i), Options(seed=str(i)))
-    table = tmp_path / "pairs.csv"
-    table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,anna,1,,test\n")
-    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
-        ingest(table, out, CONFIG)
-    table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,bert,1,,test\n")
-    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
-        ingest(table, out, CONFIG)  # two names, but one study
-    table.write_text("case,patient,full,low,split\na,anna,0,,trian\n")
-    with pytest.raises(UserError, match="split 'trian' is none of train, val, test"):
-        ingest(table, out, CONFIG)
-    assert not out.exists()
-
-
-def test_all_series_of_a_patient_go_into_one_split(tmp_path, out, threads):
-    for i in range(12):
-        write_series(tmp_path / "in" / str(i), anatomy(i), Options(patient=f"P{i % 4}", seed=str(i)))
-    ingest(tmp_path / "in", out, CONFIG.model_copy(update={"splits": {"train": 0.5, "test": 0.5}}))
-    assert len({(c.patient, c.split) for c in Store(out).cases}) == 4
-
-
-def test_shares_that_are_no_whole_are_refused(source, out):
-    with pytest.raises(UserError, match=r"add up to 0\.9"):
-        ingest(source, out, IngestConfig(splits={"train": 0.8, "test": 0.1}))
 
 
 class Deadly:

@@ -1,0 +1,110 @@
+"""Which split each case stands in: all cases of a patient in the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from ldct_dist.errors import UserError
+from ldct_dist.store.pairing import Pair, Refusal
+from ldct_dist.store.privacy import keyed_hash
+
+_NAMED = 4  # patients that an error names
+
+Shares = Mapping[str, float]
+"""a split's share of the patients"""
+Patterns = Mapping[str, str]
+"""pattern of a patient (shell wildcards) to its split; the first that fits decides"""
+
+
+def check_shares(shares: Shares, patterns: Patterns) -> None:
+    """Raises UserError unless the shares add up to 1 and the patterns' splits are among them."""
+    total = sum(shares.values())
+    if min(shares.values(), default=0.0) < 0 or abs(total - 1) > 1e-6:
+        raise UserError(f"splits: the shares {shares} add up to {total:g}; they must add up to 1")
+    for split in patterns.values():
+        _check_name(split, shares)
+
+
+def check_named(
+    pairs: Sequence[Pair], refused: Sequence[Refusal], shares: Shares, patterns: Patterns
+) -> None:
+    """Raises UserError if a source names a split that there is not, or if a pattern decides for no patient: whom it
+    was to hold out might then be trained on."""
+    for pair in pairs:
+        if pair.split:
+            _check_name(pair.split, shares)
+    deciding = {_pattern(pair, patterns) for pair in pairs}
+    for pattern in patterns:
+        if pattern not in deciding:
+            raise UserError(
+                f"split_of: {pattern!r} decides for no patient: {_why_idle(pattern, pairs, refused)}"
+            )
+
+
+def split_of_each(pairs: Sequence[Pair], key: bytes, shares: Shares, patterns: Patterns) -> list[str]:
+    """The split of each pair: the source's own, or its pattern's, or drawn by the keyed hash of the patient.
+
+    Raises UserError if a patient, or a study, would stand in more than one.
+    """
+    splits = [_named(pair, patterns) or _drawn(pair.patient, key, shares) for pair in pairs]
+    _refuse_leaks(pairs, splits)
+    return splits
+
+
+def _check_name(split: str, shares: Shares) -> None:
+    if split not in shares:
+        raise UserError(
+            f"split {split!r} is none of {', '.join(shares)}; correct it, or add it to splits "
+            "(a share of 0 will do)"
+        )
+
+
+def _named(pair: Pair, patterns: Patterns) -> str | None:
+    pattern = _pattern(pair, patterns)
+    return pair.split if pattern is None else patterns[pattern]
+
+
+def _pattern(pair: Pair, patterns: Patterns) -> str | None:
+    """The pattern that decides for the pair, if one does."""
+    if pair.split:
+        return None
+    return next((pattern for pattern in patterns if fnmatchcase(pair.patient, pattern)), None)
+
+
+def _why_idle(pattern: str, pairs: Sequence[Pair], refused: Sequence[Refusal]) -> str:
+    patients = sorted({pair.patient for pair in pairs})
+    if any(fnmatchcase(patient, pattern) for patient in patients):
+        return "an earlier one, or the manifest, does for all that it fits; put it first, or leave it out"
+    called = ", ".join(patients[:_NAMED]) + (", ..." if len(patients) > _NAMED else "")
+    lacking = f", and some were refused, the first for: {refused[0].reason}" if refused else ""
+    return f"they are called {called}{lacking}; correct it (* stands for any letters), or leave it out"
+
+
+def _drawn(patient: str, key: bytes, shares: Shares) -> str:
+    u = int(keyed_hash(key, "split", patient)[:13], 16) / 16**13
+    for split, share in shares.items():
+        u -= share
+        if u < 0:
+            return split
+    return max(shares, key=lambda split: shares[split])  # u was within rounding of 1
+
+
+def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:
+    of: dict[str, set[str]] = {}
+    for pair, split in zip(pairs, splits, strict=True):
+        for whose in _whose(pair):
+            of.setdefault(whose, set()).add(split)
+    leaking = [pair for pair in pairs if any(len(of[whose]) > 1 for whose in _whose(pair))]
+    if leaking:
+        where = ", ".join(pair.name or str(pair.full.paths[0].parent) for pair in leaking[:6])
+        raise UserError(
+            f"{len(leaking)} cases of one patient or study would stand in more than one split ({where}); "
+            "give all cases of a patient one split"
+        )
+
+
+def _whose(pair: Pair) -> set[str]:
+    """What tells the patient: a study is of one patient, whatever a manifest calls its series."""
+    studies = {series.study_uid for series in (pair.full, pair.low) if series}
+    return {pair.patient, *filter(None, studies)}

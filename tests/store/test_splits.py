@@ -1,0 +1,108 @@
+"""Cases of a patient stand in one split, and whom the user holds out is held out."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldct_dist.errors import UserError
+from ldct_dist.store.ingest import IngestConfig, ingest
+from ldct_dist.store.reader import Store
+from ldct_dist.store.summary import by_split
+from sources import CONFIG, anatomy, write_patients
+from synthetic_dicom import Options, write_series
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_patients(tmp_path / "in", 3)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "ct.zarr"
+
+
+def held_out(**split_of: str) -> IngestConfig:
+    return CONFIG.model_copy(update={"split_of": split_of})
+
+
+def test_a_patient_in_two_splits_stops_the_ingest_before_it_writes(tmp_path, out):
+    for i in range(2):
+        write_series(tmp_path / str(i), anatomy(i), Options(seed=str(i)))
+    table = tmp_path / "pairs.csv"
+    table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,anna,1,,test\n")
+    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
+        ingest(table, out, CONFIG)
+    table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,bert,1,,test\n")
+    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
+        ingest(table, out, CONFIG)  # two names, but one study
+    table.write_text("case,patient,full,low,split\na,anna,0,,trian\n")
+    with pytest.raises(UserError, match="split 'trian' is none of train, val, test"):
+        ingest(table, out, CONFIG)
+    assert not out.exists()
+
+
+def test_all_series_of_a_patient_go_into_one_split(tmp_path, out, threads):
+    for i in range(12):
+        write_series(tmp_path / "in" / str(i), anatomy(i), Options(patient=f"P{i % 4}", seed=str(i)))
+    ingest(tmp_path / "in", out, CONFIG.model_copy(update={"splits": {"train": 0.5, "test": 0.5}}))
+    assert len({(c.patient, c.split) for c in Store(out).cases}) == 4
+
+
+def test_shares_that_are_no_whole_are_refused(source, out):
+    with pytest.raises(UserError, match=r"add up to 0\.9"):
+        ingest(source, out, IngestConfig(splits={"train": 0.8, "test": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ({"P001": "test", "001": "val"}, r"'001' decides for no patient: they are called P000, P001, P002;"),
+        ({"P*": "train", "P001": "test"}, "'P001' decides for no patient: an earlier one"),
+    ],
+)
+def test_a_pattern_that_decides_nothing_stops_the_ingest_before_it_writes(
+    source, out, patterns, said, threads
+):
+    with pytest.raises(UserError, match=said):
+        ingest(source, out, held_out(**patterns))
+    assert [path.name for path in out.parent.iterdir()] == ["in"]
+
+
+def test_a_pattern_may_be_about_another_part(source, out, threads):
+    for i in range(3):
+        ingest(source, out, held_out(P001="test"), part=(i, 3))
+
+
+def test_a_pattern_that_gives_way_to_the_manifest_is_said(tmp_path, out, threads):
+    write_series(tmp_path / "a", anatomy(), Options())
+    table = tmp_path / "pairs.csv"
+    table.write_text("case,patient,full,low,split\na,anna,a,,train\n")
+    with pytest.raises(UserError, match="'anna' decides for no patient: an earlier one, or the manifest"):
+        ingest(table, out, held_out(anna="test"))
+
+
+def test_a_pattern_of_one_who_was_refused_says_why(source, out, threads):
+    next((source / "p1").iterdir()).unlink()
+    (source / "p1/slice-002.dcm").unlink()
+    with pytest.raises(UserError, match=r"'P001' decides for no patient: .*the first for: .*missing slice"):
+        ingest(source, out, held_out(P001="test"))
+
+
+def test_a_split_that_there_is_not_is_refused_before_headers_are_read(source, out):
+    with pytest.raises(UserError, match="split 'tset' is none of train, val, test"):
+        ingest(source, out, held_out(P001="tset"))
+
+
+def test_splits_without_patients_are_told_before_the_work_and_after_it(source, out, threads):
+    surveys = []
+    config = CONFIG.model_copy(
+        update={"split_of": {"*": "train"}, "splits": {"train": 0.9, "test": 0.1, "extra": 0}}
+    )
+    ingest(source, out, config, announce=surveys.append)
+    assert surveys[0].empty == ("test",)
+    assert by_split(Store(out), ["train", "test"]) == "cases (patients) by split: train 3 (3), test none"
+    with pytest.raises(
+        UserError, match=r"no case in split 'test'; .* train; .*splits=.*split_of='{PATIENT: test}'"
+    ):
+        Store(out).split("test")
