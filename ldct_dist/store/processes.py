@@ -36,6 +36,12 @@ def pool(workers: int) -> Executor:
     return executor
 
 
+def kill(executor: Executor) -> None:
+    """End what the processes of a `pool` do, at once: what they write is made to be killed at any instant."""
+    for process in list((getattr(executor, "_processes", None) or {}).values()):
+        process.kill()
+
+
 def _prepare() -> None:
     from numcodecs import blosc
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
 from typing import TypeVar
 
 from ldct_dist.errors import UserError
-from ldct_dist.store.processes import pool
+from ldct_dist.store.processes import kill, pool
 from ldct_dist.store.task import Task, make_case
 
 KILLED = "its process was killed, most likely for want of memory; give fewer workers or more memory"
@@ -18,27 +19,35 @@ T = TypeVar("T")
 
 
 class Workers:
-    """`count` processes, started when there is work worth it; a context manager that ends them."""
+    """At most `count` processes, started when there is work for them; a context manager that ends them.
+
+    After an error that ends the work they first finish what they have in hand, after Ctrl-C they do not.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._processes: Executor | None = None
+        self._size = 0
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._processes is not None:
-            self._processes.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                kill(self._processes)
+            self._end()
 
     def map(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
         """What `function` returns for each item, in order. Raises UserError if a process was killed over one."""
         try:
-            yield from self._pool().map(function, items)
+            yield from self._pool(len(items)).map(function, items)
         except BrokenProcessPool as e:
             raise UserError(f"while headers were read: {KILLED}") from e
 
-    def make(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, str | None]]:
+    def make(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, str | None]]:
         """Make each case, in no certain order; each task with None, or with why it was refused.
 
         When a process is killed, which of the cases then in hand was to blame is unknown: each gets a process
@@ -52,31 +61,39 @@ class Workers:
 
     def _share_out(self, waiting: deque[Task]) -> Generator[tuple[Task, str | None], None, list[Task]]:
         """Work `waiting` off; the tasks that were in hand when a process was killed, if one was."""
+        processes = self._pool(len(waiting))
         running: dict[Future[str | None], Task] = {}
         try:
             while waiting or running:
-                while waiting and len(running) <= self.count:  # one more, so that none waits for this process
-                    future = self._pool().submit(make_case, waiting[0])
+                while waiting and len(running) <= self._size:  # one more, so that none waits for this process
+                    future = processes.submit(make_case, waiting[0])
                     running[future] = waiting.popleft()
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     refusal = future.result()
                     yield running.pop(future), refusal
         except BrokenProcessPool:
-            self._pool().shutdown()
-            self._processes = None
+            self._end()
             return list(running.values())
         return []
 
-    def _pool(self) -> Executor:
-        if self._processes is None:
-            self._processes = pool(self.count)
+    def _pool(self, tasks: int) -> Executor:
+        """Processes for so many tasks: no more than these, and the ones that there are if they are enough."""
+        size = max(1, min(self.count, tasks))
+        if self._processes is None or self._size < size:
+            self._end()
+            self._processes, self._size = pool(size), size
         return self._processes
+
+    def _end(self) -> None:
+        if self._processes is not None:
+            self._processes.shutdown(cancel_futures=True)
+            self._processes = None
 
 
 def _alone(task: Task) -> str | None:
-    with pool(1) as process:
+    with Workers(1) as one:
         try:
-            return process.submit(make_case, task).result()
+            return one._pool(1).submit(make_case, task).result()
         except BrokenProcessPool:
             return f"{task.pair.full.name}: {KILLED}"

@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Executor, ThreadPoolExecutor
 
-from ldct_dist.store import processes
+import pytest
+
+from ldct_dist.store import processes, workers
 
 SERVER = """
 import importlib, json, os, sys
@@ -23,3 +26,31 @@ def test_the_server_has_one_thread_and_imports_nothing_that_workers_do_without()
     server = json.loads(subprocess.run(run, env=environment, capture_output=True, check=True).stdout)
     assert server["threads"] == 1
     assert not {"torch", "zarr", "pyarrow", "typer", "rich", "scipy"} & set(server["modules"])
+
+
+def test_ctrl_c_does_not_wait_for_what_is_in_hand(tmp_path, own_server):
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(["0", f"[__import__('time').sleep(20), open({str(tmp_path / 'done')!r}, 'w')]"])
+    assert not (tmp_path / "done").exists()
+
+
+def interrupted(expressions: list[str]) -> None:
+    with workers.Workers(2) as processes:
+        for _ in processes.map(eval, expressions):
+            raise KeyboardInterrupt
+
+
+def test_no_more_processes_than_tasks(monkeypatch):
+    sizes = []
+
+    def pool(size: int) -> Executor:
+        sizes.append(size)
+        return ThreadPoolExecutor(size)
+
+    monkeypatch.setattr(workers, "pool", pool)
+    with workers.Workers(1000) as many:
+        assert list(many.map(abs, [-1, -2])) == [1, 2]
+        assert list(many.map(abs, [-1])) == [1]
+        assert list(many.map(abs, [-1, -2, -3])) == [1, 2, 3]
+        assert list(many.map(abs, [])) == []
+    assert sizes == [2, 3]
