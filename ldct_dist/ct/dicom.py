@@ -76,7 +76,8 @@ def find_series(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder that holds the DICOM files")
+        what = "a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
     for outcome in read_headers(list(_files_below(folder, refused.append, skip))):
@@ -190,6 +191,8 @@ def _series(headers: Sequence[Header]) -> Series:
     refuse_other_than_ct(headers)
     _refuse_mixed(headers)
     first = headers[0]
+    for h in headers:
+        _required(h.instance_uid, "SOPInstanceUID", h)  # which a series derived from this one refers to
     positions = [_required(h.position, "ImagePositionPatient", h) for h in headers]
     orientation = _required(first.orientation, "ImageOrientationPatient", first)
     pixel_spacing = _required(first.pixel_spacing, "PixelSpacing", first)

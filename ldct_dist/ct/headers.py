@@ -37,6 +37,7 @@ class Header:
 
     stored: Stored
     series_uid: str
+    instance_uid: str | None
     sop_class: str | None
     study_uid: str | None
     patient_id: str | None
@@ -68,7 +69,7 @@ class Header:
 
 
 _KEYWORDS = [
-    *("SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"),
     *("FrameOfReferenceUID", "Modality", "ImageType", "SeriesDescription", "Manufacturer"),
     "DerivationDescription",
     *("ManufacturerModelName", "ConvolutionKernel", "KVP", "Exposure", "XRayTubeCurrent", "ExposureTime"),
@@ -80,8 +81,12 @@ _KEYWORDS = [
 ]
 _TAGS = {keyword: int(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
 _WANTED = frozenset(_TAGS.values())
-_PLAIN = {"DS": re.compile(rb"[-+0-9.eE \\]*"), "IS": re.compile(rb" *[-+]?[0-9]+ *")}
-"""numbers, by VR, of which pydicom would make the same"""
+_PLAIN = {
+    "DS": re.compile(rb"[-+0-9.eE \\]*"),
+    "IS": re.compile(rb" *[-+]?[0-9]+ *"),
+    "UI": re.compile(rb"[0-9.]*\0?"),
+}
+"""values, by VR, of which pydicom would make the same"""
 _LONGEST = 1024  # bytes of a value that is worth keeping for the next slice
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -177,6 +182,12 @@ def as_numbers(text: str | None, count: int) -> tuple[float, ...] | None:
     return values if len(values) == count and all(map(math.isfinite, values)) else None
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether the file begins as DICOM does. Raises OSError."""
+    with path.open("rb") as f:
+        return _looks_like_dicom(f.read(HEAD))
+
+
 def _looks_like_dicom(start: bytes) -> bool:
     # Old exports lack the 128-byte preamble and begin with group 2 or 8, little endian.
     return start[128:132] == b"DICM" or (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00")
@@ -213,7 +224,7 @@ def _texts(head: Head) -> dict[str, str | None]:
 
 def _text(tag: int, raw: Raw, encodings: tuple[str, ...], sign: Raw | None) -> str | None:
     if raw.value and (pattern := _PLAIN.get(raw.vr or dictionary_VR(tag))) and pattern.fullmatch(raw.value):
-        return raw.value.decode()
+        return raw.value.decode().rstrip("\0") or None
     return _as_text(lambda: raw.converted(tag, encodings, sign).value)
 
 
@@ -242,6 +253,7 @@ def _header(path: Path, state: os.stat_result, head: Head) -> Header:
     return Header(
         stored=Stored(path, state.st_size, state.st_mtime_ns, head.pixels, form),
         series_uid=series_uid,
+        instance_uid=texts["SOPInstanceUID"],
         sop_class=texts["SOPClassUID"],
         study_uid=texts["StudyInstanceUID"],
         patient_id=texts["PatientID"],

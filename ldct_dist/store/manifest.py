@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldct_dist.ct.headers import is_dicom
 from ldct_dist.errors import UserError
 
 NEEDED = ("case", "patient", "full", "low")
@@ -38,6 +39,10 @@ def read_manifest(path: Path) -> tuple[list[Row], list[UserError]]:
     Raises UserError if `path` is no CSV with these columns.
     """
     try:
+        if is_dicom(path):
+            raise UserError(
+                f"{path}: a DICOM file; give the folder that holds the series, or a manifest (CSV)"
+            )
         with open(path, newline="", encoding="utf-8-sig") as f:  # Excel begins its CSVs with a BOM
             lines = csv.DictReader(f)
             _check_columns(path, lines.fieldnames or [])

@@ -192,6 +192,23 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch
     assert "locked: Permission denied" in str(refused[0])
 
 
+def test_a_slice_without_a_uid_of_its_own(tmp_path):
+    """Said before a network has worked on it: what is derived from it could not refer to it."""
+    path = write_series(tmp_path, phantom())[2]
+    ds = dcmread(path)
+    del ds.SOPInstanceUID
+    ds.save_as(path)
+    assert "no usable SOPInstanceUID in slice-002.dcm; export the original" in refusal(tmp_path)
+
+
+def test_a_file_in_place_of_a_folder_is_said(tmp_path):
+    path, *_ = write_series(tmp_path, phantom())
+    with pytest.raises(UserError, match=r"slice-000\.dcm: a file; give the folder"):
+        find_series(path)
+    with pytest.raises(UserError, match="nowhere: no such folder; give the folder"):
+        find_series(tmp_path / "nowhere")
+
+
 def test_one_series_means_one_and_nothing_refused(tmp_path):
     with pytest.raises(UserError, match="no CT series"):
         one_series(tmp_path)

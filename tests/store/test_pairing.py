@@ -221,6 +221,9 @@ def test_a_layout_that_the_source_has_not_is_said(tmp_path):
         find_pairs(manifest(tmp_path / "pairs.csv"), PairingConfig(layout="tcia"))
     with pytest.raises(UserError, match="no DICOM files below it"):
         find_pairs(tmp_path, PairingConfig())
+    path, *_ = write_series(tmp_path, anatomy())
+    with pytest.raises(UserError, match=r"slice-000\.dcm: a DICOM file; give the folder"):
+        find_pairs(path, PairingConfig())
     with pytest.raises(UserError, match="pairing: layout: Input should be 'auto', 'manifest'"):
         configs.validate(PairingConfig, {"layout": "nifti"}, "pairing")
 
