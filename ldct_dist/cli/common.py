@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Low-dose CT to full-dose quality with 3-D CNNs: DICOM in, training on any number of nodes, DICOM out.",
 )
 console = Console(soft_wrap=True)

@@ -101,9 +101,7 @@ def denoise(
             part_of(part),
             progress=lambda case: console.print(f"{case}: denoised", markup=False),
         )
-        console.print(
-            f"{len(report.written)} cases denoised, {len(report.skipped)} were there already -> {out}"
-        )
+        console.print(f"cases: {len(report.written)} denoised, {len(report.skipped)} there already -> {out}")
         for refusal in report.refused:
             console.print(f"  refused: {refusal}", markup=False)
         raise typer.Exit(1 if report.refused else 0)

@@ -20,3 +20,11 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "the same command again goes on" in lines[0]
+
+
+def test_help_breaks_no_line_where_the_source_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "train", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "stop it with a checkpoint; a second INT stops it at once." in capsys.readouterr().out

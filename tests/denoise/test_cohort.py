@@ -72,7 +72,7 @@ def test_a_case_has_a_line_as_soon_as_it_is_whole(source, weights, tmp_path):
     )
     assert done.output.splitlines() == [
         "b: denoised",
-        f"1 cases denoised, 0 were there already -> {tmp_path / 'out'}",
+        f"cases: 1 denoised, 0 there already -> {tmp_path / 'out'}",
     ]
 
 
