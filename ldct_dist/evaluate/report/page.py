@@ -16,7 +16,7 @@ from ldct_dist.evaluate import results
 from ldct_dist.evaluate.methods import FULL, LOW
 from ldct_dist.evaluate.metrics import LABELS
 from ldct_dist.evaluate.physics.lesions import BALL, ROD
-from ldct_dist.evaluate.report.curves import curves
+from ldct_dist.evaluate.report.curves import curves, strokes
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.statistics import Estimate
 from ldct_dist.evaluate.study import Study
@@ -83,6 +83,7 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
         scans=_scans(study),
         classification=_classification(classification) if classification else [],
         curves=_curves(study),
+        strokes=strokes([*study.methods, FULL]),
         regions=next((nps.regions for nps in study.nps.values()), 0),
         pictures={"cases": pictures.cases, "low": LOW, "full": FULL},
         shown=[m for m in study.methods if m != LOW],
@@ -115,14 +116,14 @@ def _tests(study: Study, protocol: str) -> Table:
         ]
         for measure, t in found
     ]
-    caption = (
-        f"{protocol}: {_means(t.difference for _, t in found)}. Paired Wilcoxon tests over patients, Holm-corrected for "
-        "all pairs of a measure."
-    )
+    caption = f"{protocol}: {_means(t.difference for _, t in found)}."
     most = max((t for _, t in found), key=lambda t: t.difference.n, default=None)
-    if most and most.least_p is not None:
+    if most is None or most.least_p is None:
+        caption += " Tests take two patients or more."
+    else:
         caption += (
-            f" {most.difference.n} patients can give no p below {most.least_p:.2g}, and none below "
+            " Paired Wilcoxon tests over patients, Holm-corrected for all pairs of a measure. "
+            f"{most.difference.n} patients can give no p below {most.least_p:.2g}, and none below "
             f"{most.least_p_holm:.2g} when corrected."
         )
     return Table(caption, ["pair", "measure", "mean difference", "p", "p, corrected", "patients"], rows)
@@ -155,15 +156,16 @@ def _physics(study: Study) -> Table:
             ]
         )
     columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
-    columns += [f"TTF 50 % at {c:+.0f} HU, 1/mm".replace("-", "−") for c in contrasts]
+    columns += [f"TTF 50\u00a0% at {c:+.0f} HU, 1/mm".replace("-", "−") for c in contrasts]
     columns += [f"d′ of a {shape}" for shape in (BALL, ROD)]
-    columns += ["voxels with structure beyond 4 σ, %"]
+    columns += ["voxels with structure beyond 4\u00a0σ, %"]
     lesion = f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU".replace("-", "−")
     caption = (
-        "Noise in the patients' soft tissue, within 6 mm; sharpness and detection on a phantom scanned as "
-        f"{study.phantom_case or 'no case'} was, by a channelised Hotelling observer who sees one slice, of lesions of "
-        f"{lesion}: balls, and rods across all slices (d′ with its 95 % interval); structure that full dose has not, in "
-        f"units of its noise. {_means(estimates)}."
+        f"Noise: in the patients' soft tissue, within 6 mm. TTF and d′: on a phantom scanned as "
+        f"{study.phantom_case or 'no case'} was. TTF 50 %: the frequency at which it is down to a half; {_NONE} where it "
+        "never is. d′, with its 95 % interval: of a channelised Hotelling observer who sees one slice and looks for "
+        f"lesions of {lesion}, balls, and rods across all slices. Structure: what full dose has not, in units of its "
+        f"noise. {_means(estimates)}."
     )
     return Table(caption, columns, rows)
 
@@ -211,7 +213,7 @@ def _per_case(study: Study) -> Table:
         ]
         for row in study.rows
     ]
-    named = [f"{LABELS[m]}{' (3-D)' if p.endswith('-3d') else ''}" for p, m in columns]
+    named = [LABELS[m] + (" (3\u2011D)" if p.endswith("-3d") else "") for p, m in columns]
     caption = f"Every case, protocol {study.protocols[0]}. Bias in HU by tissue."
     return Table(caption, ["case", "method", *named, *(f"bias, {t}" for t in tissues)], rows)
 
@@ -246,21 +248,26 @@ def _classification(found: dict[str, Any]) -> list[Table]:
 
 
 def _curves(study: Study) -> list[str]:
-    drawn = []
+    pictures, drawn = [], strokes([*study.methods, FULL])
     if study.nps:
         lines = {name: nps.radial() for name, nps in study.nps.items()}
-        drawn.append(curves(lines, "noise power", "frequency, 1/mm", "HU² mm²"))
+        pictures.append(curves(lines, drawn, "noise power", "frequency, 1/mm", "HU² mm²"))
     per_contrast = zip(*study.transfers.values(), strict=True)
     for transfers in per_contrast:
         contrast = f"{round(transfers[0].contrast_hu, -1):+.0f}".replace("-", "−")
         lines = {n: (t.frequency, t.ttf) for n, t in zip(study.transfers, transfers, strict=True)}
-        drawn.append(curves(lines, f"TTF, edges of {contrast} HU", "frequency, 1/mm", "TTF", top=1.2))
-    return drawn
+        pictures.append(
+            curves(lines, drawn, f"TTF, edges of {contrast} HU", "frequency, 1/mm", "TTF", top=1.2)
+        )
+    return pictures
 
 
 def _means(estimates: Iterable[Estimate]) -> str:
     """What the estimates of a table are."""
-    kinds = sorted({found.interval for found in estimates if found.interval})
+    found = list(estimates)
+    if max((e.n for e in found), default=0) == 1:
+        return "Of one patient, so without intervals"
+    kinds = sorted({e.interval for e in found if e.interval})
     return "Means over patients" + (f", with 95 % intervals ({' or '.join(kinds)})" if kinds else "")
 
 

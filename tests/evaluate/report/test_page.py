@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import math
@@ -107,8 +108,21 @@ def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
     )
     assert "ldctbench-abdomen, window [-150, 249] HU, padding counted" in captions
     assert captions.count("Means over patients, with 95 % intervals (Student t).") == 6
-    assert "of lesions of 12 mm and +15 HU: balls, and rods across all slices" in captions
+    assert "looks for lesions of 12 mm and +15 HU, balls, and rods across all slices" in captions
     assert "2 patients can give no p below 0.5, and none below 1 when corrected." in captions
+
+
+def test_one_legend_names_the_curves_of_all_pictures(report):
+    page = (report / "index.html").read_text()
+    legend = re.search(r'<ul class="legend">(.*?)</ul>', page, re.S)[1]
+    drawn = re.findall(r"solid (#\w+)\"></span>([^<]+)", legend)
+    assert [name.split(" ")[0] for _, name in drawn][:3] == ["low", "gaussian", "tv"]
+    assert drawn[-1][1] == "full dose"
+    pictures = [
+        base64.b64decode(svg).decode() for svg in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)', page)
+    ]
+    assert len(pictures) == 4  # no region is flat enough for a noise power spectrum
+    assert all(colour in picture for picture in pictures for colour, name in drawn if name != "full dose")
 
 
 def test_the_page_asks_for_nothing_outside_itself(report):
@@ -200,6 +214,8 @@ def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
     assert found["cases"][0]["figures"]["ldctbench-abdomen"]["psnr_db"] is None
     page = (tmp_path / "index.html").read_text()
     assert "nothing to note" in page
+    assert "padding counted. Of one patient, so without intervals." in page
+    assert "Wilcoxon" not in page
     assert "−0.0" not in page
     assert "inf" not in re.sub(r"<style>.*?</style>|<script.*?</script>", "", page, flags=re.S).lower()
 
