@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
 from ldct_dist.errors import UserError
@@ -53,29 +55,64 @@ def read(schema: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C
         if "=" not in override:
             raise UserError(f"override {override!r}: write it as key=value, for example data.crop=[32,96,96]")
     try:
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
+        given = OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, YAMLError) as e:
+        raise UserError(f"override {' '.join(overrides)}: not readable as YAML: {e}") from e
+    try:
+        plain = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True)
+    except OmegaConfBaseException as e:
         raise UserError(f"{path or 'overrides'}: {e}") from e
     except TypeError as e:  # how a key within a list is told
         raise UserError(
             f"{path}: {', '.join(overrides)} does not fit it ({e}); give lists whole, such as data.crop=[32,96,96]"
         ) from e
-    return validate(schema, plain, str(path or "config"))
+    return validate(schema, plain, str(path or "config"), overrides)
 
 
-def validate(schema: type[C], plain: Any, where: str) -> C:
-    """`plain` as a `schema`; `where` names the source in the UserError."""
+def validate(schema: type[C], plain: Any, where: str, overrides: Sequence[str] = ()) -> C:
+    """`plain` as a `schema`; `where` names the source in the UserError, but for what an override has set."""
     try:
         return schema.model_validate(plain)
     except ValidationError as e:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'config'}: {f['msg']}" for f in e.errors())
-        raise UserError(f"{where}: {faults}") from e
+        faults: dict[str, list[str]] = {}
+        for fault in e.errors():
+            key = ".".join(map(str, fault["loc"]))
+            origin = _override_of(key, overrides) or where
+            faults.setdefault(origin, []).append(f"{key or 'config'}: {_said(schema, key, fault)}")
+        raise UserError("; ".join(f"{origin}: {'; '.join(said)}" for origin, said in faults.items())) from e
+
+
+def settings(schema: type[Config], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings of a `schema`."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, in the order its fields are declared."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _override_of(key: str, overrides: Sequence[str]) -> str | None:
+    """The override that set `key`, or something in it or around it, as errors call it."""
+    for override in reversed(overrides):
+        name = override.partition("=")[0]
+        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+            return f"override {override}"
+    return None
+
+
+def _said(schema: type[Config], key: str, fault: ErrorDetails) -> str:
+    if fault["type"] == "extra_forbidden":
+        every = list(settings(schema))
+        meant = [name for name in every if name.endswith(f".{key}")] or get_close_matches(key, every)
+        return "no such setting" + (f"; did you mean {meant[0]}?" if meant else "")
+    if fault["input"] is None:
+        return "a space is missing after the colon" if ":" in str(fault["loc"][-1]) else "it has no value"
+    return "Input should be a path" if fault["type"] == "path_type" else fault["msg"]
 
 
 def _load(path: Path | None) -> DictConfig:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from ldct_dist.config import read
 from ldct_dist.errors import UserError
+from ldct_dist.store.ingest import IngestConfig
 from ldct_dist.train.config import RunConfig
 
 GIVEN = ("name=run", "store=ct.zarr", "steps=8")
@@ -41,6 +43,37 @@ def test_a_key_within_a_list_is_refused(tmp_path):
     path.write_text("data: {crop: [32, 96, 96]}")
     with pytest.raises(UserError, match=r"data\.crop\.0=48 does not fit it .* give lists whole"):
         read(RunConfig, path, [*GIVEN, "data.crop.0=48"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stepz=3", "override stepz=3: stepz: no such setting; did you mean steps?"),
+        ("optim.lrr=3", "override optim.lrr=3: optim.lrr: no such setting; did you mean optim.lr?"),
+        ("lr=3", "override lr=3: lr: no such setting; did you mean optim.lr?"),
+        ("store=", "override store=: store: it has no value"),
+        ("optim={lr:3}", "override optim={lr:3}: optim.lr:3: no such setting; did you mean optim.lr?"),
+        ("optim={lr: 3", "override name=run store=ct.zarr steps=8 optim={lr: 3: not readable as YAML"),
+        ("optim.lr=x", "override optim.lr=x: optim.lr: Input should be a valid number"),
+    ],
+)
+def test_a_wrong_override_is_called_one_and_put_right(tmp_path, override, words):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {dose: 0.25}")
+    with pytest.raises(UserError, match=f"^{re.escape(words)}"):
+        read(RunConfig, path, [*GIVEN, override])
+
+
+def test_a_mistake_in_the_file_is_the_files(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {dsoe: 0.25}")
+    with pytest.raises(UserError, match=rf"override steps=x: steps: .*; {path}: data\.dsoe: .*data\.dose\?"):
+        read(RunConfig, path, ["name=run", "store=ct.zarr", "steps=x"])
+
+
+def test_a_colon_without_its_space_is_said():
+    with pytest.raises(UserError, match=r"splits\.train:1: a space is missing after the colon"):
+        read(IngestConfig, None, ["splits={train:1}"])
 
 
 def test_a_home_and_variables_in_paths_are_looked_up_here_but_a_nodes_are_left(monkeypatch):

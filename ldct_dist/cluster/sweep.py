@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from ldct_dist import config as configs
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.cluster.progress import read_progress
-from ldct_dist.config import Config
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
@@ -101,7 +100,7 @@ def overrides_of(key: str, value: str) -> list[str]:
 
 def dotted(key: str) -> str:
     """The full name of a run's setting. Raises UserError if several, or none, end with `key`."""
-    every = list(_leaves(RunConfig))
+    every = list(configs.settings(RunConfig))
     if key in every:
         return key
     meant = [leaf for leaf in every if leaf.endswith(f".{key}")]
@@ -155,14 +154,6 @@ def _argument(text: str) -> tuple[str, list[str]]:
     if not equals or not parts:
         raise UserError(f"{text}: write it as key=value, or key=value,value for an axis")
     return key, parts
-
-
-def _leaves(schema: type[Config], prefix: str = "") -> Iterator[str]:
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            yield from _leaves(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def _value(config: RunConfig, key: str) -> Value:
