@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from forked import fork
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.strategy.ddp import DDPStrategy
 from ldct_dist.world import World
+from runs import write_config
+from stores import make_store
 
 
 @pytest.mark.parametrize(("micro_batch", "crops"), [(None, 4), (3, 3), (64, 4)])
@@ -24,3 +27,10 @@ def test_the_first_pass_takes_no_more_memory_than_a_step(monkeypatch, micro_batc
     monkeypatch.setattr(DDPStrategy, "__call__", lambda self, hu: seen.append(len(hu)) or forward(self, hu))
     strategy.warm_up()
     assert seen == [crops]
+
+
+def test_ranks_say_nothing_of_strides_that_move_no_byte(tmp_path):
+    make_store(tmp_path / "ct.zarr", [(12, 40, 40)])
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=2, model={"name": "redcnn3d", "size": "xs"})
+    assert fork(config) == [0, 0]
+    assert "strides" not in config.with_suffix(".log").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -38,6 +39,8 @@ class DDPStrategy:
         self._autocast = autocast(world.device, config.precision == "bf16")
         wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
         if world.size > 1:
+            # Strides of an axis of one voxel or channel move no byte, and backends fill them in as they like.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             devices = [world.device] if world.device.type == "cuda" else None
             wrapped = DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
         self._wrapped = wrapped
