@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from ldct_dist import demo
+from ldct_dist.cli import app
 from ldct_dist.errors import UserError
 from runs import write_config
 
@@ -46,6 +48,13 @@ def test_a_store_that_is_not_the_demos_is_not_added_to(tmp_path, steps):
     config = write_config(tmp_path, tmp_path / "ct.zarr")
     assert f"give store={tmp_path}/runs/run/ct.zarr" in run(config=config)
     assert list(tmp_path.iterdir()) == [config]
+    assert steps == []
+
+
+def test_a_demo_that_is_started_elsewhere_says_from_where(tmp_path, monkeypatch, steps):
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(app, ["demo"])
+    assert "configs/demo.yaml: no such config file here; start the demo from" in str(refused.exception)
     assert steps == []
 
 

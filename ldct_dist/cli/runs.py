@@ -178,6 +178,11 @@ def demo(
     """The main job on real CT in a few minutes: ingest, train, kill, resume, denoise, compare."""
     from ldct_dist.demo import run
 
+    if not config.exists():
+        raise UserError(
+            f"{config}: no such config file here; start the demo from the folder of the clone, or give the path of the "
+            "configs/demo.yaml there"
+        )
     run(config, overrides or [], console)
 
 
