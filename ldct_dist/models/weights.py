@@ -71,6 +71,10 @@ def verify_weights(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    if Path(path).is_dir():
+        raise UserError(
+            f"{path}: a folder; give the weights.safetensors in it, a run's are in checkpoints/<step>/"
+        )
     try:
         with safe_open(path, framework="pt") as f:
             facts = f.metadata() or {}

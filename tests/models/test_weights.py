@@ -110,7 +110,7 @@ def rewrite(path, model: str):
         (truncate, "not readable as safetensors"),
         (empty, "not readable as safetensors"),
         (pickle, "not readable as safetensors"),
-        (folder, "not readable as safetensors"),
+        (folder, "a folder; give the weights.safetensors in it"),
         (foreign, "no denoiser of this package"),
         (other_size, "does not fit the networks of version"),
         (future_network, "does not fit the networks of version"),
