@@ -64,6 +64,7 @@ class Cohort:
     """Gathers the labelled slices of a study's cases; pass `add` to `measure` as what it shows to.
 
     A case's own label goes to 8 slices spread over its middle. Each slice is made 64 x 64 and clipped to `window`.
+    patients: of the study's cases, by name. Raises UserError where none of these has a label.
     """
 
     labels: Labels
@@ -73,6 +74,12 @@ class Cohort:
     _labels: list[int] = field(default_factory=list)
     _patients: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.labels.keys().isdisjoint(self.patients):
+            raise UserError(
+                f"labels: none of them is of a case that is evaluated; theirs are {', '.join(self.labels)}"
+            )
+
     def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
         for at, label in self._slices(name, len(full.hu)):
             for kind, hu in {**images, FULL: full.hu}.items():
@@ -81,11 +88,6 @@ class Cohort:
             self._patients.append(self.patients[name])
 
     def samples(self) -> Samples:
-        """Raises UserError where no case of the study has a label."""
-        if not self._labels:
-            raise UserError(
-                f"labels: none of them is of a case that was evaluated; theirs are {', '.join(self.labels)}"
-            )
         images = {kind: np.stack(gathered) for kind, gathered in self._images.items()}
         return Samples(images, np.array(self._labels), tuple(self._patients))
 

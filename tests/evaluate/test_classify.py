@@ -169,10 +169,10 @@ def test_mistakes_in_labels_name_the_line(tmp_path, text, told):
 
 
 def test_labels_of_nothing_evaluated_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file; give a CSV"):
         read_labels(tmp_path / "none.csv")
     with pytest.raises(UserError, match="none of them is of a case"):
-        Cohort({"x": {None: 1}}, WINDOW, {}).samples()
+        Cohort({"x": {None: 1}}, WINDOW, {"y": "p"})
     volume = Volume(np.zeros((3, 16, 16), np.int16), (5.0, 1.0, 1.0))
     with pytest.raises(UserError, match="slices 0 to 2, not 7"):
         Cohort({"x": {7: 1}}, WINDOW, {"x": "p"}).add("x", volume, volume, {})
