@@ -108,8 +108,11 @@ def _override_of(key: str, overrides: Sequence[str]) -> str | None:
 def _said(schema: type[Config], key: str, fault: ErrorDetails) -> str:
     if fault["type"] == "extra_forbidden":
         every = list(settings(schema))
-        meant = [name for name in every if name.endswith(f".{key}")] or get_close_matches(key, every)
-        return "no such setting" + (f"; did you mean {meant[0]}?" if meant else "")
+        sections = {name.partition(".")[0] for name in every}
+        last = {name.rpartition(".")[2]: name for name in every}  # lr is optim.lr
+        known = {name: name for name in (*every, *sections)} | last
+        close = get_close_matches(key, known)
+        return "no such setting" + (f"; did you mean {known[close[0]]}?" if close else "")
     if fault["input"] is None:
         return "a space is missing after the colon" if ":" in str(fault["loc"][-1]) else "it has no value"
     return "Input should be a path" if fault["type"] == "path_type" else fault["msg"]

@@ -50,6 +50,8 @@ def test_a_key_within_a_list_is_refused(tmp_path):
     [
         ("stepz=3", "override stepz=3: stepz: no such setting; did you mean steps?"),
         ("optim.lrr=3", "override optim.lrr=3: optim.lrr: no such setting; did you mean optim.lr?"),
+        ("dsoe=1", "override dsoe=1: dsoe: no such setting; did you mean data.dose?"),
+        ("modle.size=m", "override modle.size=m: modle: no such setting; did you mean model?"),
         ("lr=3", "override lr=3: lr: no such setting; did you mean optim.lr?"),
         ("store=", "override store=: store: it has no value"),
         ("optim={lr:3}", "override optim={lr:3}: optim.lr:3: no such setting; did you mean optim.lr?"),
