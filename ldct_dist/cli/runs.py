@@ -187,6 +187,7 @@ def demo(
 
 
 def _name_of(path: Path, among: list[Path]) -> str:
-    """What a table calls these weights: a run's name where that tells them apart, else the whole path."""
-    same = [other for other in among if other.resolve().name == path.resolve().name]
-    return path.resolve().name if len(same) == 1 and path.is_dir() else str(path)
+    """What a table calls these weights: the name of the run or file where that tells them apart, else the whole path."""
+    name = path.resolve().name
+    same = [other for other in among if other.resolve().name == name]
+    return name if len(same) == 1 and name != "weights.safetensors" else str(path)

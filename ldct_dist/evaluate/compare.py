@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ldct_dist.evaluate.metrics import LABELS
 from ldct_dist.evaluate.protocols import protocol_named
@@ -24,7 +24,8 @@ class Comparison:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     measure = protocol_named(comparison.protocol)
-    table = Table("", *(LABELS[key] for key in COLUMNS), title=f"against full dose: {measure}")
+    images = Column("", overflow="fold")
+    table = Table(images, *(LABELS[key] for key in COLUMNS), title=f"against full dose: {measure}")
     for image, figures in comparison.figures.items():
         table.add_row(
             image, *(f"{figures[key]:.3f}" if key == "ssim" else f"{figures[key]:.2f}" for key in COLUMNS)

@@ -117,8 +117,8 @@ _SUMMARY: dict[str, Callable[[list[Row]], str]] = {
     "doses": _doses,
     "low dose": _made,
     "simulated beam": lambda r: ", ".join(sorted(set(_simulated_with(r, "beam")))) or "-",
-    "photons a ray, 1e3": lambda r: (
-        _span((n / 1e3 for n in known), ".3g") if (known := _simulated_with(r, "photons")) else "-"
+    "photons a ray, 1e6": lambda r: (
+        _span((n / 1e6 for n in known), ".3g") if (known := _simulated_with(r, "photons")) else "-"
     ),
     "slices": lambda r: f"{sum(row['shape'][0] for row in r):,}",
     "slices a case": lambda r: _span((row["shape"][0] for row in r), "d"),

@@ -55,7 +55,7 @@ def test_a_summary_has_a_column_for_all_and_one_a_split(store):
     assert lines["doses"][1:] == ["1.00,", "0.25", "(3)", "1.00,", "0.25", "1.00"]
     assert lines["low dose"][2:] == ["simulated", "simulated", "none"]
     assert lines["simulated beam"][2:] == ["fan", "fan", "-"]
-    assert lines["photons a ray, 1e3"][4:] == ["120", "-", "300", "120", "-", "300", "-"]
+    assert lines["photons a ray, 1e6"][4:] == ["0.12", "-", "0.3", "0.12", "-", "0.3", "-"]
     assert lines["slices"][1:] == ["28", "22", "6"]
     assert lines["slices a case"][3:] == ["4", "-", "9", "4", "-", "9", "6"]
     assert lines["rows, columns"][2:] == ["20", "-", "24"] * 3
