@@ -1,6 +1,6 @@
 """Is a network of this package the best denoiser of these patients, and does it keep what matters?
 
-    python bench/quality.py                                   # measures the weights there are: 13 minutes on 2 cores
+    python bench/quality.py                                   # measures the weights there are: half an hour on 2 cores
     python bench/quality.py --train --budget 28800            # first trains what is not trained, that long in all; resumable
 
 Four quiet series of four patients (--data, see bench/leave_one_out/patients.py), a quarter of the dose simulated.
