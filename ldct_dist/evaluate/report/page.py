@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +11,13 @@ import ldct_dist
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.methods import FULL, LOW
-from ldct_dist.evaluate.metrics import LABELS
-from ldct_dist.evaluate.physics.lesions import BALL, ROD
+from ldct_dist.evaluate.report import tables
 from ldct_dist.evaluate.report.curves import curves, strokes
 from ldct_dist.evaluate.report.pictures import Pictures
-from ldct_dist.evaluate.statistics import Estimate
 from ldct_dist.evaluate.study import Study
 from ldct_dist.files import replace
 
 PAGE, JSON, CSV = "index.html", "results.json", "cases.csv"
-_NONE = "–"
-_DIGITS = {"rmse_hu": 2, "psnr_db": 2, "ssim": 4, "vif": 4}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """text: what stands there; value: what it is sorted by."""
-
-    text: str
-    value: float | str
-
-
-@dataclass(frozen=True)
-class Table:
-    """caption says what the numbers mean; the first column names the row."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[Cell]]
 
 
 def write_report(
@@ -75,176 +51,19 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
         study=study,
         cases=len({row.case for row in study.rows}),
         patients=len({row.patient for row in study.rows}),
-        summaries=[_summary(study, p.name, str(p)) for p in study.protocols],
-        physics=_physics(study),
-        bias=_bias(study),
-        tests=[_tests(study, p.name) for p in study.protocols],
-        per_case=_per_case(study),
-        scans=_scans(study),
-        classification=_classification(classification) if classification else [],
+        summaries=[tables.summary(study, p.name, str(p)) for p in study.protocols],
+        physics=tables.physics(study),
+        bias=tables.bias(study),
+        tests=[tables.tests(study, p.name) for p in study.protocols],
+        per_case=tables.per_case(study),
+        scans=tables.scans(study),
+        classification=tables.classification(classification) if classification else [],
         curves=_curves(study),
         strokes=strokes([*study.methods, FULL]),
         regions=next((nps.regions for nps in study.nps.values()), 0),
         pictures={"cases": pictures.cases, "low": LOW, "full": FULL},
         shown=[m for m in study.methods if m != LOW],
     )
-
-
-def _summary(study: Study, protocol: str, words: str) -> Table:
-    measured = results.measured(study, protocol)
-    found = results.summary(study, protocol)
-    rows = [
-        [Cell(method, method), *(_estimate(row[m], _DIGITS[m]) for m in measured)]
-        for method, row in found.items()
-    ]
-    where = "in 3-D" if protocol.endswith("-3d") else "slice by slice"
-    means = _means(e for row in found.values() for e in row.values())
-    caption = f"Against full dose, {where}: {words}. {means}."
-    return Table(caption, ["method", *(LABELS[m] for m in measured)], rows)
-
-
-def _tests(study: Study, protocol: str) -> Table:
-    found = [(measure, t) for measure, pairs in results.tests(study, protocol).items() for t in pairs]
-    rows = [
-        [
-            Cell(f"{t.a} − {t.b}", f"{t.a} {t.b}"),
-            Cell(LABELS[measure], measure),
-            _estimate(t.difference, _DIGITS[measure], sign=True),
-            _number(t.p, 4),
-            _number(t.p_holm, 4),
-            Cell(str(t.difference.n), t.difference.n),
-        ]
-        for measure, t in found
-    ]
-    caption = f"{protocol}: {_means(t.difference for _, t in found)}."
-    most = max((t for _, t in found), key=lambda t: t.difference.n, default=None)
-    if most is None or most.least_p is None:
-        caption += " Tests take two patients or more."
-    else:
-        caption += (
-            " Paired Wilcoxon tests over patients, Holm-corrected for all pairs of a measure. "
-            f"{most.difference.n} patients can give no p below {most.least_p:.2g}, and none below "
-            f"{most.least_p_holm:.2g} when corrected."
-        )
-    return Table(caption, ["pair", "measure", "mean difference", "p", "p, corrected", "patients"], rows)
-
-
-def _bias(study: Study) -> Table:
-    found = results.bias(study)
-    tissues = list(next(iter(found.values())))
-    rows = [[Cell(m, m), *(_estimate(row[t], 1, sign=True) for t in tissues)] for m, row in found.items()]
-    means = _means(e for row in found.values() for e in row.values())
-    caption = f"Mean of image − full dose by tissue, HU. {means}."
-    return Table(caption, ["method", *(f"{t}, HU" for t in tissues)], rows)
-
-
-def _physics(study: Study) -> Table:
-    contrasts = [round(t.contrast_hu, -1) for t in next(iter(study.transfers.values()), [])]
-    rows, estimates = [], []
-    for method, found in results.physics(study).items():
-        seen = found["detection"]
-        noise, conspicuous = (Estimate(**found[key]) for key in ("noise_hu", "conspicuous"))
-        estimates += [noise, conspicuous]
-        rows.append(
-            [
-                Cell(method, method),
-                _estimate(noise, 1),
-                _number(found["nps_mean_frequency_per_mm"], 3),
-                *(_number(t["f50_per_mm"], 2) for t in found["ttf"]),
-                *(_detection(seen.get(shape)) for shape in (BALL, ROD)),
-                _estimate(conspicuous, 3, scale=100),
-            ]
-        )
-    columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
-    columns += [f"TTF 50\u00a0% at {c:+.0f} HU, 1/mm".replace("-", "−") for c in contrasts]
-    columns += [f"d′ of a {shape}" for shape in (BALL, ROD)]
-    columns += ["voxels with structure beyond 4\u00a0σ, %"]
-    lesion = f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU".replace("-", "−")
-    caption = (
-        f"Noise: in the patients' soft tissue, within 6 mm. TTF and d′: on a phantom scanned as "
-        f"{study.phantom_case or 'no case'} was. TTF 50 %: the frequency at which it is down to a half; {_NONE} where it "
-        "never is. d′, with its 95 % interval: of a channelised Hotelling observer who sees one slice and looks for "
-        f"lesions of {lesion}, balls, and rods across all slices. Structure: what full dose has not, in units of its "
-        f"noise. {_means(estimates)}."
-    )
-    return Table(caption, columns, rows)
-
-
-def _detection(found: dict[str, float] | None) -> Cell:
-    if found is None:
-        return Cell(_NONE, "")
-    return Cell(f"{found['d_prime']:.2f} [{found['low']:.2f}, {found['high']:.2f}]", found["d_prime"])
-
-
-def _scans(study: Study) -> Table:
-    rows = [
-        [
-            Cell(case, case),
-            Cell(scan["low_dose"] or "not known", scan["low_dose"] or ""),
-            Cell(scan["kernel"] or _NONE, scan["kernel"] or ""),
-            _number(scan["kvp"], 0),
-            _number(scan["slice_thickness_mm"], 1),
-            Cell(" × ".join(f"{mm:.3g}" for mm in scan["spacing_mm"]), scan["spacing_mm"][0]),
-            Cell(" × ".join(map(str, scan["shape"])), scan["shape"][0]),
-        ]
-        for case, scan in study.scans.items()
-    ]
-    columns = [
-        "case",
-        "low dose",
-        "kernel",
-        "kVp",
-        "slice thickness, mm",
-        "voxel, mm (z, y, x)",
-        "voxels (z, y, x)",
-    ]
-    return Table("How the scans were made.", columns, rows)
-
-
-def _per_case(study: Study) -> Table:
-    columns = [(p.name, m) for p in study.protocols for m in results.measured(study, p.name)]
-    tissues = list(next(iter(results.bias(study).values())))
-    rows = [
-        [
-            Cell(row.case, row.case),
-            Cell(row.method, row.method),
-            *(_number(row.figures[p].get(m), _DIGITS[m]) for p, m in columns),
-            *(_number(row.bias_hu.get(t), 1, sign=True) for t in tissues),
-        ]
-        for row in study.rows
-    ]
-    named = [LABELS[m] + (" (3\u2011D)" if p.endswith("-3d") else "") for p, m in columns]
-    caption = f"Every case, protocol {study.protocols[0]}. Bias in HU by tissue."
-    return Table(caption, ["case", "method", *named, *(f"bias, {t}" for t in tissues)], rows)
-
-
-def _classification(found: dict[str, Any]) -> list[Table]:
-    measures = ("auc", "accuracy", "sensitivity", "specificity")
-    rows = [
-        [Cell(name, name), *(_interval(row[k]) for k in measures)] for name, row in found["images"].items()
-    ]
-    caption = (
-        f"The same CNN trained on each kind of image, patients kept apart over {found['folds']} folds; "
-        f"{found['samples']} samples of {found['patients']} patients, 95 % intervals over patients (expanded percentile "
-        "bootstrap)."
-    )
-    pairs = [
-        [
-            Cell(f"{t['a']} − {t['b']}", f"{t['a']} {t['b']}"),
-            _number(t["auc_difference"], 3, sign=True),
-            *(_number(t[key], 4) for key in ("delong_p", "delong_p_holm", "mcnemar_p", "mcnemar_p_holm")),
-        ]
-        for t in found["tests"]
-    ]
-    columns = ["pair", "AUC difference", "p, DeLong", "corrected", "p, McNemar", "corrected"]
-    return [
-        Table(caption, ["images", "AUC", "accuracy", "sensitivity", "specificity"], rows),
-        Table(
-            "Paired tests on the same samples, with the patient as the unit, Holm-corrected for all pairs.",
-            columns,
-            pairs,
-        ),
-    ]
 
 
 def _curves(study: Study) -> list[str]:
@@ -260,38 +79,3 @@ def _curves(study: Study) -> list[str]:
             curves(lines, drawn, f"TTF, edges of {contrast} HU", "frequency, 1/mm", "TTF", top=1.2)
         )
     return pictures
-
-
-def _means(estimates: Iterable[Estimate]) -> str:
-    """What the estimates of a table are."""
-    found = list(estimates)
-    if max((e.n for e in found), default=0) == 1:
-        return "Of one patient, so without intervals"
-    kinds = sorted({e.interval for e in found if e.interval})
-    return "Means over patients" + (f", with 95 % intervals ({' or '.join(kinds)})" if kinds else "")
-
-
-def _estimate(found: Estimate, digits: int, *, scale: float = 1, sign: bool = False) -> Cell:
-    if found.mean is None:
-        return Cell(_NONE, "")
-    words = _digits(found.mean * scale, digits, sign)
-    if found.low is not None and found.high is not None:
-        words += f" [{_digits(found.low * scale, digits)}, {_digits(found.high * scale, digits)}]"
-    return Cell(words, found.mean)
-
-
-def _interval(values: Iterable[float]) -> Cell:
-    mean, low, high = values
-    return Cell(f"{_digits(mean, 3)} [{_digits(low, 3)}, {_digits(high, 3)}]", mean)
-
-
-def _number(value: float | None, digits: int, *, sign: bool = False) -> Cell:
-    if value is None or not math.isfinite(value):
-        return Cell(_NONE, "")
-    return Cell(_digits(value, digits, sign), value)
-
-
-def _digits(value: float, digits: int, sign: bool = False) -> str:
-    """Rounded, with a real minus, and no minus before a zero."""
-    rounded = round(value, digits) + 0.0
-    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", "−")
