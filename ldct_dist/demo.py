@@ -31,7 +31,7 @@ from ldct_dist.evaluate.metrics import evaluate_volume
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.tasks import LESION_TRAINING, lesion_samples
 from ldct_dist.store.ingest import IngestConfig, ingest
-from ldct_dist.store.layout import FULL_DOSE, dose_name
+from ldct_dist.store.layout import dose_name
 from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
 
@@ -146,13 +146,10 @@ def _denoise(config: RunConfig, folder: Path, console: Console) -> tuple[Volume,
 
 
 def _compare(config: RunConfig, low: Volume, denoised: Volume, full: Volume) -> Comparison:
-    """Low dose, denoised, and a Gaussian filter whose width was tuned on the training patient."""
-    store = Store(config.store)
-    case = store.cases[int(store.split("train")[0])].name
-    train_low, train_full = (store.volume(case, d) for d in (dose_name(config.data.dose), FULL_DOSE))
-    sigma = tune("gaussian", [(train_low, train_full)])
+    """Low dose, denoised, and a Gaussian filter at its best: of the width that suits this very patient."""
     measure = protocol_named(config.validation.protocol)
-    images = {"low dose": low, "gaussian": gaussian(low, sigma), "denoised": denoised}
+    filtered = gaussian(low, tune("gaussian", [(low, full)]))
+    images = {"low dose": low, "gaussian": filtered, "denoised": denoised}
     figures = {name: evaluate_volume(volume.hu, full.hu, measure) for name, volume in images.items()}
     return Comparison(measure.name, figures)
 
