@@ -27,19 +27,24 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-def _looked_up(path: Path) -> Path:
-    """With ~ and variables as they are in this process. Raises ValueError for one that is not known here."""
-    text = os.path.expandvars(path)
-    if unknown := re.search(r"\$(\w+|\{\w+\})", text):
-        raise ValueError(f"{path}: {unknown[0]} is not set here")
+def looked_up(path: Path | str) -> Path:
+    """With ~ and variables as they are in this process. Raises RuntimeError where nobody has that home."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def _known(path: Path) -> Path:
+    """`looked_up`. Raises ValueError for what is not known here."""
     try:
-        return Path(text).expanduser()
+        found = looked_up(path)
     except RuntimeError as e:
         raise ValueError(f"{path}: no such user's home") from e
+    if unknown := re.search(r"\$(\w+|\{\w+\})", str(found)):
+        raise ValueError(f"{path}: {unknown[0]} is not set here")
+    return found
 
 
 Positive = Annotated[int, Field(gt=0)]
-LocalPath = Annotated[Path, AfterValidator(_looked_up)]
+LocalPath = Annotated[Path, AfterValidator(_known)]
 """of what the process that reads the config knows; what a node alone knows stays text until it is looked up there"""
 
 C = TypeVar("C", bound=Config)

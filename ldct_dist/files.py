@@ -46,6 +46,12 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another folder") from e
 
 
+def refuse_taken(folder: Path) -> None:
+    """Raises UserError where `folder` is there and holds something, or is a file."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; choose another folder or remove it")
+
+
 def sync(path: Path) -> None:
     """Have a file's bytes, or the names in a folder, on disk."""
     fd = os.open(path, os.O_RDONLY)

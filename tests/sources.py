@@ -45,3 +45,8 @@ def write_pair(
     write_series(full, hu, replace(options, seed="full" + str(full)))
     low_options = replace(low_options or options, seed="low" + str(low))
     write_series(low, noisy if low_hu is None else low_hu, low_options)
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every file of a store, by its place in it."""
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}

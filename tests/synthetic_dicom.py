@@ -165,3 +165,10 @@ def phantom(shape: tuple[int, int, int] = (5, 40, 48), seed: int = 0) -> np.ndar
     hu = np.random.default_rng(seed).normal(20, 60, shape)
     hu[:, :3], hu[:, -3:] = -1000, -1024
     return np.rint(hu).astype(np.int16)
+
+
+def write_phantoms(folder: Path, names: str) -> Path:
+    """A folder a series, each another one, named by the letters of `names`."""
+    for name in names:
+        write_series(folder / name, phantom(), Options(seed=name))
+    return folder

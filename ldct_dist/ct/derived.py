@@ -26,6 +26,7 @@ from ldct_dist.ct.headers import number, pydicom_faults_as_user_errors, text
 from ldct_dist.ct.pixels import Slice
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
+from ldct_dist.files import refuse_taken
 
 STALE = (
     *("InstanceCreationDate", "InstanceCreationTime", "InstanceCreatorUID"),
@@ -118,8 +119,7 @@ def _check(series: Series, hu: np.ndarray, out: Path, said: dict[str, tuple[str,
             raise UserError(f"{what} {words[:40]!r}: write 1 to {longest} plain ASCII characters in one line")
         if "\\" in words:
             raise UserError(f"{what} {words[:40]!r}: DICOM separates values by backslashes; write none")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists already; choose another folder or remove it")
+    refuse_taken(out)
 
 
 def derived_uid(*sources: str) -> str:

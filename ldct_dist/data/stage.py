@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldct_dist.config import looked_up
 from ldct_dist.data.plan import Plan, lanes_of
 from ldct_dist.errors import UserError
 from ldct_dist.files import TEMPORARY
@@ -53,7 +54,7 @@ class StagedStore(Store):
         """laid out like the store"""
         if stage is not None:
             name = f"ldct_dist-{os.getuid()}-{self.fingerprint[:16]}"
-            self.copies = Path(os.path.expandvars(stage)).expanduser() / name
+            self.copies = looked_up(stage) / name
         self._say = say
         self._spoiled: set[Path] = set()
 

@@ -29,9 +29,3 @@ def claim(out: Path, maker: str) -> None:
         raise UserError(
             f"{out}: what is there was denoised by {made_by}, this would be by {maker}; choose another folder"
         )
-
-
-def refuse_taken(out: Path) -> None:
-    """Raises UserError where `out` is there and holds something."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists already; choose another folder or remove it")

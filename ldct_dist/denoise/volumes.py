@@ -13,9 +13,9 @@ import ldct_dist
 from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import Series, read_series, sound_series
-from ldct_dist.denoise.claim import MADE_BY, claim, refuse_taken
+from ldct_dist.denoise.claim import MADE_BY, claim
 from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume
-from ldct_dist.files import refuse_unwritable
+from ldct_dist.files import refuse_taken, refuse_unwritable
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.models.weights import load_weights, weights_hash
 

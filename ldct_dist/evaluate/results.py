@@ -96,7 +96,7 @@ def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
         "bias_hu": _plain(bias(study)),
         "physics": physics(study),
         "nps_case": study.nps_case,
-        "nps_regions": next((nps.regions for nps in study.nps.values()), None),
+        "nps_regions": study.nps_regions,
         "phantom_case": study.phantom_case,
         "lesion": {"diameter_mm": study.config.lesion_mm, "contrast_hu": study.config.lesion_hu},
         "classification": classification,

@@ -91,6 +91,11 @@ class Study:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def nps_regions(self) -> int | None:
+        """the same in every image"""
+        return next((nps.regions for nps in self.nps.values()), None)
+
+    @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(row.method for row in self.rows))
 
@@ -131,8 +136,9 @@ def methods_for(
         say("tuning filters", ", ".join(baselines))
         doses = dose_name(config.dose or protocol_named(config.protocol).dose), FULL_DOSE
         spread = others[np.linspace(0, len(others) - 1, min(_TUNED_ON, len(others))).astype(int)]
-        pairs = [[store.volume(store.cases[int(i)].name, dose) for dose in doses] for i in spread]
-        methods |= tuned_baselines(baselines, [(low, full) for low, full in pairs])
+        names = [store.cases[int(i)].name for i in spread]
+        pairs = [(store.volume(name, doses[0]), store.volume(name, doses[1])) for name in names]
+        methods |= tuned_baselines(baselines, pairs)
     return methods | dict(peers) | networks
 
 

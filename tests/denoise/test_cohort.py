@@ -16,14 +16,12 @@ from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from networks import random_network
-from synthetic_dicom import Options, phantom, write_series
+from synthetic_dicom import write_phantoms
 
 
 @pytest.fixture
 def source(tmp_path):
-    for case in ("a", "b", "c"):
-        write_series(tmp_path / "in" / case, phantom(), Options(seed=case))
-    return tmp_path / "in"
+    return write_phantoms(tmp_path / "in", "abc")
 
 
 @pytest.fixture

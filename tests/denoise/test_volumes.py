@@ -21,7 +21,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights, weights_hash
 from networks import random_network
-from synthetic_dicom import Options, phantom, write_series
+from synthetic_dicom import Options, phantom, write_phantoms, write_series
 
 DEMO = Path(ldct_dist.__file__).parent / "demo_data"
 
@@ -78,17 +78,13 @@ def test_a_series_is_denoised_and_says_by_what(denoiser, tmp_path):
 
 
 def test_several_series_get_a_folder_each(identity, tmp_path):
-    for seed in ("a", "b"):
-        write_series(tmp_path / "in" / seed, phantom(), Options(seed=seed))
-    files = denoise_series(identity, tmp_path / "in", tmp_path / "out")
+    files = denoise_series(identity, write_phantoms(tmp_path / "in", "ab"), tmp_path / "out")
     assert {f.parent.name for f in files} == {"series-001", "series-002"}
 
 
 @pytest.fixture
 def three_series(tmp_path):
-    for seed in ("a", "b", "c"):
-        write_series(tmp_path / "in" / seed, phantom(), Options(seed=seed))
-    return tmp_path / "in"
+    return write_phantoms(tmp_path / "in", "abc")
 
 
 @pytest.fixture

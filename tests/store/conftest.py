@@ -7,6 +7,17 @@ from multiprocessing import forkserver
 import pytest
 
 from ldct_dist.store import workers
+from sources import write_patients
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_patients(tmp_path / "in", 3)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "ct.zarr"
 
 
 @pytest.fixture

@@ -8,18 +8,8 @@ from ldct_dist.errors import UserError
 from ldct_dist.store.ingest import IngestConfig, ingest
 from ldct_dist.store.reader import Store
 from ldct_dist.store.summary import by_split
-from sources import CONFIG, anatomy, write_patients
+from sources import CONFIG, anatomy
 from synthetic_dicom import Options, write_series
-
-
-@pytest.fixture
-def source(tmp_path):
-    return write_patients(tmp_path / "in", 3)
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "ct.zarr"
 
 
 def held_out(**split_of: str) -> IngestConfig:

@@ -60,7 +60,6 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
         classification=tables.classification(classification) if classification else [],
         curves=_curves(study),
         strokes=strokes([*study.methods, FULL]),
-        regions=next((nps.regions for nps in study.nps.values()), 0),
         pictures={"cases": pictures.cases, "low": LOW, "full": FULL},
         shown=[m for m in study.methods if m != LOW],
     )

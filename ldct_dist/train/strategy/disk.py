@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ldct_dist.config import looked_up
 from ldct_dist.errors import UserError
 
 GIB = 2**30
@@ -69,7 +70,7 @@ def folder_on_this_node(nvme_path: str | None) -> Path:
         raise UserError(
             "deepspeed: nvme needs nvme_path=FOLDER, on a disk of each node, such as $SLURM_TMPDIR"
         )
-    folder = Path(os.path.expandvars(nvme_path)).expanduser()
+    folder = looked_up(nvme_path)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             f"deepspeed.nvme_path={nvme_path} on {socket.gethostname()}: {folder} is no folder that one may write in"
