@@ -43,6 +43,13 @@ def _known(path: Path) -> Path:
     return found
 
 
+def rising(value: tuple[float, float]) -> tuple[float, float]:
+    """A range. Raises ValueError where its ends are the wrong way round."""
+    if value[0] > value[1]:
+        raise ValueError(f"a range goes from small to large, not from {value[0]:g} to {value[1]:g}")
+    return value
+
+
 Positive = Annotated[int, Field(gt=0)]
 LocalPath = Annotated[Path, AfterValidator(_known)]
 """of what the process that reads the config knows; what a node alone knows stays text until it is looked up there"""

@@ -20,7 +20,10 @@ def write_config(folder: Path, store: Path, **changes: Any) -> Path:
         "runs": str(folder / "runs"),
         "steps": 8,
         "threads": 1,
-        "data": {"crop": [8, 24, 24], "batch": 4, "reuse": 1.0, "memory_mib": 64},
+        "data": {
+            **{"crop": [8, 24, 24], "batch": 4, "reuse": 1.0, "memory_mib": 64},
+            "augment": {"dose_mix": [0.8, 1.2], "lesions": {"count": 3}},
+        },
         "model": {"size": "xs"},
         "optim": {"lr": 1e-3, "warmup": 2, "ema": 0.9},
         "checkpoint": {"every": 3},

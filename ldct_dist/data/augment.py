@@ -7,9 +7,10 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
-from ldct_dist.config import Config
+from ldct_dist.config import Config, rising
+from ldct_dist.data.lesions import LesionConfig
 
 Factor = Annotated[float, Field(ge=0, le=4)]
 _DRAWS = 8  # numbers reserved for each sample: two counts of Philox, four numbers each
@@ -20,16 +21,10 @@ class AugmentConfig(Config):
     """mirror along z, y and x"""
     transpose: bool = True
     """swap y and x, where a crop is as wide as it is high"""
-    dose_mix: tuple[Factor, Factor] = (1.0, 1.0)
+    dose_mix: Annotated[tuple[Factor, Factor], AfterValidator(rising)] = (1.0, 1.0)
     """the noise low - full is scaled by a factor drawn from this range, as if the dose had been
     another: the noise of dose a, scaled by f, has the variance of dose a / f^2 (quantum noise)"""
-
-    @field_validator("dose_mix")
-    @classmethod
-    def _smallest_first(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"a range goes from small to large, not from {value[0]:g} to {value[1]:g}")
-        return value
+    lesions: LesionConfig = LesionConfig()
 
     @property
     def moves(self) -> bool:

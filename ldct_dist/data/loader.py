@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ldct_dist.ct.volume import AIR_HU
-from ldct_dist.data import augment
+from ldct_dist.data import augment, lesions
 from ldct_dist.data.columns import Columns
 from ldct_dist.data.memory import Recycler
 from ldct_dist.data.plan import Crop, Plan, lanes_of
@@ -33,13 +33,15 @@ class Batch:
     """This rank's share of a global batch.
 
     low, full: float32 HU (b, 1, z, y, x) on the device. box: int64 (b, 3, 2), the volume's extent
-    [start, stop) in the crop's voxel coordinates; what lies outside is padding.
+    [start, stop) in the crop's voxel coordinates; what lies outside is padding. weights: float32 (b, 1, z, y, x),
+    how much each voxel counts in the loss; None: all alike.
     """
 
     low: torch.Tensor
     full: torch.Tensor
     box: torch.Tensor
     crops: tuple[Crop, ...]
+    weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.low)
@@ -48,7 +50,13 @@ class Batch:
         """Micro-batches of at most `size` crops, in order."""
         for i in range(0, len(self), size):
             j = slice(i, i + size)
-            yield Batch(self.low[j], self.full[j], self.box[j], self.crops[j])
+            weights = None if self.weights is None else self.weights[j]
+            yield Batch(self.low[j], self.full[j], self.box[j], self.crops[j], weights)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that lies on the device."""
+        return tuple(t for t in (self.low, self.full, self.box, self.weights) if t is not None)
 
 
 class Loader:
@@ -93,7 +101,7 @@ class Loader:
         if made.copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(made.copied)
-            for tensor in (made.batch.low, made.batch.full, made.batch.box):
+            for tensor in made.batch.tensors:
                 tensor.record_stream(current)
         return made.batch
 
@@ -161,8 +169,19 @@ class Loader:
         config = self.plan.config
         drawn = augment.draw(config.augment, self.plan.seed, step * config.batch, config.batch)
         drawn = drawn[list(self.lanes)]
-        (low, full), box = augment.apply(config.augment, pair, box, drawn, lambda _: self._staging())
-        return Batch(low, full, box, crops)
+        pair, box = augment.apply(config.augment, pair, box, drawn, lambda _: self._staging())
+        weights = self._with_lesions(crops, pair)
+        low, full = pair
+        return Batch(low, full, box, crops, weights)
+
+    def _with_lesions(self, crops: tuple[Crop, ...], pair: torch.Tensor) -> torch.Tensor | None:
+        """What the voxels weigh in the loss, after lesions were inserted, if any are wanted."""
+        config = self.plan.config.augment.lesions
+        if not config.count:
+            return None
+        drawn = lesions.draw(config, self.plan.seed, [crop.index for crop in crops])
+        spacings = [self.plan.store.cases[self.plan.case(*crop.key)[0]].spacing for crop in crops]
+        return lesions.insert(config, pair, spacings, drawn)
 
     def _staging(self) -> torch.Tensor:
         """Where a batch is cut to: (2, b, 1, z, y, x), low dose and full."""
@@ -195,7 +214,8 @@ class Loader:
         """How many steps of blocks to read ahead of the batches that are made, within the memory budget."""
         config, k, lanes = self.plan.config, self.plan.crops_per_block, len(self.lanes)
         # batches: those ready, the one in use, the one before it, and those that others are being made from
-        batches = (READY + 2 + config.threads) * self._batch_bytes()
+        weights = self._batch_bytes() // len(self.plan.doses) if config.augment.lesions.count else 0
+        batches = (READY + 2 + config.threads) * (self._batch_bytes() + weights)
         blocks = (config.memory_mib * MIB - batches) // self._block_bytes()
         # Over n steps a lane holds its block and the up to ceil(n / k) that it moves on to.
         each = blocks // lanes - 1

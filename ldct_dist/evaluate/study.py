@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from ldct_dist.config import Config
 from ldct_dist.ct import noise
+from ldct_dist.ct.dose_config import seed_of
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply, network, tuned_baselines
@@ -258,7 +258,7 @@ def _try_phantom(
 ) -> None:
     """From the first case that has the tissue for it."""
     try:
-        trial = make_trial(full, low, config.lesion_mm, config.lesion_hu, seed=zlib.crc32(case.encode()))
+        trial = make_trial(full, low, config.lesion_mm, config.lesion_hu, seed=seed_of(case, 0))
     except UserError as e:
         study.note(f"phantom: {e}")
         return

@@ -1,4 +1,4 @@
-"""Losses over the voxels that count, one value a sample.
+"""Losses over the voxels, by how much each counts; one value a sample.
 
 Per sample, so that their mean over a global batch is the same number however ranks share the batch out.
 """
@@ -43,9 +43,10 @@ class LossConfig(Config):
 
 
 def build_loss(config: LossConfig) -> Loss:
-    """loss(denoised, full, mask): float HU (b, 1, z, y, x) and bool mask of the same shape to (b,).
+    """loss(denoised, full, weights): float HU (b, 1, z, y, x), and what each voxel counts, to (b,).
 
-    The mean over the masked voxels, in HU; in HU^2 for mse. A sample without any such voxel counts 0.
+    The weighted mean, in HU; in HU^2 for mse. weights: 0 or from 1 on; a bool mask will do. A sample in which nothing
+    counts is 0.
     """
 
     def charbonnier(d: torch.Tensor) -> torch.Tensor:
@@ -59,9 +60,9 @@ def build_loss(config: LossConfig) -> Loss:
     }
     penalty = penalties[config.name]
 
-    def loss(denoised: torch.Tensor, full: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        counted = penalty(denoised - full) * mask
-        return counted.flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+    def loss(denoised: torch.Tensor, full: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        counted = penalty(denoised - full) * weights
+        return counted.flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
 
     return loss
 

@@ -145,7 +145,8 @@ class Trainer:
             with self.strategy.accumulating(last=(start + 1) * size >= len(batch)):
                 self._enter("forward", patience)
                 mask = mask_from_box(micro.box, micro.low.shape[2:], self.margin)
-                each = self.loss(self.strategy(micro.low), micro.full, mask)
+                weights = mask if micro.weights is None else mask * micro.weights
+                each = self.loss(self.strategy(micro.low), micro.full, weights)
                 self._enter("backward", patience)
                 self.strategy.backward(each.sum() / len(batch))
             losses.append(each.detach())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.data.augment import AugmentConfig
+from ldct_dist.data.lesions import LesionConfig
 from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import DataConfig, Plan
 from ldct_dist.errors import UserError
@@ -19,6 +20,7 @@ from on_gpu import on_gpu
 from stores import make_store
 
 NO_AUGMENT = AugmentConfig(flips=False, transpose=False)
+ALL_AUGMENT = AugmentConfig(dose_mix=(0.5, 2.0), lesions=LesionConfig(count=9))
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +41,20 @@ def batches(store, steps, rank=0, world=1, **config):
     with Loader(plan_of(store, **config), rank, world) as loader:
         for step in steps:
             batch = loader.batch(step)
-            yield batch.low, batch.full, batch.box
+            yield batch.tensors
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(start=st.integers(0, 10**6))
 def test_one_two_and_four_ranks_see_the_same_voxels_and_so_does_a_resume_at_any_step(store, start):
-    whole = list(batches(store, range(start, start + 4)))
+    whole = list(batches(store, range(start, start + 4), augment=ALL_AUGMENT))
     for world in (2, 4):
         for rank in range(world):
             # this one resumes a step later
             for mine, all_of in zip(
-                batches(store, range(start + 1, start + 4), rank, world), whole[1:], strict=True
+                batches(store, range(start + 1, start + 4), rank, world, augment=ALL_AUGMENT),
+                whole[1:],
+                strict=True,
             ):
                 for tensor, expected in zip(mine, all_of, strict=True):
                     assert torch.equal(tensor, expected[rank::world])
@@ -97,6 +101,21 @@ def test_dose_mixing_scales_the_noise_within_its_range(store):
         noise, plain = (low - full).flatten(1), (plain_low - plain_full).flatten(1)
         ratios += [(n.norm() / p.norm()).item() for n, p in zip(noise, plain, strict=True) if p.norm() > 0]
     assert 0.5 <= min(ratios) < 0.9 < 1.5 < max(ratios) <= 2.0
+
+
+def test_lesions_lie_in_both_doses_and_weigh_more(store):
+    config = LesionConfig(count=9, weight=50)
+    augment = AugmentConfig(flips=False, transpose=False, lesions=config)
+    found = 0
+    for with_them, without in zip(
+        batches(store, range(10), augment=augment), batches(store, range(10), augment=NO_AUGMENT), strict=True
+    ):
+        low, full, _, weights = with_them
+        plain_low, plain_full, _ = without
+        assert torch.equal(low - plain_low, full - plain_full)
+        assert torch.equal(weights, torch.where(full != plain_full, 50.0, 1.0))
+        found += (weights > 1).sum().item()
+    assert found > 1000
 
 
 def test_closing_leaves_no_thread(store):
@@ -156,21 +175,18 @@ def test_damage_is_named_where_it_is_met(tmp_path):
         loader.batch(0)
 
 
-@pytest.mark.parametrize("dose_mix", ["1,1", "0.5,1.5"])
-def test_a_gpu_gets_the_batches_of_a_cpu_over_pinned_memory_and_a_stream_of_their_own(store, dose_mix):
-    on_gpu(_same_batches, store.path, dose_mix)
+@pytest.mark.parametrize("augment", ["{}", '{"dose_mix": [0.5, 1.5]}', '{"lesions": {"count": 9}}'])
+def test_a_gpu_gets_the_batches_of_a_cpu_over_pinned_memory_and_a_stream_of_their_own(store, augment):
+    on_gpu(_same_batches, store.path, augment)
 
 
-def _same_batches(path, dose_mix):
+def _same_batches(path, augment):
     gpu = torch.device("cuda", 0)
-    mixed = AugmentConfig(dose_mix=tuple(map(float, dose_mix.split(","))))
-    plan = plan_of(Store(path), augment=mixed)
+    plan = plan_of(Store(path), augment=AugmentConfig.model_validate_json(augment))
     with Loader(plan) as on_cpu, Loader(plan, device=gpu) as on_its_own:
         for step in [*range(6), 1000, 1001]:
             expected, batch = on_cpu.batch(step), on_its_own.batch(step)
-            for mine, theirs in zip(
-                (batch.low, batch.full, batch.box), (expected.low, expected.full, expected.box), strict=True
-            ):
+            for mine, theirs in zip(batch.tensors, expected.tensors, strict=True):
                 assert (mine.device, mine.dtype) == (gpu, theirs.dtype)
                 assert torch.equal((mine + 0).cpu(), theirs)  # used, as a step would
         assert on_its_own.air().low.device == gpu

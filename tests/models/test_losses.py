@@ -29,6 +29,14 @@ def test_losses_are_the_mean_of_their_formula_over_the_mask(config, expected):
     assert build_loss(config)(denoised, full, mask).tolist() == pytest.approx([expected])
 
 
+def test_a_voxel_of_weight_three_counts_like_three_voxels():
+    loss = build_loss(LossConfig())
+    once = loss(line(3, 50, 0), line(0, 0, 0), line(3, 1, 0))
+    assert once.tolist() == pytest.approx(
+        loss(line(3, 3, 3, 50), line(0, 0, 0, 0), line(1, 1, 1, 1).bool()).tolist()
+    )
+
+
 @pytest.mark.parametrize("name", ["charbonnier", "l1", "mse"])
 def test_each_sample_has_its_own_mean(name):
     loss = build_loss(LossConfig(name=name))

@@ -14,8 +14,12 @@ from commands import command
 from forked import fork
 from ldct_dist import config as configs
 from ldct_dist.cluster.local import LocalRanks
-from ldct_dist.models.registry import Denoiser
+from ldct_dist.data.loader import Loader
+from ldct_dist.data.plan import Plan
+from ldct_dist.models.losses import build_loss, mask_from_box
+from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.models.weights import load_weights
+from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.trainer import Trainer, train
@@ -102,6 +106,29 @@ def test_gradients_accumulated_over_micro_batches_are_those_of_the_whole(store, 
     assert [line["loss"] for line in got] == pytest.approx([w["loss"] for w in losses(unbroken)], rel=1e-4)
     assert got[0]["grad_norm"] == pytest.approx(losses(unbroken)[0]["grad_norm"], rel=1e-4)
     assert unsharded(final_state(tmp_path / "runs" / "run")).keys() == unsharded(final_state(unbroken)).keys()
+
+
+def test_the_loss_weighs_voxels_of_lesions_as_the_config_says(store, tmp_path):
+    """A network's first answer is its input: the first loss is that of the low dose."""
+    for weight in (1, 50):
+        changes = [
+            f"name=weight-{weight}",
+            f"data.augment.lesions.weight={weight}",
+            "data.augment.lesions.count=20",
+        ]
+        config = configs.read(RunConfig, write_config(tmp_path, store, steps=1), changes)
+        assert train(config) is Ending.DONE
+        with Loader(Plan(Store(store), config.data, config.seed)) as loader:
+            batch = loader.batch(0)
+        mask = mask_from_box(
+            batch.box,
+            batch.low.shape[2:],
+            config.loss.margin_for(outline(config.model).radius, config.data.crop),
+        )
+        expected = build_loss(config.loss)(batch.low, batch.full, mask * batch.weights).mean()
+        plain = build_loss(config.loss)(batch.low, batch.full, mask).mean()
+        assert losses(config.runs / config.name)[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+        assert (abs(expected - plain) > 0.01) == (weight > 1)
 
 
 def test_fine_tuning_starts_from_the_weights_and_is_called_that(store, unbroken, tmp_path):

@@ -91,9 +91,11 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple)
         with counter:
             with autocast(hu.device, config.precision == "bf16"):
                 answer = model(hu)
-            mask = mask_from_box(box, hu.shape[2:], config.loss.margin_for(model.radius, crop))
-            loss = build_loss(config.loss)(answer, full, mask).sum()
-            del answer, mask  # as in a step: their names go, what the backward pass needs stays
+            weights = mask_from_box(box, hu.shape[2:], config.loss.margin_for(model.radius, crop))
+            if config.data.augment.lesions.count:
+                weights = weights * torch.ones_like(full)
+            loss = build_loss(config.loss)(answer, full, weights).sum()
+            del answer, weights  # as in a step: their names go, what the backward pass needs stays
             saved = counter.live
             loss.backward()
     ops = tuple(counter.ops)

@@ -117,7 +117,8 @@ def memory(
 ) -> Memory:
     """Of one of `gpus` ranks, with `crops` crops a micro-batch and `share` crops a rank and step."""
     p = float(activations.few.parameters)
-    batches = BATCHES * share * 2 * 4.0 * activations.voxels  # low and full, fp32
+    tensors = 3 if config.data.augment.lesions.count else 2  # low, full and weights, fp32
+    batches = BATCHES * share * tensors * 4.0 * activations.voxels
     saved, peak = activations.saved(crops), activations.peak(crops)
     if sharing.zero is None:
         # DDP's buckets, and sums over micro-batches, hold all gradients all the time; else they come as activations go
