@@ -88,7 +88,10 @@ def train_ours(store: Path, work: Path, weights: Path, patient: str, steps: int,
         runs=work / "runs",
         store=store,
         steps=steps,
-        data={"dose": DOSE, "crop": (8, 64, 64), "batch": 4, "memory_mib": 512},
+        data={
+            **{"dose": DOSE, "crop": (8, 64, 64), "batch": 4, "memory_mib": 512},
+            "augment": {"lesions": {"count": 24}},  # one in ten voxels of tissue
+        },
         model={"name": "unet3d", "size": "s", "thick_slices": True},
         precision="bf16",
         loss={"eps_hu": 10, "margin": (0, 0, 0)},

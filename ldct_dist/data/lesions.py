@@ -6,7 +6,7 @@ What is small and faint is so rare in a scan that a network loses nothing by smo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Annotated
 
@@ -24,17 +24,18 @@ Contrast = Annotated[float, Field(gt=0, le=1000)]
 
 _NUMBERS = 8  # reserved for each lesion, of which six are used: two counts of Philox, four numbers each
 _USE = 5  # what the random numbers are for: the moves' are use 0, those of the sample order 1 to 4
-_BLUR_MM = (
-    0.6  # sigma of what the scanner's kernel does to edges in plane: 1.4 mm wide at half, as soft kernels do
-)
+_BLUR_MM = 0.6  # sigma of what a soft kernel does to edges in plane: a line becomes 1.4 mm wide
+# The same as a mean of shifted images: a Gaussian by Gauss and Hermite's rule of two points an axis.
+_SHIFTS = tuple(product((-_BLUR_MM, _BLUR_MM), repeat=2))
 
 
 class LesionConfig(Config):
     count: int = Field(0, ge=0, le=1000)
     """lesions a crop, of which those in air and lung do not show; 0: none"""
     diameter_mm: Annotated[tuple[Millimetres, Millimetres], AfterValidator(rising)] = (4.0, 9.0)
-    contrast_hu: Annotated[tuple[Contrast, Contrast], AfterValidator(rising)] = (5.0, 40.0)
-    """brighter or darker than what they lie in; both ranges are drawn from evenly on a logarithmic scale"""
+    contrast_hu: Annotated[tuple[Contrast, Contrast], AfterValidator(rising)] = (15.0, 60.0)
+    """brighter or darker than what they lie in; both ranges are drawn from evenly on a logarithmic scale. Of what the
+    noise hides, a network learns to show less than there is: take contrasts that low dose still shows"""
     weight: float = Field(100.0, ge=1, le=1e4)
     """how many times as much as others a voxel of a lesion counts in the loss"""
 
@@ -66,51 +67,56 @@ def insert(
     spacings: mm (z, y, x) of each of the b samples; drawn: their lesions, from `draw`.
     Returns what each voxel weighs in the loss, (b, 1, z, y, x): config.weight in a lesion, else 1.
     """
-    size = pair.shape[3:]
-    drawn_there, mm = (torch.tensor(a, dtype=torch.float32, device=pair.device) for a in (drawn, spacings))
-    middle, diameter, contrast = drawn_there.split((3, 1, 1), dim=-1)
-    middle = middle * torch.tensor(size, device=pair.device)
     largest = config.diameter_mm[1] / 2 + _BLUR_MM
     reach = [math.ceil(largest / min(each)) for each in zip(*spacings, strict=True)]
-    # A frame as wide as a lesion's reach around each crop: what sticks out falls into it.
-    index, offset = [], []
-    for axis, n in enumerate(reach):
-        at = middle[..., axis, None]
-        voxel = at.floor() + torch.arange(-n, n + 1, device=pair.device)
-        index.append(voxel.long() + n)
-        offset.append((voxel + 0.5 - at) * mm[:, axis, None, None])
-    share = share_of_ball(_across(*offset), diameter[..., None, None] / 2, mm[:, 0].view(-1, 1, 1, 1, 1))
-    # Of whole HU, sums are exact: the order of adding, which no GPU promises, does not matter.
-    hu = (contrast[..., None, None] * share).round()
-    framed = hu.new_zeros((len(mm), *(n + 2 * r for n, r in zip(size, reach, strict=True))))
-    sample = torch.arange(len(mm), device=pair.device).view(-1, 1, 1, 1, 1)
-    framed.index_put_((sample, *_across(*index)), hu, accumulate=True)
-    inner = [slice(r, r + n) for n, r in zip(size, reach, strict=True)]
-    lesions = framed[:, None, *inner] * (pair[1] > TISSUE_HU)
+    lesions = _rendered(drawn, np.array(spacings), pair[1, :, 0], reach)
+    lesions *= pair[1] > TISSUE_HU
     pair += lesions
     return torch.where(lesions != 0, config.weight, 1.0)
 
 
+def _rendered(drawn: np.ndarray, mm: np.ndarray, like: torch.Tensor, reach: Sequence[int]) -> torch.Tensor:
+    """HU of the lesions alone, (b, 1, z, y, x), for crops `like` (b, z, y, x); none reaches further than `reach` voxels.
+
+    Of whole HU, sums are exact: the order of adding, which no GPU promises, does not matter.
+    """
+    size = like.shape[1:]
+    middle = (
+        drawn[..., :3] * size
+    )  # in double precision, or a few would be rounded to the voxel after the last
+    voxel = [np.floor(middle[..., axis, None]) + np.arange(-n, n + 1) for axis, n in enumerate(reach)]
+    offset = [(v + 0.5 - middle[..., i, None]) * mm[:, i, None, None] for i, v in enumerate(voxel)]
+
+    def there(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.float32)).to(like.device)
+
+    radius, contrast = (there(a)[..., None, None, None] for a in (drawn[..., 3] / 2, drawn[..., 4]))
+    share = share_of_ball(_across(map(there, offset)), radius, there(mm[:, 0]).view(-1, 1, 1, 1, 1))
+    # A frame as wide as a lesion's reach around each crop: what sticks out falls into it.
+    framed = like.new_zeros((len(like), *(n + 2 * r for n, r in zip(size, reach, strict=True))))
+    sample = torch.arange(len(like), device=like.device).view(-1, 1, 1, 1, 1)
+    index = _across(there(v + r).long() for v, r in zip(voxel, reach, strict=True))
+    framed.index_put_((sample, *index), (contrast * share).round(), accumulate=True)
+    return framed[:, None, *(slice(r, r + n) for n, r in zip(size, reach, strict=True))]
+
+
 def share_of_ball(
-    offset: tuple[torch.Tensor, torch.Tensor, torch.Tensor], radius: torch.Tensor, thickness: torch.Tensor
+    offset: Sequence[torch.Tensor], radius: torch.Tensor, thickness: torch.Tensor
 ) -> torch.Tensor:
     """How much of each voxel a ball fills, from 0 to 1: exactly along z, as thick slices show it, and blurred in plane.
 
     offset: of the voxel from the ball's middle (z, y, x); all in mm.
     """
     z, y, x = offset
-    shares = []
-    for dy, dx in product(
-        (-_BLUR_MM, _BLUR_MM), repeat=2
-    ):  # Gauss and Hermite's rule for a Gaussian, two points an axis
+    share = radius.new_zeros(())
+    for dy, dx in _SHIFTS:
         half = (radius**2 - (y + dy) ** 2 - (x + dx) ** 2).clamp(min=0).sqrt()  # of the chord along z
         covered = torch.minimum(z + thickness / 2, half) - torch.maximum(z - thickness / 2, -half)
-        shares.append(covered.clamp(min=0) / thickness)
-    return torch.stack(shares).mean(0)
+        share = share + covered.clamp(min=0) / thickness / len(_SHIFTS)
+    return share
 
 
-def _across(
-    z: torch.Tensor, y: torch.Tensor, x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(b, count, n) each, along the last three axes of (b, count, z, y, x)."""
+def _across(along: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three of (b, count, n), along the last three axes of (b, count, z, y, x)."""
+    z, y, x = along
     return z[..., :, None, None], y[..., None, :, None], x[..., None, None, :]

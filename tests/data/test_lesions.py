@@ -78,6 +78,15 @@ def test_a_thick_slice_shows_as_much_of_a_ball_as_thin_ones_add_up_to():
     assert torch.allclose(parts.mean(0), whole, atol=1e-6)
 
 
+def test_a_lesion_in_the_last_corner_is_cut_off_by_the_crop():
+    pair = torch.zeros(2, 1, 1, 8, 64, 64)
+    corner = [np.nextafter(1, 0)] * 3
+    insert(LesionConfig(count=1), pair, [THICK], np.array([[[*corner, 8.0, 40.0]]]))
+    assert pair[0, 0, 0, -1, -1, -1] == 31  # four fifths of the slice, seen through the kernel
+    assert pair[..., :-1, :, :].sum() < pair.sum()
+    assert not pair[..., :32].any()
+
+
 def test_air_and_lung_take_no_lesions():
     pair = some_tissue(4, 32, 32, samples=1)
     pair[..., :16] = -850
