@@ -32,6 +32,8 @@ from leave_one_out import redcnn2d
 from leave_one_out.patients import DOSE, folds
 
 from ldct_dist.checkpoint.load import weights_of
+from ldct_dist.data.augment import AugmentConfig
+from ldct_dist.data.lesions import LesionConfig
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.baselines import BASELINES, tune
@@ -42,12 +44,14 @@ from ldct_dist.evaluate.study import Study, StudyConfig, measure
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.ending import Ending
 from ldct_dist.train.trainer import train
 
 HERE = Path(__file__).resolve().parent
 OURS, PEER = "ours", "redcnn2d"
 FILTERS = ("gaussian", "tv", "nlm")
 PROTOCOL = "abdomen"
+LESIONS_SHARE = 0.3  # of the steps, once more, with lesions
 
 
 def main() -> None:
@@ -58,7 +62,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--only", choices=(OURS, PEER), help="train one of the two")
     parser.add_argument("--budget", type=float, default=28800, help="seconds of training in all")
-    parser.add_argument("--steps", type=int, default=20000, help="of ours: 35 minutes a fold on one core")
+    parser.add_argument("--steps", type=int, default=20000, help="of ours: 45 minutes a fold on one core")
     options = parser.parse_args()
     work, weights = options.work, options.weights
     work.mkdir(parents=True, exist_ok=True)
@@ -82,16 +86,28 @@ def is_trained(losses: Path, steps: int) -> bool:
 
 
 def train_ours(store: Path, work: Path, weights: Path, patient: str, steps: int, seconds: float) -> None:
-    """The package's own trainer; its best weights by the validation patient, and every 50th loss, go to `weights`."""
-    config = RunConfig(
+    """The package's own trainer: on scans as they are, then on scans with lesions. The second run's best weights by the
+    validation patient, and every 50th loss of either, go to `weights`."""
+    plain = as_they_are(store, work, patient, steps, seconds / (1 + LESIONS_SHARE))
+    if train(plain) is not Ending.DONE:
+        return  # out of time: goes on at the next call
+    kept = with_lesions(plain)
+    if train(kept) is not Ending.DONE:
+        return
+    shutil.copy(weights_of(kept.runs / kept.name), weights / f"{plain.name}.safetensors")
+    for config in (plain, kept):
+        losses = (config.runs / config.name / "losses.jsonl").read_text().splitlines(keepends=True)
+        (weights / f"{config.name}.jsonl").write_text("".join(losses[49::50]))
+
+
+def as_they_are(store: Path, work: Path, patient: str, steps: int, seconds: float) -> RunConfig:
+    """Training on scans as they are."""
+    return RunConfig(
         name=f"{OURS}-{patient}",
         runs=work / "runs",
         store=store,
         steps=steps,
-        data={
-            **{"dose": DOSE, "crop": (8, 64, 64), "batch": 4, "memory_mib": 512},
-            "augment": {"lesions": {"count": 24}},  # one in ten voxels of tissue
-        },
+        data={"dose": DOSE, "crop": (8, 64, 64), "batch": 4, "memory_mib": 512},
         model={"name": "unet3d", "size": "s", "thick_slices": True},
         precision="bf16",
         loss={"eps_hu": 10, "margin": (0, 0, 0)},
@@ -101,11 +117,26 @@ def train_ours(store: Path, work: Path, weights: Path, patient: str, steps: int,
         log={"every": 100, "images": False},
         time_limit_s=seconds,
     )
-    train(config)
-    run = config.runs / config.name
-    shutil.copy(weights_of(run), weights / f"{config.name}.safetensors")
-    losses = (run / "losses.jsonl").read_text().splitlines(keepends=True)
-    (weights / f"{config.name}.jsonl").write_text("".join(losses[49::50]))
+
+
+def with_lesions(plain: RunConfig) -> RunConfig:
+    """Fine-tuning of that run's best weights: one voxel of tissue in twelve is a lesion's."""
+    assert plain.time_limit_s is not None
+    steps = max(4, int(LESIONS_SHARE * plain.steps))
+    every = {"every": steps // 4}
+    augment = AugmentConfig(lesions=LesionConfig(count=24))
+    return plain.model_copy(
+        update={
+            "name": f"{plain.name}-lesions",
+            "init_from": weights_of(plain.runs / plain.name),
+            "steps": steps,
+            "time_limit_s": LESIONS_SHARE * plain.time_limit_s,
+            "data": plain.data.model_copy(update={"augment": augment}),
+            "optim": plain.optim.model_copy(update={"lr": plain.optim.lr / 2}),
+            "validation": plain.validation.model_copy(update=every),
+            "checkpoint": plain.checkpoint.model_copy(update=every),
+        }
+    )
 
 
 def train_peer(store: Path, work: Path, weights: Path, patient: str, seconds: float) -> None:
