@@ -46,7 +46,10 @@ class DoseConfig(Config):
     water_per_mm: float = Field(0.0192, gt=0)
 
 
-def seed_of(series_uid: str, seed: int) -> int:
-    """The seed to simulate the series with: patients under one `seed` must not share their noise, or a network learns
-    it by heart. The same series draws the same noise, wherever it is simulated."""
-    return seed + int(hashlib.sha256(series_uid.encode()).hexdigest()[:8], 16)
+def seed_of(name: str, seed: int) -> int:
+    """The seed to simulate a scan with, `name` being its series' UID, or what else tells it apart.
+
+    Scans under one `seed` must not share their noise, or a network learns it by heart, and figures of several patients
+    are not independent. The same scan draws the same noise, wherever it is simulated.
+    """
+    return seed + int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)

@@ -119,7 +119,9 @@ class RunFolder:
             raise UserError(
                 f"{self.config}: damaged; delete it, and the run goes on with the config that it is given"
             )
-        old = _flat(recorded)
+        # A setting that was not there yet when the run began was, by its default, what the run did without it.
+        defaults = RunConfig(name=config.name, store=config.store, steps=config.steps)
+        old = _flat(defaults.model_dump(mode="json")) | _flat(recorded)
         new = _flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from ldct_dist.errors import UserError
 from ldct_dist.train.config import RunConfig
@@ -37,6 +38,22 @@ def test_any_key_may_change_until_something_is_saved_and_then_no_more(folder):
     with pytest.raises(UserError, match="holds another run: seed was 1, now 0"):
         folder.open(CONFIG)
     assert folder.open(OTHER) == []
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default_alone(folder):
+    recorded = yaml.safe_load(folder.config.read_text())
+    del recorded["data"]["augment"]["lesions"]
+    folder.config.write_text(yaml.safe_dump(recorded))
+    folder.checkpoint(1).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"data\.augment\.lesions\.count was 0, now 3"):
+        folder.open(with_lesions(3))
+    assert folder.open(CONFIG) == []
+
+
+def with_lesions(count):
+    return RunConfig.model_validate(
+        CONFIG.model_dump() | {"data": {"augment": {"lesions": {"count": count}}}}
+    )
 
 
 @pytest.mark.parametrize("damaged", ["", "[1, 2]", "a: {"])
