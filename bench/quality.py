@@ -1,11 +1,12 @@
 """Is a network of this package the best denoiser of these patients, and does it keep what matters?
 
-    python bench/quality.py                                   # measures the weights there are: half an hour on 2 cores
+    python bench/quality.py                                   # measures the weights there are: 16 to 30 minutes on 2 cores
     python bench/quality.py --train --budget 28800            # first trains what is not trained, that long in all; resumable
 
 Four quiet series of four patients (--data, see bench/leave_one_out/patients.py), a quarter of the dose simulated.
 Each patient is left out once: a network learns from two of the others and is chosen by the third; the filters are tuned
-on all three. Training is in bf16, measuring in fp32. The last line printed is JSON:
+on all three. Training is in bf16, ours at the end with faint lesions inserted; measuring in fp32. The last line printed is
+JSON:
 
 rmse, ssim         by method: mean over patients, with the 95 % interval over patients; under `protocol`
 d_prime            the channelised Hotelling observer's, on a phantom with each patient's kernel and noise: of balls, and
