@@ -81,9 +81,8 @@ def _rendered(drawn: np.ndarray, mm: np.ndarray, like: torch.Tensor, reach: Sequ
     Of whole HU, sums are exact: the order of adding, which no GPU promises, does not matter.
     """
     size = like.shape[1:]
-    middle = (
-        drawn[..., :3] * size
-    )  # in double precision, or a few would be rounded to the voxel after the last
+    # In double precision, or one in some millions would be rounded to the voxel after the last.
+    middle = drawn[..., :3] * size
     voxel = [np.floor(middle[..., axis, None]) + np.arange(-n, n + 1) for axis, n in enumerate(reach)]
     offset = [(v + 0.5 - middle[..., i, None]) * mm[:, i, None, None] for i, v in enumerate(voxel)]
 
