@@ -127,7 +127,14 @@ def _said(schema: type[Config], key: str, fault: ErrorDetails) -> str:
         return "no such setting" + (f"; did you mean {known[close[0]]}?" if close else "")
     if fault["input"] is None:
         return "a space is missing after the colon" if ":" in str(fault["loc"][-1]) else "it has no value"
-    return "Input should be a path" if fault["type"] == "path_type" else fault["msg"]
+    within = [name for name in settings(schema) if name.startswith(f"{key}.")]
+    if fault["type"] == "model_type" and within:
+        return f"has settings of its own, such as {within[0]}"
+    return (
+        "Input should be a path"
+        if fault["type"] == "path_type"
+        else fault["msg"].removeprefix("Value error, ")
+    )
 
 
 def _load(path: Path | None) -> DictConfig:

@@ -54,6 +54,14 @@ def test_a_key_within_a_list_is_refused(tmp_path):
         ("modle.size=m", "override modle.size=m: modle: no such setting; did you mean model?"),
         ("lr=3", "override lr=3: lr: no such setting; did you mean optim.lr?"),
         ("store=", "override store=: store: it has no value"),
+        (
+            "data.augment.lesions=24",
+            "override data.augment.lesions=24: data.augment.lesions: has settings of its own, such as data.augment.lesions.count",
+        ),
+        (
+            "data.augment.dose_mix=[2,1]",
+            "override data.augment.dose_mix=[2,1]: data.augment.dose_mix: a range goes from small to large, not from 2 to 1",
+        ),
         ("optim={lr:3}", "override optim={lr:3}: optim.lr:3: no such setting; did you mean optim.lr?"),
         ("optim={lr: 3", "override name=run store=ct.zarr steps=8 optim={lr: 3: not readable as YAML"),
         ("optim.lr=x", "override optim.lr=x: optim.lr: Input should be a valid number"),
