@@ -175,7 +175,10 @@ class Loader:
         return Batch(low, full, box, crops, weights)
 
     def _with_lesions(self, crops: tuple[Crop, ...], pair: torch.Tensor) -> torch.Tensor | None:
-        """What the voxels weigh in the loss, after lesions were inserted, if any are wanted."""
+        """Insert lesions, if any are wanted; what the voxels weigh in the loss then.
+
+        A transposed crop keeps its scan's spacing: in plane, voxels are square.
+        """
         config = self.plan.config.augment.lesions
         if not config.count:
             return None
