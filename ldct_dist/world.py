@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import os
 import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from ldct_dist.errors import UserError
 
 T = TypeVar("T")
+_LEAVE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,18 @@ class World:
         return world
 
     def leave(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Part from the other ranks, and wait until this process' other threads rest.
+
+        gloo's threads live on as long as anything refers to its groups, as DDP and DeepSpeed do to the end. One that has
+        yet to let go of a tensor when the interpreter ends aborts the process, and makes a failure of a run that is done.
+        """
+        if not dist.is_initialized():
+            return
+        dist.destroy_process_group()
+        end, rested = time.monotonic() + _LEAVE_S, 0
+        while rested < 2 and time.monotonic() < end:
+            time.sleep(0.01)  # which frees the interpreter's lock, for a thread that waits for it
+            rested = 0 if _others_run() else rested + 1
 
     @property
     def is_main(self) -> bool:
@@ -151,6 +165,18 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def _others_run() -> bool:
+    """Whether another thread of this process runs, or would if a core were free."""
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            state = (task / "stat").read_text().rpartition(") ")[2][0]
+        except OSError:  # it has just ended
+            continue
+        if state in "RD" and int(task.name) != threading.get_native_id():
+            return True
+    return False
 
 
 def backend_of(device: torch.device) -> str:

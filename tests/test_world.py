@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,3 +53,21 @@ def test_a_gpu_leaves_cores_alone_unless_some_arithmetic_is_the_cpus(
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     World.join(asked, works_on_cpu=works_on_cpu)
     assert told == [threads]
+
+
+LEAVES_LATE_WORK = """
+import torch, torch.distributed as dist
+from ldct_dist.world import World
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+kept = dist.group.WORLD  # as DDP keeps it
+sums = torch.ones(4_000_000)
+for _ in range(200):
+    dist.all_reduce(sums.view(-1), async_op=True)
+World().leave()
+"""
+
+
+def test_a_process_that_leaves_is_not_aborted_by_what_gloo_has_yet_to_do():
+    """A busy machine's rank, told in one process: threads of gloo let go of tensors when Python is about to end."""
+    done = subprocess.run([sys.executable, "-c", LEAVES_LATE_WORK], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

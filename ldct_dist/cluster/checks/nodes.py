@@ -18,6 +18,7 @@ import torch
 from ldct_dist.cluster.checks import Check, Probe, Verdict
 
 MAX_SKEW_S = 1.0
+ARRIVAL_S = 30.0  # a busy node's daemon may be slow to pass a signal on
 
 
 def look_software(_: Probe) -> dict[str, str]:
@@ -114,7 +115,7 @@ def look_signal(probe: Probe) -> bool | None:
     probe.world.gather(None)
     if probe.world.is_main:
         _signal_all()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + ARRIVAL_S
     while not arrived and time.monotonic() < deadline:
         time.sleep(0.01)
     return bool(arrived)
@@ -137,11 +138,12 @@ def _signal_all() -> None:
     if "SLURM_STEP_ID" not in os.environ:
         os.killpg(0, signal.SIGUSR1)
         return
-    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
-    done = subprocess.run(["scancel", "--signal=USR1", step], capture_output=True, text=True, check=False)
-    # scancel is a process of the step, too: the signal that it sends may end it.
-    if done.returncode not in (0, -signal.SIGUSR1):
-        raise OSError(f"scancel --signal=USR1 {step}: {done.stderr.strip()}")
+    command = ["scancel", "--signal=USR1", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"]
+    # It tells node by node, and is a process of the step itself: the first node's signal must not end it.
+    deaf = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh", *command]
+    done = subprocess.run(deaf, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 CHECKS = [
