@@ -62,6 +62,7 @@ class Saver:
         self._bug: BaseException | None = None
         self._superseded, self._looked = False, time.monotonic()
         self.last: Outcome | None = None
+        self._has_saved = False
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any]) -> None:
         """Start saving; returns at once unless the save before it is still being written.
@@ -91,7 +92,8 @@ class Saver:
         return self.last
 
     def has_saved(self) -> bool:
-        return self.last is not None and self.last.path is not None
+        """Whether any save has been committed, whatever became of later ones."""
+        return self._has_saved
 
     @property
     def fenced(self) -> bool:
@@ -148,6 +150,7 @@ class Saver:
             self._together(prepare)
             shares = self._together(write)
             self._together(commit)
+            self._has_saved = True
             warning = self._prune()
             self.last = Outcome(target, time.monotonic() - start, warning=warning)
         except _Failed as e:

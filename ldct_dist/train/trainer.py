@@ -249,7 +249,11 @@ class Trainer:
         outcome, step = self.checkpoints.commit(self.state), self.state.step
         if outcome is not None and outcome.error is not None:
             self._say(f"stopped at step {step}, which was not saved: {outcome.error}")
-            return Ending.FENCED if outcome.fenced else Ending.RESUMABLE
+            if outcome.fenced:
+                return Ending.FENCED
+            if not self.checkpoints.saver.has_saved():  # started again, it would only do the same steps again
+                self._end_unsaved(outcome.error)
+            return Ending.RESUMABLE
         reason = self.stop.reason or "another rank was asked to"
         self._say(f"stopped at step {step} ({reason}); start the same command again to go on")
         return Ending.RESUMABLE
@@ -261,12 +265,15 @@ class Trainer:
             self._say(str(outcome.error))
             return Ending.FENCED
         if outcome is not None and outcome.error is not None:
-            self.world.refuse(
-                f"the last checkpoint of {self.folder.path} could not be written ({outcome.error}); make room and "
-                "start the same command again"
-            )
+            self._end_unsaved(outcome.error)
         self._say(f"done: {self.state.step} steps, weights in {self.folder.checkpoint(self.state.step)}")
         return Ending.DONE
+
+    def _end_unsaved(self, error: str) -> NoReturn:
+        self.world.refuse(
+            f"the last checkpoint of {self.folder.path} could not be written ({error}); make room and start the same "
+            "command again"
+        )
 
     def _roll_back(self) -> Ending | None:
         """Go back to the last valid checkpoint, and on with the data that comes after the bad stretch."""

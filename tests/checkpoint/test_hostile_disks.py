@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -31,12 +32,12 @@ def unbroken(store, tmp_path_factory):
     return folder / "runs" / "run"
 
 
-def after_the_first_save(spoil) -> None:
-    """In a training process: `spoil` the disk when the second save begins."""
+def after_the_first_save(spoil, first: int = 3) -> None:
+    """In a training process: `spoil` the disk when the save after that of step `first` begins."""
     save = Saver.save
 
     def spoilt(self, step, parts, state):
-        if step > 3:
+        if step > first:
             spoil()
         save(self, step, parts, state)
 
@@ -46,6 +47,16 @@ def after_the_first_save(spoil) -> None:
 def full(rank: int) -> None:
     """A disk that takes no more than 100 kB a file: enough for losses, too little for weights."""
     after_the_first_save(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+
+
+def full_before_the_stop(first: int, rank: int) -> None:
+    """The same, and the run is asked to stop, as at a time limit."""
+
+    def spoil() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    after_the_first_save(spoil, first)
 
 
 def read_only(run: Path, rank: int) -> None:
@@ -88,6 +99,19 @@ def test_on_a_full_disk_training_ends_in_one_line_and_the_last_good_checkpoint_s
     assert newest_valid(run / "checkpoints", World()).manifest.step == 3
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert verify_run(run / "checkpoints") == []
+    goes_on_once_the_disk_is_well(config, run, unbroken)
+
+
+def test_a_start_that_could_save_nothing_does_not_ask_for_another(store, tmp_path, unbroken):
+    """A job that is told to go on, and gets no further, would be requeued for ever."""
+    config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
+    assert fork(config, plant=partial(full_before_the_stop, 3)) == [75, 75]  # step 3 was saved: that is worth another start
+    assert newest_valid(run / "checkpoints", World()).manifest.step == 3
+    assert fork(config, plant=partial(full_before_the_stop, 0)) == [2, 2]
+    said = config.with_suffix(".log").read_text()
+    assert said.count("which was not saved") == 2
+    assert said.count("error: the last checkpoint of") == 1
+    assert "Traceback" not in said
     goes_on_once_the_disk_is_well(config, run, unbroken)
 
 
