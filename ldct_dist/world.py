@@ -22,6 +22,11 @@ from ldct_dist.errors import UserError
 
 T = TypeVar("T")
 _LEAVE_S = 5.0
+_MEET_S = 600.0  # many ranks that import from one file system take minutes
+
+
+class Unmet(UserError):
+    """Not all ranks came."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,17 @@ class World:
 
         threads: for the arithmetic on CPU; None: the rank's share of the cores that it may use, but one where the
         arithmetic is a GPU's. works_on_cpu: some of it is the CPU's all the same.
-        Raises UserError when the launcher promised a rank but not where to meet.
+        Raises UserError when the launcher promised a rank but not where to meet; on all ranks, when one of them has not
+        the GPU that it should have; Unmet when some do not come within minutes.
         """
         rank, size, local_rank, local_size = _launcher()
-        device = _device(local_rank, local_size)
+        device, fault = torch.device("cpu"), None
+        try:
+            device = _device(local_rank, local_size)
+        except UserError as e:
+            if size == 1:
+                raise
+            fault = str(e)
         if size > 1:
             missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
             if missing:
@@ -51,8 +63,10 @@ class World:
                     f"{size} ranks were started without {' and '.join(missing)}: export them in the job "
                     "script (see slurm/train.sbatch), or start with torchrun"
                 )
-            timeout = timedelta(seconds=timeout_s)
-            dist.init_process_group(backend_of(device), rank=rank, world_size=size, timeout=timeout)
+            store, timeout = _meet(rank, size, fault, timeout_s), timedelta(seconds=timeout_s)
+            dist.init_process_group(
+                backend_of(device), store=store, rank=rank, world_size=size, timeout=timeout
+            )
         world = cls(rank, size, local_rank, local_size, device)
         world.refuse_uneven_gpus()
         if threads is None:
@@ -182,6 +196,36 @@ def _others_run() -> bool:
 def backend_of(device: torch.device) -> str:
     """What ranks with such a device talk by; what lies in the CPU's memory goes by gloo in any case."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _meet(rank: int, size: int, fault: str | None, timeout_s: float) -> dist.Store:
+    """Where the ranks exchange keys, once all are there. A rank that ended before, with a `fault` of its own, would be
+    waited for by the others, and hold their nodes."""
+    meeting_s = min(timeout_s, _MEET_S)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        url = f"env://?rank={rank}&world_size={size}"
+        store, _, _ = next(dist.rendezvous(url, timeout=timedelta(seconds=meeting_s)))
+        if fault is not None:
+            store.set("ldct/fault", fault)
+        if store.add("ldct/here", 1) == size:
+            store.set("ldct/all", "")
+        store.wait(["ldct/all"])
+        told = store.get("ldct/fault").decode() if store.check(["ldct/fault"]) else None
+        if store.add("ldct/told", 1) == size:
+            store.set("ldct/over", "")
+        if rank == 0:  # the keys lie in its process
+            store.wait(["ldct/over"])
+    except (dist.DistError, RuntimeError) as e:
+        raise Unmet(
+            f"{socket.gethostname()} did not meet the other ranks at {address} within {meeting_s:g} s: did one of them "
+            "not start? Is the interface the right one (GLOO_SOCKET_IFNAME), and its ports open? "
+            f"({str(e).splitlines()[0]})"
+        ) from e
+    if told is not None:
+        World(rank, size).refuse(told)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
 
 
 def _launcher() -> tuple[int, int, int, int]:

@@ -71,3 +71,51 @@ def test_a_process_that_leaves_is_not_aborted_by_what_gloo_has_yet_to_do():
     """A busy machine's rank, told in one process: threads of gloo let go of tensors when Python is about to end."""
     done = subprocess.run([sys.executable, "-c", LEAVES_LATE_WORK], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+JOINS = """
+import sys
+from ldct_dist.errors import UserError
+from ldct_dist.world import World
+try:
+    World.join(timeout_s={timeout_s}).leave()
+except UserError as e:
+    sys.exit(f"error: {{e}}")
+"""
+
+
+def join(rank: int, size: int, port: int, timeout_s: float = 60, **environment: str) -> subprocess.Popen[str]:
+    launcher = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-c", JOINS.format(timeout_s=timeout_s)],
+        env=os.environ | {key: str(value) for key, value in (launcher | where).items()} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_rank_without_its_gpu_ends_all_ranks_in_one_line(bad):
+    """Not only itself: the others would wait for it, and hold their nodes."""
+    port, promised = free_port(), {"SLURM_STEP_ID": "0", "SLURM_GPUS_ON_NODE": "4"}
+    ranks = [join(rank, 2, port, **(promised if rank == bad else {})) for rank in range(2)]
+    said = [rank.communicate()[1] for rank in ranks]
+    assert "4 GPUs there from Slurm" in said[0]
+    assert said[0].count("\n") == 1
+    assert said[1] == ""
+    assert [rank.returncode for rank in ranks] == [1, 2]  # sys.exit of a text is 1; the command makes 2 of it
+
+
+def test_a_rank_that_does_not_start_is_waited_for_within_bounds():
+    rank = join(0, 2, free_port(), timeout_s=1)
+    said = rank.communicate()[1]
+    assert rank.returncode == 1
+    assert f"{HERE} did not meet the other ranks at 127.0.0.1:" in said.splitlines()[-1]
+    assert "within 1 s: did one of them not start?" in said
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 import ldct_dist
 from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
 from ldct_dist.cluster.local import LocalRanks
@@ -25,7 +23,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.strategy.parts import STATE_BYTES
-from ldct_dist.world import World
+from ldct_dist.world import Unmet, World
 
 JOIN_TIMEOUT_S = 60.0
 Report = Callable[[Finding], None]
@@ -68,7 +66,8 @@ def job_command(arguments: Sequence[str], runs: Path, site: str | None, options:
     given = {**own, **shaped(options, profile)}
     check_options(given)
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items() if value]
-    return ["srun", *words, *rank_alone(script)]
+    # --export: where sites have srun hand on nothing, the ranks are still to get what is set here.
+    return ["srun", "--export=ALL", *words, *rank_alone(script)]
 
 
 def _quieten() -> None:
@@ -84,16 +83,11 @@ def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, r
     name_interface()
     try:
         world = World.join(timeout_s=JOIN_TIMEOUT_S)
+    except Unmet as e:
+        report(Finding("meeting", False, str(e)))
+        return False
     except UserError as e:  # with the wrong GPUs, say: training would end so, too
         report(Finding("ranks", False, str(e)))
-        return False
-    except (dist.DistError, RuntimeError) as e:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        text = (
-            f"{os.uname().nodename} did not meet the other ranks at {where} within {JOIN_TIMEOUT_S:g} s: is the "
-            f"interface the right one (GLOO_SOCKET_IFNAME), and its ports open? ({str(e).splitlines()[0]})"
-        )
-        report(Finding("meeting", False, text))
         return False
     try:
         return _examine(world, runs, config, grace_s, write_mib, report)
@@ -144,9 +138,12 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def parse_partition(text: str) -> dict[str, float]:
-    """{"at preemption": seconds} from `scontrol show partition`; empty where jobs are not preempted."""
+    """{"at preemption": seconds} from `scontrol show partition`; empty where no job is ended by preemption.
+
+    A job that is suspended (SUSPEND, GANG) stays in memory, and goes on.
+    """
     mode, grace = (re.search(rf"\b{key}=(\S+)", text) for key in ("PreemptMode", "GraceTime"))
-    if mode is None or grace is None or mode[1] == "OFF":
+    if mode is None or grace is None or not {"REQUEUE", "CANCEL"}.intersection(mode[1].split(",")):
         return {}
     return {"at preemption": float(grace[1])}
 
