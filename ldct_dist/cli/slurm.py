@@ -27,8 +27,10 @@ def submit(
     site: Site = None,
     allow_new_data: Annotated[bool, typer.Option("--allow-new-data", help="See train")] = False,
     parts: Annotated[
-        int | None, typer.Option(help="Tasks of an array: 8 for ingest, as many as cases for denoise")
+        int | None,
+        typer.Option(help="Tasks of an array: 8 for ingest; for denoise as many as cases, at most 256"),
     ] = None,
+    at_once: Annotated[int | None, typer.Option(help="Tasks of an array that run at a time, at most")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, submit nothing")] = False,
 ) -> None:
     """Train as a job: requeued, and going on, after the time limit, preemption, a node failure or a hang.
@@ -42,7 +44,7 @@ def submit(
     --time 24:00:00 --partition gpu
     """
     if arguments[0] in ("ingest", "denoise"):
-        _submit_array(arguments, site, parts, dry_run)
+        _submit_array(arguments, site, parts, at_once, dry_run)
         return
     from ldct_dist.cluster.command import announce, parse
     from ldct_dist.cluster.submit import dry_run as render
@@ -59,12 +61,14 @@ def submit(
         job.results()
 
 
-def _submit_array(arguments: list[str], site: str | None, parts: int | None, dry_run: bool) -> None:
+def _submit_array(
+    arguments: list[str], site: str | None, parts: int | None, at_once: int | None, dry_run: bool
+) -> None:
     from ldct_dist.cluster.command import parse_parts
     from ldct_dist.cluster.parts import submit_parts
     from ldct_dist.cluster.sbatch import render
 
-    array = parse_parts(arguments, site, parts)
+    array = parse_parts(arguments, site, parts, at_once)
     if dry_run:
         print(render(array.script), end="")
         return

@@ -17,6 +17,8 @@ from ldct_dist.errors import UserError
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.train.config import RunConfig
 
+MOST_PARTS = 256
+"""of a cohort, unless told otherwise: Slurm's own limit on an array (MaxArraySize) is 1001 where a site set none"""
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
 
 
@@ -29,7 +31,9 @@ def parse(arguments: Sequence[str], site: str | None, allow_new_data: bool) -> R
     return Request(configs.read(RunConfig, Path(config), overrides), options, site, allow_new_data)
 
 
-def parse_parts(arguments: Sequence[str], site: str | None, parts: int | None) -> Parts:
+def parse_parts(
+    arguments: Sequence[str], site: str | None, parts: int | None, at_once: int | None = None
+) -> Parts:
     """`ingest SOURCE STORE ...` or `denoise WEIGHTS COHORT OUT` as an array."""
     (verb, *words), options = split(arguments)
     folders = words if verb == "denoise" else [word for word in words if not _OVERRIDE.fullmatch(word)]
@@ -40,14 +44,16 @@ def parse_parts(arguments: Sequence[str], site: str | None, parts: int | None) -
     out = Path(folders[-1]).absolute()
     jobs = out.with_name(f"{out.name}.jobs")
     if verb == "ingest":
-        script = array_script(verb, [verb, *words], jobs, parts or 8, options, site)
+        script = array_script(verb, [verb, *words], jobs, parts or 8, options, site, at_once)
         return Parts(script, then=["finalise", folders[-1]])
     cases = cases_of(Path(folders[1]))
     # What a run's best weights are may change before the last task starts: all take this copy.
     weights = weights_of(Path(folders[0]))
     copy = jobs / f"{weights_hash(weights)}.safetensors"
     words = [verb, str(copy), *folders[1:], *(["--bf16"] if options.pop("bf16", False) else [])]
-    return Parts(array_script(verb, words, jobs, parts or len(cases), options, site), pinned=(weights, copy))
+    parts = parts or min(len(cases), MOST_PARTS)
+    script = array_script(verb, words, jobs, parts, options, site, at_once)
+    return Parts(script, pinned=(weights, copy))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:

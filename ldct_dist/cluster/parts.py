@@ -28,11 +28,22 @@ class Parts:
 
 
 def array_script(
-    name: str, command: Sequence[str], folder: Path, parts: int, options: Options, site: str | None
+    name: str,
+    command: Sequence[str],
+    folder: Path,
+    parts: int,
+    options: Options,
+    site: str | None,
+    at_once: int | None = None,
 ) -> Script:
-    """The script of an array: task i runs `ldct-dist COMMAND --part i/parts`. folder: for its logs and scripts."""
+    """The script of an array: task i runs `ldct-dist COMMAND --part i/parts`. folder: for its logs and scripts.
+
+    at_once: tasks that run at a time, at most; None: as many as Slurm lets.
+    """
     if parts < 1:
         raise UserError(f"--parts {parts}: at least one")
+    if at_once is not None and at_once < 1:
+        raise UserError(f"--at-once {at_once}: at least one")
     profile = read_site(site)
     return Script(
         name=f"ldct-{name}",
@@ -45,6 +56,7 @@ def array_script(
         site=profile,
         kind="parts",
         parts=parts,
+        at_once=at_once,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ldct_dist.cluster.shape import Options
+from ldct_dist.cluster.shape import Options, merged
 from ldct_dist.cluster.site import Site
 from ldct_dist.errors import UserError
 
@@ -26,7 +26,7 @@ class Script:
     code: holds the package that is to run. folder: where logs go, and for training slurm/ of the run's folder.
     options: of sbatch, by their long names; true for those without a value.
     kind: ranks are started by srun, one task each; parts are the tasks of an array, each of which runs the command
-    with --part i/n, n being `parts`; single runs it once.
+    with --part i/n, n being `parts`, and of which `at_once` run at a time; single runs it once.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Script:
     site: Site = field(default_factory=Site)
     kind: Literal["ranks", "parts", "single"] = "ranks"
     parts: int = 1
+    at_once: int | None = None
 
 
 def render(script: Script) -> str:
@@ -80,7 +81,7 @@ def check_options(options: Options) -> None:
 
 def _directives(script: Script) -> list[str]:
     """Options of sbatch, one a line, in an order that does not depend on how they were given."""
-    given = {**script.site.sbatch_options(), **script.options}
+    given = merged(script.options, script.site)
     check_options(given)
     log = "%A_%a.log" if script.kind == "parts" else "%j.log"
     fixed: dict[str, str | bool] = {
@@ -93,7 +94,7 @@ def _directives(script: Script) -> list[str]:
     if script.kind == "ranks":
         fixed["signal"] = f"USR2@{script.site.warn_s}"
     if script.kind == "parts":
-        fixed["array"] = f"0-{script.parts - 1}"
+        fixed["array"] = f"0-{script.parts - 1}" + (f"%{script.at_once}" if script.at_once else "")
     if script.site.requeue and "no-requeue" not in given:
         fixed["requeue"] = True
     return [_directive(key, value) for key, value in sorted({**fixed, **given}.items()) if value is not False]

@@ -13,6 +13,12 @@ CPUS_PER_RANK = 8
 """for its training, its loader's threads, its saver and its watch: with Slurm's own default they share one core"""
 CPUS_PER_PART = 4
 """for a task of an array, which takes as many cases at a time"""
+_RIVALS = (
+    ("cpus-per-task", "cpus-per-gpu"),
+    ("mem", "mem-per-cpu", "mem-per-gpu"),
+    ("gpus", "gpus-per-node"),  # and gres, as far as it asks for GPUs
+)
+"""options that say the same thing in other words: sbatch refuses two of a group that do not agree"""
 _UNREAD = ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks")
 
 
@@ -42,8 +48,20 @@ def shaped(given: Options, site: Site) -> dict[str, str | bool]:
 
 def with_cores(given: Options, site: Site, cores: int) -> dict[str, str | bool]:
     """The options given, before the site's, and `cores` a task where neither says how many."""
-    options = {**site.sbatch_options(), **given}
+    options = merged(given, site)
     return options if "cpus-per-gpu" in options else {"cpus-per-task": str(cores), **options}
+
+
+def merged(given: Options, site: Site) -> dict[str, str | bool]:
+    """The options given, and those of the site's that they neither replace nor, by another name, contradict."""
+    named = {*given, *(["gpus-per-node"] if _gpus_of(given) else [])}
+    dropped = {key for rivals in _RIVALS if named.intersection(rivals) for key in rivals}
+    options = {key: value for key, value in site.sbatch_options().items() if key not in dropped}
+    if "gpus-per-node" in dropped and _gpus_of(options):
+        others = [words for words in _resources(options) if not _is_gpu(words)]
+        del options["gres"]
+        options |= {"gres": ",".join(others)} if others else {}
+    return {**options, **given}
 
 
 def number(options: Options, key: str) -> int:
@@ -56,12 +74,24 @@ def number(options: Options, key: str) -> int:
 
 def gpus_per_node(options: Options) -> int:
     """By --gpus-per-node (4, a100:4) or --gres (gpu:4, gpu:a100:4, among other resources); 0 if neither asks for one."""
-    asked = [
-        r for r in str(options.get("gres", "")).split(",") if r.removeprefix("gres:").split(":")[0] == "gpu"
-    ]
+    asked = _gpus_of(options)
     if "gpus-per-node" in options:
         asked = str(options["gpus-per-node"]).split(",")
     return sum(_count(words) for words in asked)
+
+
+def _resources(options: Options) -> list[str]:
+    """What --gres asks for."""
+    return [words for words in str(options.get("gres", "")).split(",") if words]
+
+
+def _gpus_of(options: Options) -> list[str]:
+    """What of it is GPUs."""
+    return [words for words in _resources(options) if _is_gpu(words)]
+
+
+def _is_gpu(resource: str) -> bool:
+    return resource.removeprefix("gres:").split(":")[0] == "gpu"
 
 
 def _count(words: str) -> int:

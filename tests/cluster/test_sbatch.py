@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from commands import command, commands_on_path
 from ldct_dist import submit
-from ldct_dist.cluster.command import parse, parse_parts, split
+from ldct_dist.cluster.command import MOST_PARTS, parse, parse_parts, split
 from ldct_dist.cluster.parts import array_script, submit_parts
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import CPUS_PER_PART, CPUS_PER_RANK, gpus_per_node, shaped
@@ -204,6 +204,24 @@ def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path,
     assert given[1:] == [str(tmp_path / "in"), str(out), "--bf16", "--part", '"$SLURM_ARRAY_TASK_ID/2"']
 
 
+def test_a_large_cohort_is_no_larger_an_array_than_slurm_takes(tmp_path):
+    for i in range(MOST_PARTS + 1):
+        (tmp_path / "in" / str(i)).mkdir(parents=True)
+    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
+    words = ["denoise", *(str(tmp_path / name) for name in ("w.safetensors", "in", "out"))]
+    script = render(parse_parts(words, None, None).script)
+    assert f"#SBATCH --array=0-{MOST_PARTS - 1}\n" in script
+    assert f'--part "$SLURM_ARRAY_TASK_ID/{MOST_PARTS}"' in script
+    assert parse_parts(words, None, 999).script.parts == 999
+
+
+def test_an_array_may_be_told_how_many_of_its_tasks_run_at_once(tmp_path):
+    done = command("submit", "ingest", tmp_path, tmp_path / "x.zarr", "--at-once=2", "--dry-run")
+    assert "#SBATCH --array=0-7%2\n" in done.stdout
+    with pytest.raises(UserError, match="--at-once 0: at least one"):
+        parse_parts(["ingest", "a", "b"], None, None, at_once=0)
+
+
 def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="neither a weights file nor"):
@@ -250,6 +268,37 @@ def test_what_a_profile_asks_for_counts_as_if_it_were_given(tmp_path):
 
 def test_cores_by_gpu_are_left_to_whoever_asks_so():
     assert "cpus-per-task" not in shaped({"cpus-per-gpu": "6", "gpus-per-node": "2"}, Site())
+
+
+@pytest.mark.parametrize(
+    ("profile", "words", "gone", "kept"),
+    [
+        ("cpus_per_task: 8", ["--cpus-per-gpu=6", "--gpus-per-node=2"], "cpus-per-task", "cpus-per-gpu=6"),
+        ("options: {cpus-per-gpu: '6'}", ["--cpus-per-task=8"], "cpus-per-gpu", "cpus-per-task=8"),
+        ("options: {gres: 'gpu:4'}", ["--gpus-per-node=2"], "gres", "ntasks-per-node=2"),
+        ("options: {gres: 'gpu:4,tmpdir:9G'}", ["--gpus-per-node=2"], "gres=gpu", "gres=tmpdir:9G"),
+        ("options: {gpus-per-node: '4'}", ["--gres=gpu:2"], "gpus-per-node", "ntasks-per-node=2"),
+        ("options: {gpus-per-node: '4'}", ["--gres=tmpdir:9G"], "gres=gpu", "gpus-per-node=4"),
+        ("options: {mem: '0'}", ["--mem-per-gpu=60G", "--gpus-per-node=2"], "mem=", "mem-per-gpu=60G"),
+    ],
+)
+def test_what_is_given_takes_the_place_of_what_the_profile_says_in_other_words(
+    tmp_path, profile, words, gone, kept
+):
+    (tmp_path / "site.yaml").write_text(f"{profile}\n")
+    config = write_config(tmp_path, tmp_path / "ct.zarr")
+    script = dry_run(parse([str(config), *words], str(tmp_path / "site.yaml"), False))
+    assert f"#SBATCH --{gone}" not in script
+    assert f"#SBATCH --{kept}\n" in script
+
+
+def test_a_task_of_an_array_may_take_fewer_gpus_than_a_rank_of_the_site(tmp_path):
+    (tmp_path / "site.yaml").write_text("options: {gres: 'gpu:4'}\n")
+    script = render(
+        array_script("denoise", ["denoise"], tmp_path, 2, {"gpus": "1"}, str(tmp_path / "site.yaml"))
+    )
+    assert "#SBATCH --gpus=1\n" in script
+    assert "gres" not in script
 
 
 @pytest.mark.parametrize(
