@@ -184,7 +184,16 @@ def test_what_a_system_refuses_one_rank_is_a_finding(probe):
 def test_the_partition_says_how_long_a_preempted_job_lives():
     told = "PartitionName=low\n   State=UP PreemptMode=REQUEUE GraceTime=10 Hidden=NO\n"
     assert parse_partition(told) == {"at preemption": 10.0}
-    assert parse_partition(told.replace("REQUEUE", "OFF")) == {}
+    for mode in ("OFF", "SUSPEND", "GANG", "GANG,SUSPEND"):  # none of them ends a job
+        assert parse_partition(told.replace("REQUEUE", mode)) == {}
+    assert parse_partition(told.replace("REQUEUE", "GANG,CANCEL")) == {"at preemption": 10.0}
+
+
+def test_preemption_without_any_warning_is_told_and_is_no_fault(probe):
+    probe.grace["at preemption"] = 0.0
+    well, text = folder.judge_save(probe, [1.0, 2.0, 2.0])
+    assert well
+    assert text.endswith("; none at preemption: a preempted run goes back to its last checkpoint")
 
 
 CONTAINER = """\
@@ -203,6 +212,7 @@ def test_within_a_container_slurm_is_asked_from_outside(tmp_path, monkeypatch):
     (tmp_path / "site.yaml").write_text(CONTAINER.format(folder=tmp_path / "bin"))
     words = job_command([], tmp_path / "runs", str(tmp_path / "site.yaml"), {"nodes": "2"})
     assert "--gpu-bind=per_task:1" in words
+    assert "--export=ALL" in words[: words.index("bash")]
     job = {"SLURM_JOB_ID": "20007", "SLURM_STEP_NODELIST": "n[7-8]", "SLURM_JOB_PARTITION": "low"}
     environment = {"PATH": path, "SHIFT": str(words.index("bash") - 1), "SLURM_PROCID": "0", **job}
     told = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout

@@ -89,13 +89,15 @@ def judge_save(probe: Probe, seen: list[float]) -> Verdict:
     seconds = share / (probe.write_mib * _MIB / max(seen))
     took = f"about {seconds:.1f} s" if seconds >= 0.1 else "under 0.1 s"
     text = f"{took} for {size(probe.checkpoint_bytes)}"
-    short = [f"there are only {s:g} s {occasion}" for occasion, s in probe.grace.items() if s < seconds]
+    short = [f"there are only {s:g} s {occasion}" for occasion, s in probe.grace.items() if 0 < s < seconds]
     if short:
         return (
             False,
             f"{text}, but {', '.join(short)}: ask the site for more, or choose a faster folder (--runs)",
         )
-    return True, text + "".join(f"; {s:g} s {occasion}" for occasion, s in probe.grace.items())
+    none = "none {}: a preempted run goes back to its last checkpoint"
+    told = [f"{s:g} s {occasion}" if s else none.format(occasion) for occasion, s in probe.grace.items()]
+    return True, "; ".join([text, *told])
 
 
 def look_room(probe: Probe) -> tuple[int, int]:
