@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.rank import train
-from ldct_dist.cluster.record import CONFIG, JOB, job_of
+from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import Options, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.cluster.status import in_queue
 from ldct_dist.cluster.submit import SCRIPT
 from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
 from ldct_dist.config import to_yaml
@@ -81,15 +82,11 @@ def _script(
 
 
 def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[Point]:
-    ids = {point.config.name: job_of(point.folder) for point in sweep.points}
-    known, fault = jobs.ask({job for job in ids.values() if job is not None})
-    if fault is not None:
-        raise UserError(f"{fault}; nothing was submitted")
+    queued = in_queue(point.folder for point in sweep.points)
 
     def wanted(point: Point) -> bool:
-        job = known.get(ids[point.config.name] or "")
-        if job is not None and job.active:
-            say(f"{point.config.name}: in the queue already, job {job.id}")
+        if point.folder in queued:
+            say(f"{point.config.name}: in the queue already, job {queued[point.folder].id}")
             return False
         if point.done:
             say(f"{point.config.name}: done already")

@@ -9,19 +9,22 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ldct_dist.cluster.progress import is_running, read_progress
-from ldct_dist.cluster.record import note_cancelled
-from ldct_dist.cluster.status import Row, status
+from ldct_dist.cluster.record import made_for, note_cancelled
+from ldct_dist.cluster.status import Row, has_begun, status
 from ldct_dist.errors import UserError
 
 Say = Callable[[str], None]
+_ASK_S = 5.0  # between two looks at a job, for which Slurm is asked, or the file system
 
 
 def cancel(run: Path, grace_s: float, say: Say = print) -> None:
     """Ask every rank to save and stop, wait for it up to `grace_s` seconds, and see that no requeue follows.
 
-    A job that is still pending is only taken out of the queue. Raises UserError if there is nothing to
+    A job that is still pending is only taken out of the queue. Of a job that neither `submit` nor a sweep made, and
+    that may hold other work than this run, only the run's own process is asked. Raises UserError if there is nothing to
     cancel, if Slurm does not answer, or if the run had not stopped in time (it then goes on).
     """
     (row, *more), fault = status([run])
@@ -30,7 +33,10 @@ def cancel(run: Path, grace_s: float, say: Say = print) -> None:
     if fault is not None:
         raise UserError(f"{fault}; nothing was cancelled")
     if row.job is not None and row.job.active:
-        _cancel_job(row, grace_s, say)
+        if made_for(run, row.job.id):
+            _cancel_job(row, grace_s, say)
+        else:
+            _cancel_within(row, grace_s, say)
     elif row.state == "running":
         _cancel_local(row, grace_s, say)
     else:
@@ -48,8 +54,51 @@ def _cancel_job(row: Row, grace_s: float, say: Say) -> None:
         _slurm("scontrol", "update", f"JobId={row.job.id}", "Requeue=0")
         _slurm("scancel", "--signal=USR1", row.job.id)
         say(f"asked job {row.job.id} to save and stop")
-        _wait(lambda: status([row.folder])[0][0].state != "running", grace_s, row)
+        _wait(lambda: _left(row.folder), grace_s, row, _ASK_S)
     _slurm("scancel", row.job.id)
+
+
+def _left(run: Path) -> bool:
+    """Whether Slurm says that the run's job is over. Where Slurm does not answer, the ranks may still be saving."""
+    (row, *_), fault = status([run])
+    return fault is None and row.state != "running"
+
+
+def _cancel_within(row: Row, grace_s: float, say: Say) -> None:
+    job, start = row.job, row.progress.last_start
+    assert job is not None
+    assert start is not None
+    if job.state == "SUSPENDED" or not has_begun(row.progress, job):
+        raise UserError(
+            f"{row.folder}: job {job.id} ({job.state}), which `submit` did not make, does not train it now; to end "
+            f"that whole job: scancel {job.id}"
+        )
+    if start.get("slurm_node") is None:  # as in the shell of salloc, which no script will queue again
+        _cancel_local(row, grace_s, say)
+        return
+    note_cancelled(row.folder)
+    # Else its script, if it is such a one as slurm/train.sbatch, would now queue the job again.
+    _slurm("scontrol", "update", f"JobId={job.id}", "Requeue=0")
+    if start["host"] == platform.node():
+        _cancel_local(row, grace_s, say)
+    else:
+        _slurm(*_signal_there(job.id, start), env=_outside_of_jobs())
+        say(f"asked process {start['pid']} on {start['host']} to save and stop")
+        _wait(lambda: not read_progress(row.folder).alive(time.time()), grace_s, row, _ASK_S)
+    say(f"job {job.id} was not made by `submit`, so it is left to end by itself")
+
+
+def _signal_there(job: str, start: dict[str, Any]) -> list[str]:
+    """A step beside those of the job that signals the process, if it is still the one that trains."""
+    signal_it = 'tr "\\0" " " < /proc/$0/cmdline | grep -qF -e "$1" && kill -USR1 "$0"'
+    where = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={start['slurm_node']}"]
+    words = [str(start["pid"]), " ".join(start["command"][1:])]
+    return ["srun", f"--jobid={job}", *where, "--input=none", "sh", "-c", signal_it, *words]
+
+
+def _outside_of_jobs() -> dict[str, str]:
+    """The environment without the job that this command itself may be run in, which srun would take options from."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
 
 
 def _cancel_local(row: Row, grace_s: float, say: Say) -> None:
@@ -60,10 +109,10 @@ def _cancel_local(row: Row, grace_s: float, say: Say) -> None:
     # The ranks agree on a stop, so asking one of them is asking all.
     os.kill(start["pid"], signal.SIGUSR1)
     say(f"asked process {start['pid']} to save and stop")
-    _wait(lambda: not is_running(start), grace_s, row)
+    _wait(lambda: not is_running(start), grace_s, row, 1.0)
 
 
-def _wait(stopped: Callable[[], bool], grace_s: float, row: Row) -> None:
+def _wait(stopped: Callable[[], bool], grace_s: float, row: Row, pause_s: float) -> None:
     deadline = time.monotonic() + grace_s
     while not stopped():
         if time.monotonic() > deadline:
@@ -71,13 +120,13 @@ def _wait(stopped: Callable[[], bool], grace_s: float, row: Row) -> None:
                 f"{row.folder}: not stopped within {grace_s:g} s, so it was left running; give it longer "
                 "(--grace), or end it without a checkpoint (scancel, kill)"
             )
-        time.sleep(1)
+        time.sleep(pause_s)
 
 
-def _slurm(*command: str) -> None:
+def _slurm(*command: str, env: dict[str, str] | None = None) -> None:
     """Run a command of Slurm's. A job that has ended meanwhile is what was wanted."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=env)
     except subprocess.TimeoutExpired as e:
         raise UserError(f"{command[0]}: Slurm did not answer within 30 s; nothing was cancelled") from e
     over = ("Invalid job id", "already completing or completed", "Job/step already")

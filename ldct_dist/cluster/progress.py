@@ -8,6 +8,7 @@ import platform
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import yaml
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
+from ldct_dist.checkpoint import generation as generations
 from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.manifest import NAME as MANIFEST
 from ldct_dist.errors import UserError
 
 _SCALAR_BYTES = 1024  # no record of a scalar is larger; images are
+_BEATS_S = 3600.0  # a run that is not watched, by a hang_s beyond all measure, writes no beat after its first
 _RECENT = 120  # records looked at: some twenty reports of five scalars
 
 
@@ -53,6 +56,10 @@ class Progress:
     checkpoint_time: float | None = None
     written: float | None = None
     """when the newest step was written down"""
+    beat: float | None = None
+    """when a rank of the newest start last told that it lives; 0: all have left in peace"""
+    beat_s: float = 300.0
+    """silence that the ranks themselves take for an end: the run's hang_s"""
     last_start: dict[str, Any] | None = None
     """the newest entry of environment.json"""
 
@@ -72,9 +79,13 @@ class Progress:
         start = self.last_start
         if start is not None and start["host"] == platform.node():
             return is_running(start)
-        # Elsewhere, silence of a minute (or of 20 steps, where those are long) is taken for an end.
+        if self.beat == 0:
+            return False
+        # Elsewhere, silence is taken for an end: of a minute (or of 20 steps, where those are long), and of the
+        # ranks' own beats, which go on while no step is written down, as in a validation.
         silence = max(60.0, 20 * (self.seconds_a_step or 0.0))
-        return self.written is not None and now - self.written < silence and not self.done
+        steps = self.written is not None and now - self.written < silence and not self.done
+        return steps or (self.beat is not None and now - self.beat < min(self.beat_s, _BEATS_S))
 
 
 def read_progress(run: Path) -> Progress:
@@ -87,10 +98,10 @@ def read_progress(run: Path) -> Progress:
     line, written = _last_line(run / "losses.jsonl")
     checkpoints, _ = retention.newest_first(run / "checkpoints")
     newest = checkpoints[0] if checkpoints else None
-    starts = read_starts(run)
+    starts, config = read_starts(run), _config(run)
     return Progress(
         step=line.get("step", newest[1].step if newest else 0),
-        steps=_config(run).get("steps"),
+        steps=config.get("steps"),
         loss=latest.get("train/loss", line.get("loss")),
         crops_per_s=latest.get("speed/crops_per_s"),
         wait_percent=latest.get("speed/data_wait_percent"),
@@ -98,8 +109,20 @@ def read_progress(run: Path) -> Progress:
         checkpoint=newest[1].step if newest else None,
         checkpoint_time=(newest[0] / MANIFEST).stat().st_mtime if newest else None,
         written=written,
+        beat=_beat(run / "generations"),
+        beat_s=config.get("hang_s", Progress.beat_s),
         last_start=starts[-1] if starts else None,
     )
+
+
+def _beat(claims: Path) -> float | None:
+    """See `Progress.beat`; None where no start of the run has claimed anything."""
+    newest = generations.newest(claims) if claims.is_dir() else 0
+    times = []
+    for path in (claims / f"{newest:06d}").glob("*.beats"):
+        with suppress(FileNotFoundError):  # its ranks have just left
+            times.append(path.stat().st_mtime)
+    return max(times, default=0.0) if newest else None
 
 
 def is_running(start: dict[str, Any]) -> bool:

@@ -14,7 +14,9 @@ CONFIG = Path("slurm/job.yaml")
 """what the latest job was given, which a job in the queue reads when it starts"""
 CANCELLED = Path("slurm/cancelled")
 """holds the id of the latest job that a person ended"""
-_ERROR = re.compile(r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
+_ERROR = re.compile(
+    r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b|no \w+ for .* leaves with exit code 7[67]\b)"
+)
 
 
 def is_run(folder: Path) -> bool:
@@ -30,6 +32,15 @@ def job_of(run: Path) -> str | None:
     return starts[-1]["slurm_job"] if starts else None
 
 
+def made_for(run: Path, job: str) -> bool:
+    """Whether `submit` or a sweep made this job for the run: nothing else is then trained in it.
+
+    Any other may be an allocation that a person works in, or a script that trains several runs.
+    """
+    record = run / JOB
+    return record.is_file() and str(json.loads(record.read_text())["job"]) == job
+
+
 def note_cancelled(run: Path) -> None:
     """Remember that a person ended the run's job: its exit code then says nothing about the run."""
     (run / CANCELLED).parent.mkdir(exist_ok=True)
@@ -37,8 +48,10 @@ def note_cancelled(run: Path) -> None:
 
 
 def was_cancelled(run: Path, job: str) -> bool:
-    path = run / CANCELLED
-    return path.is_file() and path.read_text().strip() == job
+    path, started = run / CANCELLED, run / "environment.json"
+    if not path.is_file() or path.read_text().strip() != job:
+        return False
+    return not (started.is_file() and _newer(started, path))  # else started again, within the same allocation
 
 
 def error_of(run: Path) -> str | None:

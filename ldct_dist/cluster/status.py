@@ -12,7 +12,7 @@ from typing import Any
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.jobs import Job
 from ldct_dist.cluster.progress import Progress, read_progress
-from ldct_dist.cluster.record import error_of, is_run, job_of, was_cancelled
+from ldct_dist.cluster.record import error_of, is_run, job_of, made_for, was_cancelled
 from ldct_dist.errors import UserError
 
 HEADINGS = ("run", "state", "step", "loss", "crops/s", "wait", "saved", "ETA")
@@ -102,14 +102,47 @@ def _row(look: _Look, job: Job | None, now: float) -> Row:
     folder, progress = look.folder, look.progress
     if look.fault is not None:
         return Row(folder.name, folder, "unreadable", progress, notes=[look.fault])
+    if job is not None and job.active and not _at_work(look, job, now):
+        job = None
     if look.job is not None and not (job and job.active) and was_cancelled(folder, look.job):
         job = Job(look.job, "CANCELLED", requeues=job.requeues if job else 0)
     state = state_of(progress, job, now)
     return Row(folder.name, folder, state, progress, job, list(_notes(folder, state, progress, job)))
 
 
+def in_queue(runs: Iterable[Path]) -> dict[Path, Job]:
+    """Of these runs, which need not exist, those that a job trains, or is going to. UserError if Slurm does not answer."""
+    now, ids = time.time(), {run: job_of(run) for run in runs}
+    known, fault = jobs.ask({job for job in ids.values() if job is not None})
+    if fault is not None:
+        raise UserError(f"{fault}; nothing was submitted")
+    found = {run: known[job] for run, job in ids.items() if job is not None and job in known}
+    return {run: job for run, job in found.items() if job.active and _at_work(_look(run), job, now)}
+
+
+def _at_work(look: _Look, job: Job, now: float) -> bool:
+    """Whether an active job trains the run, or is going to.
+
+    One that was made for the run does, until the run is done. An allocation that the run was trained in may
+    outlive it, so what counts there is whether the run itself shows life.
+    """
+    progress = look.progress
+    ours = look.job is not None and made_for(look.folder, look.job)
+    if not has_begun(progress, job):
+        return ours or not progress.done
+    if progress.done:
+        return progress.alive(now)
+    return ours or job.state == "SUSPENDED" or progress.alive(now)
+
+
+def has_begun(progress: Progress, job: Job) -> bool:
+    """False for a job that was requeued since the newest start, or submitted: it has yet to come to the run."""
+    start = progress.last_start or {}
+    return (start.get("slurm_job"), start.get("slurm_restarts", 0)) == (job.id, job.requeues)
+
+
 def state_of(progress: Progress, job: Job | None, now: float) -> str:
-    """One word. Slurm's knowledge of a job outweighs what the folder suggests, but for a run that is done."""
+    """One word. job: None if it has nothing to do with the run any more; Slurm's word on it goes before the folder's."""
     if job is not None and job.active:
         return "running" if job.state in ("RUNNING", "COMPLETING", "SUSPENDED") else "pending"
     if progress.done:

@@ -19,11 +19,12 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 from ldct_dist import config as configs
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.rank import Train
-from ldct_dist.cluster.record import CONFIG, JOB, job_of
+from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import Options, gpus_per_node, number, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.cluster.status import in_queue
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.files import replace
@@ -220,15 +221,10 @@ def _executor_here(request: Request, cluster: str) -> Any:
 
 
 def _refuse_twice(request: Request) -> None:
-    job = job_of(request.run) if request.run.is_dir() else None
-    if job is None:
-        return
-    known, fault = jobs.ask({job})
-    if fault is not None:
-        raise UserError(f"{fault}; nothing was submitted")
-    if job in known and known[job].active:
+    job = in_queue([request.run]).get(request.run)
+    if job is not None:
         raise UserError(
-            f"{request.run}: in the queue already, job {job} ({known[job].state}); to end it first: "
+            f"{request.run}: in the queue already, job {job.id} ({job.state}); to end it first: "
             f"ldct-dist cancel {request.run}"
         )
 

@@ -99,6 +99,8 @@ class RunFolder:
             "device": str(world.device),
             "threads": torch.get_num_threads(),
             "slurm_job": _slurm_job(),
+            "slurm_node": os.environ.get("SLURMD_NODENAME"),
+            "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         }
         replace(self.environment, json.dumps([*self._starts(), entry], indent=1))
 

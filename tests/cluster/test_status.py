@@ -19,7 +19,7 @@ from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.jobs import Job, parse_sacct, parse_squeue
 from ldct_dist.cluster.progress import Progress, read_progress
-from ldct_dist.cluster.status import Row, render, span, state_of, status
+from ldct_dist.cluster.status import Row, in_queue, render, span, state_of, status
 from ldct_dist.errors import UserError
 
 SQUEUE = """\
@@ -211,6 +211,71 @@ def test_what_failed_is_told_with_the_last_line_of_its_error(tmp_path, monkeypat
     ((row,), _) = status([run])
     assert row.state == "failed"
     assert row.notes[:2] == ["job 2, failed, NonZeroExitCode", "error: x.zarr: not a store; make one"]
+
+
+def test_a_hang_is_told_by_the_rank_that_left(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "x", job="2")
+    (run / "slurm").mkdir()
+    line = (
+        "no answer for 300 s from rank 3 on node2 (last seen at step 40, backward); rank 1 on node1 (at step 40, "
+        "backward) leaves with exit code 77: start the same command again"
+    )
+    (run / "slurm" / "2.log").write_text(f"no case of yours\n{line}\nsrun: error: node1: task 1: Exited\n")
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", squeue=f"echo '{SQUEUE[2]}'"))
+    assert status([run])[0][0].notes[1] == line
+
+
+def shows_life(run: Path, age_s: float) -> None:
+    """As the ranks of its first start do: the file of their beats, last written so long ago."""
+    claim = run / "generations" / "000001"
+    claim.mkdir(parents=True)
+    beats = claim / "ranks-00000.beats"
+    beats.write_text("{}")
+    os.utime(beats, (time.time() - age_s,) * 2)
+
+
+def test_a_run_is_not_what_its_allocation_is(tmp_path, monkeypatch):
+    """Trained in an allocation that lives on, as those of salloc and Jupyter do."""
+    runs, there = tmp_path / "runs", {"job": "3", "slurm_restarts": 0}
+    shows_life(make_run(runs / "validates", **there), age_s=20)
+    shows_life(make_run(runs / "killed", **there), age_s=400)
+    for name in ("validates", "killed"):
+        os.utime(runs / name / "losses.jsonl", (1000, 1000))
+    (make_run(runs / "left", **there) / "generations" / "000001").mkdir(parents=True)
+    make_run(runs / "done", step=100, checkpoint=100, **there)
+    shows_life(make_run(runs / "ends", step=100, checkpoint=100, **there), age_s=1)  # its last validation
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", squeue=f"echo '{SQUEUE[-2]}'"))
+    rows, _ = status([runs])
+    assert {row.name: row.state for row in rows} == {
+        "validates": "running",
+        "killed": "stopped",
+        "left": "stopped",
+        "done": "done",
+        "ends": "running",
+    }
+    assert {run.name for run in in_queue(runs.iterdir())} == {"validates", "ends"}
+
+
+def test_a_script_of_ones_own_that_is_requeued_has_yet_to_come_to_its_run(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "x", job="4", slurm_restarts=0)
+    done = make_run(tmp_path / "y", step=100, checkpoint=100, job="4", slurm_restarts=0)
+    os.utime(run / "losses.jsonl", (1000, 1000))
+    for state, word in (("PENDING", "pending"), ("RUNNING", "running")):
+        line = f"4|4|{state}|BeginTime|1|N/A|"
+        monkeypatch.setenv("PATH", commands_on_path(tmp_path / state, squeue=f"echo '{line}'"))
+        assert [row.state for row in status([run, done])[0]] == [word, "done"]
+
+
+def test_a_run_that_is_done_and_was_submitted_for_more_steps_is_not_done(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "x", step=100, checkpoint=100, job="2", slurm_restarts=0)
+    (run / "slurm").mkdir()
+    (run / "slurm" / "job.json").write_text('{"job": "3"}')
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", squeue=f"echo '{SQUEUE[-2]}'"))
+    assert status([run])[0][0].state == "running"
+    make_run(tmp_path / "y", step=100, checkpoint=100, job="3", slurm_restarts=0)
+    (tmp_path / "y" / "slurm").mkdir()
+    (tmp_path / "y" / "slurm" / "job.json").write_text('{"job": "3"}')
+    assert status([tmp_path / "y"])[0][0].state == "done"  # the job has nothing left to do
 
 
 def test_one_unreadable_run_does_not_hide_the_others(tmp_path):
