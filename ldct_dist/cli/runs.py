@@ -82,6 +82,12 @@ def denoise(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Quicker on GPUs; how a run with precision=bf16 validates itself")
     ] = False,
+    strength: Annotated[
+        float,
+        typer.Option(
+            help="Share of what the network changes; below 1, some of the noise stays, and what it hides"
+        ),
+    ] = 1.0,
 ) -> None:
     """Denoise DICOM series into derived DICOM series, on a GPU where there is one.
 
@@ -93,7 +99,7 @@ def denoise(
     from ldct_dist.denoise.volumes import SeriesDenoiser, denoise_series
 
     if part is not None:
-        denoiser = SeriesDenoiser.load(weights, bf16=bf16)
+        denoiser = SeriesDenoiser.load(weights, bf16=bf16, strength=strength)
         report = denoise_cohort(
             denoiser,
             source,
@@ -112,6 +118,7 @@ def denoise(
             source,
             out,
             bf16=bf16,
+            strength=strength,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             notice=notice,
         )
@@ -135,6 +142,7 @@ def evaluate(
         float | None, typer.Option(help="Dose fraction of the input; without it, the protocol's")
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="See denoise; tables say so")] = False,
+    strength: Annotated[float, typer.Option(help="See denoise; tables say so")] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for a report: HTML, JSON, CSV")] = None,
     baselines: Annotated[
         str, typer.Option(help="Filters that the report compares, tuned on another split; '' for none")
@@ -156,13 +164,14 @@ def evaluate(
     from ldct_dist.evaluate.run import evaluate as run
 
     *weights, store = paths
-    precision = " in bf16" if bf16 else ""
-    named = {_name_of(path, weights) + precision: path for path in weights}
+    manner = (" in bf16" if bf16 else "") + (f" at {strength:g}" if strength < 1 else "")
+    named = {_name_of(path, weights) + manner: path for path in weights}
     options = {
         "split": split,
         "protocol": protocol,
         "dose": dose,
         "bf16": bf16,
+        "strength": strength,
         "lesion_mm": lesion_mm,
         "lesion_hu": lesion_hu,
     }

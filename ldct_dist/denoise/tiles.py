@@ -66,10 +66,12 @@ def denoise_volume(
     tile: Triple | None = None,
     device: torch.device | str | None = None,
     bf16: bool = False,
+    strength: float = 1.0,
     progress: Progress = lambda done, total: None,
 ) -> np.ndarray:
     """`model` on a whole volume: int16 HU (z, y, x) in and out, rounded to the nearest HU.
 
+    strength: share of what the network changes, above 0 and up to 1; less leaves some of the noise, and what it hides.
     Padding, as `padding_of` finds it, stays as it is. `tile`: None takes what suits the device. `device`: where the
     model is, or shall be moved; None leaves it there. `progress` hears (tiles done, tiles in all).
     Raises NotFiniteError where the network's answer is not finite, and UserError where `hu` is something else.
@@ -77,6 +79,7 @@ def denoise_volume(
     if not (isinstance(hu, np.ndarray) and hu.ndim == 3 and hu.dtype == np.int16):
         got = f"{hu.dtype} {hu.shape}" if isinstance(hu, np.ndarray) else type(hu).__name__
         raise UserError(f"denoise_volume: takes int16 HU (z, y, x), not {got}; of a Volume give its hu")
+    refuse_strength(strength)
     out = np.empty_like(hu)
     for write, answer in denoised_tiles(model, hu, tile=tile, device=device, bf16=bf16, progress=progress):
         if not answer.isfinite().all():
@@ -84,9 +87,16 @@ def denoise_volume(
                 f"{model.config.name}-{model.config.size} gives values that are not finite; take the weights "
                 f"of an earlier checkpoint{', or do without bf16' if bf16 else ''}"
             )
+        if strength < 1:
+            answer = torch.lerp(torch.from_numpy(hu[write]).to(answer.dtype), answer, strength)
         out[write] = answer.round().clamp(*HU_RANGE).to(torch.int16).numpy()
     np.copyto(out, hu, where=padding_of(hu))
     return out
+
+
+def refuse_strength(strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise UserError(f"strength {strength:g}: give a share above 0 and up to 1")
 
 
 def denoised_tiles(

@@ -14,7 +14,7 @@ from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import Series, read_series, sound_series
 from ldct_dist.denoise.claim import MADE_BY, claim
-from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume
+from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume, refuse_strength
 from ldct_dist.files import refuse_taken, refuse_unwritable
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.models.weights import load_weights, weights_hash
@@ -27,16 +27,24 @@ class SeriesDenoiser:
     model: Denoiser
     name: str
     bf16: bool = False
+    strength: float = 1.0
 
     @classmethod
     def load(
-        cls, weights: Path | str, device: torch.device | str | None = None, bf16: bool = False
+        cls,
+        weights: Path | str,
+        device: torch.device | str | None = None,
+        bf16: bool = False,
+        strength: float = 1.0,
     ) -> SeriesDenoiser:
-        """`weights`, `device`: as in `denoise_series`. Raises UserError for weights that cannot be used."""
+        """All as in `denoise_series`. Raises UserError for weights, or a strength, that cannot be used."""
+        refuse_strength(strength)
         file = weights_of(Path(weights))
         model = load_weights(file, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         name = f"{model.config.name}-{model.config.size}, weights sha256 {weights_hash(file)}"
-        return cls(model, f"{name}, in bf16" if bf16 else name, bf16)
+        name += ", in bf16" if bf16 else ""
+        name += f", at strength {strength:g}" if strength < 1 else ""
+        return cls(model, name, bf16, strength)
 
     def __call__(
         self,
@@ -67,7 +75,14 @@ class SeriesDenoiser:
         return files
 
     def _denoise(self, series: Series, out: Path, tile: Triple | None, progress: Progress) -> list[Path]:
-        hu = denoise_volume(self.model, read_series(series).hu, tile=tile, bf16=self.bf16, progress=progress)
+        hu = denoise_volume(
+            self.model,
+            read_series(series).hu,
+            tile=tile,
+            bf16=self.bf16,
+            strength=self.strength,
+            progress=progress,
+        )
         description = f"Denoised by ldct_dist {ldct_dist.__version__}, {self.name}"
         label = f"denoised {self.model.config.name}-{self.model.config.size}"
         return write_derived(series, hu, out, description, label=label)
@@ -81,6 +96,7 @@ def denoise_series(
     tile: Triple | None = None,
     device: torch.device | str | None = None,
     bf16: bool = False,
+    strength: float = 1.0,
     progress: Progress = lambda done, total: None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
@@ -88,7 +104,7 @@ def denoise_series(
 
     weights: a weights file, a checkpoint, or a run, whose best weights are taken. A voxel that the network leaves
     unchanged keeps its stored value bit for bit. DerivationDescription names this package's version, the network and
-    the hash of its weights. `device`: None takes a GPU if there is one. `progress` hears (tiles done, tiles in all) of
+    the hash of its weights. strength: share of what the network changes, above 0 and up to 1. `device`: None takes a GPU if there is one. `progress` hears (tiles done, tiles in all) of
     each series in turn, `notice` what is passed over as no volume and, of several series, each that is done.
 
     What is in `out` is whole series: of several, those stay that were denoised before a start with the same series and
@@ -97,4 +113,4 @@ def denoise_series(
     """
     if not (Path(out) / MADE_BY).exists():
         refuse_taken(Path(out))  # before all work, which may be an hour's
-    return SeriesDenoiser.load(weights, device, bf16)(source, out, tile, progress, notice)
+    return SeriesDenoiser.load(weights, device, bf16, strength)(source, out, tile, progress, notice)

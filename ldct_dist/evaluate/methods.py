@@ -22,10 +22,13 @@ LOW = "low dose"
 FULL = "full dose"
 
 
-def network(weights: Path, bf16: bool = False) -> Method:
-    """The network in a weights file, on a GPU where there is one, in fp32 or bf16. Raises UserError as `load_weights` does."""
+def network(weights: Path, bf16: bool = False, strength: float = 1.0) -> Method:
+    """The network in a weights file, on a GPU where there is one, in fp32 or bf16; strength: see `denoise_volume`.
+
+    Raises UserError as `load_weights` does.
+    """
     model = load_weights(weights, "cuda" if torch.cuda.is_available() else "cpu")
-    return lambda low: denoise_volume(model, low.hu, bf16=bf16)
+    return lambda low: denoise_volume(model, low.hu, bf16=bf16, strength=strength)
 
 
 def tuned_baselines(names: Sequence[str], pairs: Sequence[tuple[Volume, Volume]]) -> dict[str, Method]:

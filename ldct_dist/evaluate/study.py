@@ -39,7 +39,7 @@ class StudyConfig(Config):
     """What is evaluated, and how.
 
     split: the cases. protocol: by name; its 3-D form is measured as well. dose: fraction of full dose of the input;
-    None: the protocol's own. bf16: how networks calculate. lesion_mm, lesion_hu: diameter and contrast of the lesions
+    None: the protocol's own. bf16: how networks calculate. strength: share of what they change. lesion_mm, lesion_hu: diameter and contrast of the lesions
     for the model observer.
     """
 
@@ -47,6 +47,7 @@ class StudyConfig(Config):
     protocol: str = "abdomen"
     dose: float | None = Field(None, gt=0, lt=1)
     bf16: bool = False
+    strength: float = Field(1.0, gt=0, le=1)
     lesion_mm: float = Field(6.0, gt=0)
     lesion_hu: float = Field(15.0, ge=-1000, le=3000)
 
@@ -124,7 +125,7 @@ def methods_for(
     Baselines are tuned on a few cases of the other splits. Raises UserError for what is not there.
     """
     store.split(config.split)  # refused, as networks are, before filters are tuned for minutes
-    networks = {name: network(path, config.bf16) for name, path in weights.items()}
+    networks = {name: network(path, config.bf16, config.strength) for name, path in weights.items()}
     methods: dict[str, Method] = {LOW: lambda low: low.hu}
     if baselines:
         others = np.flatnonzero(store.splits != config.split)

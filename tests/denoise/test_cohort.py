@@ -55,13 +55,17 @@ def test_cases_of_other_weights_are_not_taken_for_these_nor_added_to(source, wei
     assert cases(out) == ["a", "c"]
 
 
-def test_the_same_weights_go_on_where_they_were_but_not_in_another_precision(source, weights, tmp_path):
+def test_the_same_weights_go_on_where_they_were_but_not_in_another_precision_or_strength(
+    source, weights, tmp_path
+):
     out = tmp_path / "out"
     denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(0, 2))
     report = denoise_cohort(SeriesDenoiser.load(weights), source, out)
     assert (report.written, report.skipped) == (["b"], ["a", "c"])
     with pytest.raises(UserError, match="in bf16"):
         denoise_cohort(SeriesDenoiser.load(weights, bf16=True), source, out)
+    with pytest.raises(UserError, match="at strength 0.85"):
+        denoise_cohort(SeriesDenoiser.load(weights, strength=0.85), source, out)
 
 
 def test_a_case_has_a_line_as_soon_as_it_is_whole(source, weights, tmp_path):

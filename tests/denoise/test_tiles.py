@@ -111,6 +111,25 @@ def test_air_whose_noise_is_cut_off_is_denoised():
         assert (answer[~padding] > hu[~padding]).mean() > 0.995
 
 
+@given(strength=st.floats(0.01, 1), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=25, derandomize=True)
+def test_strength_is_the_share_of_the_change_that_is_made(strength, seed):
+    model, hu = MODELS["redcnn3d", False], noise((3, 20, 24), seed)
+    hu[:, :5] = AIR_HU
+    change = stitched(model, hu, WHOLE).numpy() - hu
+    done = denoise_volume(model, hu, strength=strength)
+    assert (done[:, :5] == AIR_HU).all()
+    wanted = (hu + strength * change).clip(AIR_HU, 32767)
+    assert np.abs(done - wanted)[:, 5:].max() <= 0.51
+    assert np.array_equal(denoise_volume(model, hu, strength=1.0), denoise_volume(model, hu))
+
+
+@pytest.mark.parametrize("strength", [0, -0.5, 1.01, float("nan")])
+def test_a_strength_that_is_no_share_is_refused(strength):
+    with pytest.raises(UserError, match="above 0 and up to 1"):
+        denoise_volume(MODELS["unet3d", False], noise((2, 16, 16)), strength=strength)
+
+
 def test_answers_beyond_int16_are_clipped():
     model = build(ModelConfig(name="redcnn3d", size="xs"))
     hu = noise((2, 8, 8))

@@ -77,6 +77,17 @@ def test_a_series_is_denoised_and_says_by_what(denoiser, tmp_path):
         assert part in said
 
 
+def test_strength_is_said_and_refused_before_any_work(denoiser, tmp_path):
+    write_series(tmp_path / "in", phantom())
+    files = denoise_series(denoiser, tmp_path / "in", tmp_path / "out", strength=0.85)
+    assert "at strength 0.85" in pydicom.dcmread(files[0]).DerivationDescription
+    before, after = (read_series(one_series(tmp_path / name)).hu for name in ("in", "out"))
+    assert np.array_equal(after, denoise_volume(random_network("unet3d", gain=0.5), before, strength=0.85))
+    with pytest.raises(UserError, match="strength 1.5"):
+        denoise_series(denoiser, tmp_path / "in", tmp_path / "more", strength=1.5)
+    assert not (tmp_path / "more").exists()
+
+
 def test_several_series_get_a_folder_each(identity, tmp_path):
     files = denoise_series(identity, write_phantoms(tmp_path / "in", "ab"), tmp_path / "out")
     assert {f.parent.name for f in files} == {"series-001", "series-002"}
