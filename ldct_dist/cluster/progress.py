@@ -85,7 +85,8 @@ class Progress:
         # ranks' own beats, which go on while no step is written down, as in a validation.
         silence = max(60.0, 20 * (self.seconds_a_step or 0.0))
         steps = self.written is not None and now - self.written < silence and not self.done
-        return steps or (self.beat is not None and now - self.beat < min(self.beat_s, _BEATS_S))
+        beats = self.beat is not None and now - self.beat < max(silence, min(self.beat_s, _BEATS_S))
+        return steps or beats
 
 
 def read_progress(run: Path) -> Progress:

@@ -238,6 +238,8 @@ def test_a_run_is_not_what_its_allocation_is(tmp_path, monkeypatch):
     """Trained in an allocation that lives on, as those of salloc and Jupyter do."""
     runs, there = tmp_path / "runs", {"job": "3", "slurm_restarts": 0}
     shows_life(make_run(runs / "validates", **there), age_s=20)
+    with open(runs / "validates" / "config.yaml", "a") as f:
+        f.write("hang_s: 5\n")  # less than files of another node may take to be seen here
     shows_life(make_run(runs / "killed", **there), age_s=400)
     for name in ("validates", "killed"):
         os.utime(runs / name / "losses.jsonl", (1000, 1000))
