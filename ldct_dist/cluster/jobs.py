@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldct_dist.cluster.environment import left_out
 from ldct_dist.errors import UserError
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
@@ -64,8 +66,10 @@ def ask(ids: Collection[str], timeout_s: float = 10.0) -> tuple[dict[str, Job], 
 def sbatch(script: Path, *options: str) -> str:
     """Submit a job script; the job's id, an array's own. Raises UserError if Slurm is not here, or refuses."""
     command = ["sbatch", "--parsable", *options, str(script)]
+    unwanted = left_out(script.read_text())
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError as e:
         raise UserError("no sbatch on the PATH of this machine: submit from a login node") from e
     if done.returncode != 0:

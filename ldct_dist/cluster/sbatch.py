@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ldct_dist.cluster.environment import KEPT, OF_A_JOB, beaten
 from ldct_dist.cluster.shape import Options, merged
 from ldct_dist.cluster.site import Site
 from ldct_dist.errors import UserError
@@ -45,10 +46,12 @@ class Script:
 def render(script: Script) -> str:
     """The text of the job script. Raises UserError for a value that it cannot hold safely."""
     body = {"ranks": _RANKS, "parts": _PART, "single": _SINGLE}[script.kind]
+    head = "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script))
     blocks = [
-        "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script)),
+        head,
         _environment(script),
         body.replace("{again}", _again(script))
+        .replace("{beaten}", shlex.quote(beaten(head)))
         .replace("{insist}", _INSIST)
         .replace("{meeting}", _MEETING)
         .replace("{still_ours}", _STILL_OURS)
@@ -159,7 +162,8 @@ def _again(script: Script) -> str:
     """How a run that is not done goes on: the same job once more, or the next one chained to it."""
     if script.kind != "ranks" or (script.site.requeue and "no-requeue" not in script.options):
         return _REQUEUE
-    return _CHAIN.replace("{folder}", shlex.quote(str(script.folder)))
+    chain = _CHAIN.replace("{kept}", shlex.quote(KEPT)).replace("{of_a_job}", shlex.quote(OF_A_JOB))
+    return chain.replace("{folder}", shlex.quote(str(script.folder)))
 
 
 def _srun_options(site: Site) -> str:
@@ -172,9 +176,12 @@ _RANKS = """\
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 first=$SLURMD_NODENAME   # of the nodes: this shell runs where rank 0 does
-{meeting}# Slurm says so itself from 23.02 on; seconds since the epoch, empty without a time limit.
-: "${SLURM_JOB_END_TIME=$(date -d "$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)" +%s 2>/dev/null)}"
-export SLURM_JOB_END_TIME
+{meeting}# When the time limit ends the job, in seconds since the epoch; Slurm says so itself from 23.02 on. Unset without a
+# limit, and without an answer: date would read that as last midnight.
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+  ends=$(SLURM_TIME_FORMAT=standard insist squeue -h -j "$job" -o %e | grep -xE '[0-9]+-[0-9-]+T[0-9:]+')
+  [ -z "$ends" ] || export SLURM_JOB_END_TIME="$(date -d "$ends" +%s)"
+fi
 export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run heeds signals by itself
 
 trap : TERM USR1 USR2   # this shell outlives the ranks
@@ -182,23 +189,29 @@ trap : TERM USR1 USR2   # this shell outlives the ranks
 # One task a rank. Since Slurm 22.05, srun does not take over sbatch's --cpus-per-task. Ranks that stop together
 # need not leave together, and if a node is lost, Slurm is to find that out first: so none is killed because another
 # has left. A signal that comes before a rank can heed it must not kill it either. But a rank that hangs would hold
-# the nodes: those that found it out, and left with 76 or 77, have the whole step killed.
+# the nodes: those that found it out, and left with 76 or 77, have the whole step killed. Some sites have srun hand
+# on nothing of what is set here, unless told to.
 hung={hung}
 rm -f "$hung"
 export hung job
-srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=0 --wait=0{srun} \\
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --export=ALL --kill-on-bad-exit=0 --wait=0{srun} \\
   bash -c "$(declare -f insist still_ours)"'
     trap "" TERM USR1 USR2
     "$@"; code=$?
-    [ "$code" -ne 76 ] || touch "$hung"
-    case $code in 76|77) still_ours && scancel --signal=KILL "$job.$SLURM_STEP_ID" ;; esac
+    case $code in 76|77)
+      echo "$code" >> "$hung"
+      still_ours && scancel --signal=KILL "$job.$SLURM_STEP_ID" ;;
+    esac
     exit "$code"' -- \\
   {launch}
 code=$?
+# Of a step that was killed, srun only says 137, as if it had run out of memory.
+[ ! -s "$hung" ] || code=$(sort "$hung" | head -n 1)
+rm -f "$hung"
 
 # 75: all ranks stopped at one step, and its checkpoint is committed. Leaving now would count as finished. After 76
 # the run had got on before it hung, and is worth another start.
-if { rm "$hung" 2>/dev/null || [ "$code" -eq 75 ]; } && still_ours; then
+if { [ "$code" -eq 75 ] || [ "$code" -eq 76 ]; } && still_ours; then
 {again}fi
 exit "$code"
 """
@@ -231,7 +244,8 @@ _STILL_OURS = """\
 # Not ended by scancel, which is to stay so; nor gone on elsewhere, if this node was cut off meanwhile.
 still_ours() {
   local now
-  now=$(insist scontrol --oneliner show job "$job")
+  now=$(insist scontrol --oneliner show job "$job") ||
+    { echo "job $job is left as it is, since Slurm does not say how it stands: $now" >&2; return 1; }
   [[ $now == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $now != *" JobState=COMPLETING Reason=None "* ]]
 }
 """
@@ -243,7 +257,18 @@ _CHAIN = """\
   # Requeuing is not allowed: the next job is chained to this one, unless a person has cancelled the run.
   cd {folder} || exit
   if [ "$(cat cancelled 2>/dev/null)" != "$SLURM_JOB_ID" ]; then
-    next=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" job.sbatch) || exit
+    # Not for the next job: what this one was told of itself, and what sbatch would take before the script's lines.
+    foreign=$(compgen -e | grep -vxE {kept} | grep -xE \\
+      -e {of_a_job} \\
+      -e {beaten})
+    for pause in 5 15 30 0; do   # Slurm may be busy
+      next=$(unset $foreign; sbatch --parsable --dependency="afterany:$job" job.sbatch) && break
+      sleep "$pause"
+      # It may have heard a call that it did not answer, and two jobs must not follow this one.
+      next=$(squeue -h --me --name="$SLURM_JOB_NAME" -o '%A %E' | sed -n "s/ afterany:$job\\b.*//p")
+      [ -z "$next" ] || break
+    done
+    [ -n "$next" ] || { echo "no job follows this one: submit the run again to go on" >&2; exit "$code"; }
     next=${next%%;*}
     [ ! -e "${SLURM_JOB_ID}_submitted.pkl" ] || cp "${SLURM_JOB_ID}_submitted.pkl" "${next}_submitted.pkl"
     printf '{"job": "%s"}' "$next" > next.tmp && mv next.tmp job.json

@@ -18,6 +18,7 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from ldct_dist import config as configs
 from ldct_dist.cluster import jobs
+from ldct_dist.cluster.environment import left_out
 from ldct_dist.cluster.rank import Train
 from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
@@ -199,7 +200,8 @@ class Executor(SlurmExecutor):
         return self._text
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        return ["sbatch", str(self.folder / SCRIPT)]
+        unset = [f"--unset={name}" for name in left_out(self._text)]
+        return ["env", *unset, "sbatch", str(self.folder / SCRIPT)]
 
     def _num_tasks(self) -> int:
         return self._tasks

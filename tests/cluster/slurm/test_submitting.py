@@ -29,6 +29,18 @@ def test_a_value_is_what_slurm_gets_whatever_it_holds(cluster, store, tmp_path, 
     assert not list(tmp_path.rglob("pwned"))
 
 
+def test_what_was_asked_for_goes_before_what_the_environment_says(cluster, store, tmp_path, monkeypatch):
+    against = {"TIMELIMIT": "1", "NO_REQUEUE": "1", "PARTITION": "high", "ARRAY_INX": "0-3", "OUTPUT": "x"}
+    for name, value in against.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    job = submit(write_job(tmp_path, store, steps=1), time="10", partition="main", hold=True)
+    text = cluster.run("scontrol", "show", "job", job.job_id)
+    cluster.run("scancel", job.job_id)
+    for words in ("TimeLimit=00:10:00", "Requeue=1", "Partition=main", f"StdOut={job.log}\n"):
+        assert words in text
+    assert "ArrayJobId" not in text
+
+
 def test_a_wrong_number_of_gpus_is_one_line(cluster, store, tmp_path):
     job = submit(write_job(tmp_path, store, steps=1), gpus_per_node=2, cpus_per_task=1)
     wait(lambda: job.done(force_check=True), "the job's end")

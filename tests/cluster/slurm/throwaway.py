@@ -29,7 +29,7 @@ DAEMONS = {
 _OUT_OF_THE_CONTROLLER = """\
 #!/bin/sh
 # On a node, Slurm is in reach already; from outside, step into the head node's network.
-[ -n "$SLURMD_NODENAME" ] && exec {real} "$@"
+[ /etc/hosts -ef {hosts} ] && exec {real} "$@"
 exec nsenter -t {head} -n -u -- {real} "$@"
 """
 
@@ -130,7 +130,11 @@ class Cluster:
             self._plug_in(i)
         for client in CLIENTS:
             shim = self.layout.folder / "shims" / client
-            shim.write_text(_OUT_OF_THE_CONTROLLER.format(real=_where(client), head=self._init("head")))
+            shim.write_text(
+                _OUT_OF_THE_CONTROLLER.format(
+                    real=_where(client), head=self._init("head"), hosts=self.layout.folder / "hosts"
+                )
+            )
             shim.chmod(0o755)
 
     def _new_machine(self, name: str) -> None:
