@@ -13,6 +13,7 @@ from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.cluster.parts import Parts, array_script
 from ldct_dist.cluster.submit import Request
 from ldct_dist.denoise.cohort import cases_of
+from ldct_dist.denoise.tiles import refuse_strength
 from ldct_dist.errors import UserError
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.train.config import RunConfig
@@ -50,10 +51,22 @@ def parse_parts(
     # What a run's best weights are may change before the last task starts: all take this copy.
     weights = weights_of(Path(folders[0]))
     copy = jobs / f"{weights_hash(weights)}.safetensors"
-    words = [verb, str(copy), *folders[1:], *(["--bf16"] if options.pop("bf16", False) else [])]
+    words = [verb, str(copy), *folders[1:], *_manner(options)]
     parts = parts or min(len(cases), MOST_PARTS)
     script = array_script(verb, words, jobs, parts, options, site, at_once)
     return Parts(script, pinned=(weights, copy))
+
+
+def _manner(options: dict[str, str | bool]) -> list[str]:
+    """Of these, taken out, what is denoise's own and none of sbatch's."""
+    words = ["--bf16"] if options.pop("bf16", False) else []
+    if (strength := options.pop("strength", None)) is not None:
+        try:
+            refuse_strength(float(str(strength)))
+        except ValueError as e:
+            raise UserError(f"--strength={strength}: give a share above 0 and up to 1") from e
+        words.append(f"--strength={strength}")
+    return words
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:

@@ -191,7 +191,9 @@ def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path,
         (tmp_path / "in" / case).mkdir(parents=True)
     weights, out = tmp_path / "w.safetensors", tmp_path / "out"
     save_weights(weights, build(ModelConfig(size="xs")))
-    array = parse_parts(["denoise", str(weights), str(tmp_path / "in"), str(out), "--bf16"], None, None)
+    array = parse_parts(
+        ["denoise", str(weights), str(tmp_path / "in"), str(out), "--bf16", "--strength=0.85"], None, None
+    )
     assert not array.script.folder.exists()
     then = weights.read_bytes()
     assert submit_parts(array) == ["7"]
@@ -201,7 +203,14 @@ def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path,
     ]
     given = line.partition(" denoise ")[2].split()
     assert Path(given[0]).read_bytes() == then
-    assert given[1:] == [str(tmp_path / "in"), str(out), "--bf16", "--part", '"$SLURM_ARRAY_TASK_ID/2"']
+    assert given[1:] == [
+        str(tmp_path / "in"),
+        str(out),
+        "--bf16",
+        "--strength=0.85",
+        "--part",
+        '"$SLURM_ARRAY_TASK_ID/2"',
+    ]
 
 
 def test_a_large_cohort_is_no_larger_an_array_than_slurm_takes(tmp_path):

@@ -64,7 +64,7 @@ def test_the_same_weights_go_on_where_they_were_but_not_in_another_precision_or_
     assert (report.written, report.skipped) == (["b"], ["a", "c"])
     with pytest.raises(UserError, match="in bf16"):
         denoise_cohort(SeriesDenoiser.load(weights, bf16=True), source, out)
-    with pytest.raises(UserError, match="at strength 0.85"):
+    with pytest.raises(UserError, match=r"at strength 0\.85"):
         denoise_cohort(SeriesDenoiser.load(weights, strength=0.85), source, out)
 
 

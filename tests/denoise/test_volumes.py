@@ -83,7 +83,7 @@ def test_strength_is_said_and_refused_before_any_work(denoiser, tmp_path):
     assert "at strength 0.85" in pydicom.dcmread(files[0]).DerivationDescription
     before, after = (read_series(one_series(tmp_path / name)).hu for name in ("in", "out"))
     assert np.array_equal(after, denoise_volume(random_network("unet3d", gain=0.5), before, strength=0.85))
-    with pytest.raises(UserError, match="strength 1.5"):
+    with pytest.raises(UserError, match=r"strength 1\.5"):
         denoise_series(denoiser, tmp_path / "in", tmp_path / "more", strength=1.5)
     assert not (tmp_path / "more").exists()
 
