@@ -105,7 +105,10 @@ def test_on_a_full_disk_training_ends_in_one_line_and_the_last_good_checkpoint_s
 def test_a_start_that_could_save_nothing_does_not_ask_for_another(store, tmp_path, unbroken):
     """A job that is told to go on, and gets no further, would be requeued for ever."""
     config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
-    assert fork(config, plant=partial(full_before_the_stop, 3)) == [75, 75]  # step 3 was saved: that is worth another start
+    assert fork(config, plant=partial(full_before_the_stop, 3)) == [
+        75,
+        75,
+    ]  # step 3 was saved: that is worth another start
     assert newest_valid(run / "checkpoints", World()).manifest.step == 3
     assert fork(config, plant=partial(full_before_the_stop, 0)) == [2, 2]
     said = config.with_suffix(".log").read_text()
