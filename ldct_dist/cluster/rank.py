@@ -73,5 +73,5 @@ def _join_as_submitit_says() -> None:
     os.environ |= {
         **{"RANK": str(env.global_rank), "WORLD_SIZE": str(env.num_tasks)},
         **{"LOCAL_RANK": str(env.local_rank), "LOCAL_WORLD_SIZE": str(env.num_tasks)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + int(env.job_id) % 20000)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(10000 + int(env.job_id) % 20000)},
     }

@@ -237,7 +237,7 @@ insist() { for pause in 0 5 15 30; do sleep "$pause"; "$@" 2>&1 && return; done;
 _MEETING = """\
 # The address of rank 0's node as Slurm itself uses it: a node's name need not be in the DNS.
 MASTER_ADDR=$(insist scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet, nor what calls from 32768 on
 export MASTER_ADDR MASTER_PORT
 """
 _STILL_OURS = """\
