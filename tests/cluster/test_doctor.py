@@ -216,7 +216,7 @@ def test_within_a_container_slurm_is_asked_from_outside(tmp_path, monkeypatch):
     job = {"SLURM_JOB_ID": "20007", "SLURM_STEP_NODELIST": "n[7-8]", "SLURM_JOB_PARTITION": "low"}
     environment = {"PATH": path, "SHIFT": str(words.index("bash") - 1), "SLURM_PROCID": "0", **job}
     told = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
-    assert told == "10.0.0.7 20007 PreemptMode=REQUEUE GraceTime=10\n"
+    assert told == "10.0.0.7 10007 PreemptMode=REQUEUE GraceTime=10\n"
 
 
 def test_the_size_of_a_checkpoint_is_known_before_there_is_one(tmp_path):
