@@ -164,7 +164,7 @@ def evaluate(
     from ldct_dist.evaluate.run import evaluate as run
 
     *weights, store = paths
-    manner = (" in bf16" if bf16 else "") + (f" at {strength:g}" if strength < 1 else "")
+    manner = (" in bf16" if bf16 else "") + (f" at strength {strength:g}" if strength < 1 else "")
     named = {_name_of(path, weights) + manner: path for path in weights}
     options = {
         "split": split,
