@@ -53,7 +53,10 @@ def field(cluster, job: str, name: str) -> str:
 def ranks_on(machines, node: int) -> list[int]:
     """The processes of the ranks that run on a node."""
     processes = machines.order("processes_of", node)
-    return [int(pid) for pid, line in processes.items() if "python" in line.split()[0] and "submitit" in line]
+    words = {int(pid): line.split() for pid, line in processes.items()}  # none of one that is just ending
+    return [
+        pid for pid, line in words.items() if line and "python" in line[0] and "submitit.core._submit" in line
+    ]
 
 
 def nodes_of(cluster, job: str) -> list[int]:
