@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ldct_dist.cluster.environment import outside
 from ldct_dist.cluster.progress import is_running, read_progress
 from ldct_dist.cluster.record import made_for, note_cancelled
 from ldct_dist.cluster.status import Row, has_begun, status
@@ -82,7 +83,8 @@ def _cancel_within(row: Row, grace_s: float, say: Say) -> None:
     if start["host"] == platform.node():
         _cancel_local(row, grace_s, say)
     else:
-        _slurm(*_signal_there(job.id, start), env=_outside_of_jobs())
+        # Not as of the job that this command may itself be run in, which srun would take options from.
+        _slurm(*_signal_there(job.id, start), env=outside())
         say(f"asked process {start['pid']} on {start['host']} to save and stop")
         _wait(lambda: not read_progress(row.folder).alive(time.time()), grace_s, row, _ASK_S)
     say(f"job {job.id} was not made by `submit`, so it is left to end by itself")
@@ -94,11 +96,6 @@ def _signal_there(job: str, start: dict[str, Any]) -> list[str]:
     where = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={start['slurm_node']}"]
     words = [str(start["pid"]), " ".join(start["command"][1:])]
     return ["srun", f"--jobid={job}", *where, "--input=none", "sh", "-c", signal_it, *words]
-
-
-def _outside_of_jobs() -> dict[str, str]:
-    """The environment without the job that this command itself may be run in, which srun would take options from."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
 
 
 def _cancel_local(row: Row, grace_s: float, say: Say) -> None:

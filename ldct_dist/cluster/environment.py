@@ -41,3 +41,9 @@ def left_out(script: str) -> list[str]:
     """The names of the variables in this process's environment that are not to reach sbatch with this script."""
     foreign = re.compile(f"{OF_A_JOB}|{beaten(script)}")
     return [name for name in os.environ if foreign.fullmatch(name) and not re.fullmatch(KEPT, name)]
+
+
+def outside(script: str = "") -> dict[str, str]:
+    """This process's environment without them: for sbatch with this script, or for srun into another job."""
+    unwanted = left_out(script)
+    return {name: value for name, value in os.environ.items() if name not in unwanted}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldct_dist.cluster.environment import left_out
+from ldct_dist.cluster.environment import outside
 from ldct_dist.errors import UserError
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
@@ -66,8 +65,7 @@ def ask(ids: Collection[str], timeout_s: float = 10.0) -> tuple[dict[str, Job], 
 def sbatch(script: Path, *options: str) -> str:
     """Submit a job script; the job's id, an array's own. Raises UserError if Slurm is not here, or refuses."""
     command = ["sbatch", "--parsable", *options, str(script)]
-    unwanted = left_out(script.read_text())
-    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    environment = outside(script.read_text())
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError as e:

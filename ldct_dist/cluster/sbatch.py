@@ -209,7 +209,7 @@ code=$?
 [ ! -s "$hung" ] || code=$(sort "$hung" | head -n 1)
 rm -f "$hung"
 
-# 75: all ranks stopped at one step, and its checkpoint is committed. Leaving now would count as finished. After 76
+# 75: all ranks stopped at one step, and a checkpoint is committed. Leaving now would count as finished. After 76
 # the run had got on before it hung, and is worth another start.
 if { [ "$code" -eq 75 ] || [ "$code" -eq 76 ]; } && still_ours; then
 {again}fi

@@ -95,6 +95,7 @@ def denoise_volume(
 
 
 def refuse_strength(strength: float) -> None:
+    """Raises UserError for what is no share of a change."""
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength:g}: give a share above 0 and up to 1")
 

@@ -104,8 +104,9 @@ def denoise_series(
 
     weights: a weights file, a checkpoint, or a run, whose best weights are taken. A voxel that the network leaves
     unchanged keeps its stored value bit for bit. DerivationDescription names this package's version, the network and
-    the hash of its weights. strength: share of what the network changes, above 0 and up to 1. `device`: None takes a GPU if there is one. `progress` hears (tiles done, tiles in all) of
-    each series in turn, `notice` what is passed over as no volume and, of several series, each that is done.
+    the hash of its weights. strength: share of what the network changes, above 0 and up to 1. `device`: None takes a
+    GPU if there is one. `progress` hears (tiles done, tiles in all) of each series in turn, `notice` what is passed over
+    as no volume and, of several series, each that is done.
 
     What is in `out` is whole series: of several, those stay that were denoised before a start with the same series and
     weights was stopped. Returns the files. Raises UserError for weights or series that cannot be used, for an `out`

@@ -39,8 +39,8 @@ class StudyConfig(Config):
     """What is evaluated, and how.
 
     split: the cases. protocol: by name; its 3-D form is measured as well. dose: fraction of full dose of the input;
-    None: the protocol's own. bf16: how networks calculate. strength: share of what they change. lesion_mm, lesion_hu: diameter and contrast of the lesions
-    for the model observer.
+    None: the protocol's own. bf16: how networks calculate. strength: share of what they change. lesion_mm,
+    lesion_hu: diameter and contrast of the lesions for the model observer.
     """
 
     split: str = "test"
