@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -57,6 +58,9 @@ def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if not (e.errno == errno.EINVAL and path.is_dir()):  # on some network file systems names cannot be
+            raise
     finally:
         os.close(fd)
 

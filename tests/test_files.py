@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,24 @@ def test_after_an_error_the_old_file_stands_alone(tmp_path, monkeypatch):
         files.replace(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_written_to_all_the_same(tmp_path, monkeypatch):
+    """Some network file systems say EINVAL to it. A file's bytes must still be on disk."""
+
+    def refuse(kind):
+        def fsync(fd):
+            if kind(os.fstat(fd).st_mode):
+                raise OSError(22, "Invalid argument")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    refuse(stat.S_ISDIR)
+    files.replace(tmp_path / "config.yaml", "new")
+    assert (tmp_path / "config.yaml").read_text() == "new"
+    refuse(stat.S_ISREG)
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.replace(tmp_path / "config.yaml", "newer")
 
 
 def test_what_cannot_be_written_is_found_out_without_a_trace(tmp_path):
