@@ -32,6 +32,11 @@ def directory(root: Path, step: int) -> Path:
     return root / f"{PREFIX}{step:08d}"
 
 
+def saved(root: Path) -> list[Path]:
+    """All that bears a checkpoint's name, sound or not; a user's copy beside them has another."""
+    return [path for path in root.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+
+
 def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
     """(checkpoints by generation and step, newest first; those with no sound manifest, and why).
 
@@ -39,7 +44,7 @@ def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Pa
     """
     sound: list[tuple[Path, Manifest]] = []
     broken: list[tuple[Path, str]] = []
-    for path in sorted(root.glob(f"{PREFIX}*"), reverse=True):
+    for path in sorted(saved(root), reverse=True):
         try:
             sound.append((path, Manifest.read(path)))
         except Corrupt as e:

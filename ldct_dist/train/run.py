@@ -56,7 +56,7 @@ class RunFolder:
     @property
     def has_saved(self) -> bool:
         """Whether there is a checkpoint, sound or not: until then nothing depends on what the run was given."""
-        return any(self.checkpoints.glob(f"{retention.PREFIX}*"))
+        return bool(retention.saved(self.checkpoints))
 
     def open(self, config: RunConfig) -> list[str]:
         """Create the folder, or check that `config` is still the run's; the keys that changed. Raises as `check` does."""

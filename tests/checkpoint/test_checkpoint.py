@@ -114,6 +114,15 @@ def test_the_newest_the_best_and_every_nth_stay(saver):
     assert weights_of(saver.root.parent).parent.name == "step-00000020"
 
 
+def test_a_copy_that_a_user_keeps_beside_checkpoints_is_none(saver):
+    kept = save(saver, 10).path.rename(saver.root / "step-00000010-good")
+    for step in (20, 30, 40):
+        save(saver, step)
+    assert kept.exists()
+    (kept / "MANIFEST.json").unlink()
+    assert newest_valid(saver.root, ALONE).passed_over == []
+
+
 def test_the_best_is_of_those_measured_on_what_the_newest_was(saver):
     """An RMSE of other cases says nothing, nor does one of a version that did not say of which it was."""
     few, all_cases = ({"basis": {"split": "val", "cases": n}} for n in (2, 9))
