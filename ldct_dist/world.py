@@ -117,29 +117,28 @@ class World:
         return box[0]
 
     def agree(self, act: Callable[[], T]) -> T:
-        """`act` on rank 0 alone; its result on every rank. After a UserError all end, as `refuse` says."""
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = act()
-            except UserError as e:
-                error = str(e)
-        result, error = self.broadcast((result, error))
+        """`act` on rank 0 alone; its result on every rank. After a UserError or OSError all end, as `refuse` says."""
+        result, error = self.broadcast(self._outcome(act) if self.is_main else None)
         if error is not None:
             self.refuse(error)
         return result
 
     def each(self, act: Callable[[], T]) -> T:
-        """`act` on every rank, its own result on each. After a UserError on any rank all end, as `refuse` says."""
-        result, error = None, None
-        try:
-            result = act()
-        except UserError as e:
-            error = str(e)
+        """`act` on every rank, its own result on each. After a UserError or OSError on any all end, as `refuse` says."""
+        result, error = self._outcome(act)
         errors = [e for e in self.gather(error) if e is not None]
         if errors:
             self.refuse(errors[0])
         return cast(T, result)
+
+    def _outcome(self, act: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What `act` returned, or what is to be said of its failure: of a disk's, also where it is."""
+        try:
+            return act(), None
+        except UserError as e:
+            return None, str(e)
+        except OSError as e:
+            return None, f"{self.name}: {e}"
 
     def refuse(self, message: str) -> NoReturn:
         """End all ranks over a user's mistake that all of them know of: the first says it, in one line."""

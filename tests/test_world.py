@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ldct_dist import world
+from ldct_dist.errors import UserError
 from ldct_dist.world import World
 
 HERE = socket.gethostname()
@@ -53,6 +54,15 @@ def test_a_gpu_leaves_cores_alone_unless_some_arithmetic_is_the_cpus(
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     World.join(asked, works_on_cpu=works_on_cpu)
     assert told == [threads]
+
+
+@pytest.mark.parametrize("call", [World.agree, World.each])
+def test_what_a_disk_refuses_ends_all_ranks_with_a_line_that_says_where(call):
+    def act():
+        raise OSError(122, "Disk quota exceeded", "/scratch/run")
+
+    with pytest.raises(UserError, match=rf"^rank 0 on {HERE}: .*Disk quota exceeded: '/scratch/run'$"):
+        call(World(), act)
 
 
 LEAVES_LATE_WORK = """

@@ -33,7 +33,7 @@ class Found:
 
 def newest_valid(root: Path, world: World) -> Found:
     """The newest checkpoint under `root` of which every byte is as written; the same on every rank."""
-    sound, broken = world.broadcast(retention.newest_first(root) if world.is_main else ([], []))
+    sound, broken = world.agree(lambda: retention.newest_first(root))
     passed_over = [f"{path.name}: {why}" for path, why in broken]
     for path, manifest in sound:
         faults = verify(path, manifest, world)

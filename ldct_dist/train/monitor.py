@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TextIO
@@ -170,10 +170,8 @@ def _drop_from(folder: RunFolder, first_step: int) -> None:
     if not folder.losses.exists():
         return
     kept = []
-    for line in folder.losses.read_text().splitlines():
-        try:
+    for line in folder.losses.read_bytes().splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # damaged, or cut short by a kill
             if json.loads(line)["step"] <= first_step:
-                kept.append(line + "\n")
-        except ValueError:
-            break  # a line cut short by a kill: all that follows is newer
-    replace(folder.losses, "".join(kept))
+                kept.append(line + b"\n")
+    replace(folder.losses, b"".join(kept))

@@ -97,8 +97,8 @@ class Trainer:
         """Train to the last step, or until asked to stop."""
         with self.watch, self.loader, self.monitor:
             self.take_up()
-            if self.world.is_main:
-                self.folder.record_start(self.world, self.checkpoints.generation, self.state.step)
+            start = self.checkpoints.generation, self.state.step
+            self.world.agree(lambda: self.folder.record_start(self.world, *start))
             self._enter("first pass", SLOW)
             self.strategy.warm_up()
             batches = range(self.state.position, self.state.moved + self.config.steps)
@@ -114,7 +114,7 @@ class Trainer:
         self._enter("taking up a checkpoint", SLOW)
         self.state = self.checkpoints.take_up()
         self._began = self.state.step
-        self.monitor.rewind(self.state.step)
+        self.world.agree(lambda: self.monitor.rewind(self.state.step))
 
     def advance(self) -> Ending | None:
         """One step and what falls due after it; an Ending if the run is to stop here."""

@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -103,8 +104,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._meet(self.world.gather((self.world.name, socket.gethostname())))
-        self._file = open(self._stacks, "w")
-        self._write()
+        self.world.each(self._open)
         self._thread.start()
         return self
 
@@ -114,11 +114,20 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if kind is None:  # else the others are to miss this rank, and to name it
-            self._stacks.unlink()
-            self._put(LEFT)
-            path = self._places[self.world.rank][0]
-            if not _content(path).strip(b" "):  # the last of its node
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that takes nothing any more keeps what was told there
+                self._part()
+
+    def _open(self) -> None:
+        self._file = open(self._stacks, "w")  # noqa: SIM115  until `__exit__`
+        self._write()
+
+    def _part(self) -> None:
+        """Take back what this rank has told the others."""
+        self._stacks.unlink()
+        self._put(LEFT)
+        path = self._places[self.world.rank][0]
+        if not _content(path).strip(b" "):  # the last of its node
+            path.unlink(missing_ok=True)
 
     def _meet(self, ranks: list[tuple[str, str]]) -> None:
         """Where each rank's beat lies: (file, first byte). ranks: their names and hosts."""

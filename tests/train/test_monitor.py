@@ -1,0 +1,26 @@
+"""What is written of a run, and taken back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.monitor import Monitor
+from ldct_dist.train.run import RunFolder
+from ldct_dist.world import World
+from runs import losses
+
+CONFIG = RunConfig.model_validate({"name": "run", "store": "ct.zarr", "steps": 8})
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b'{"stop": 3}', b"7", b'{"step": 6, "lo'])
+def test_lines_of_later_steps_are_taken_back_and_a_damaged_one_takes_no_other_with_it(tmp_path, damage):
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": step}).encode() for step in range(1, 8)]
+    lines[2] = damage
+    folder.losses.write_bytes(b"\n".join(lines) + b"\n")
+    with Monitor(folder, CONFIG, World()) as monitor:
+        monitor.rewind(5)
+    assert [line["step"] for line in losses(folder.path)] == [1, 2, 4, 5]
