@@ -43,7 +43,7 @@ class Checkpoints:
     ) -> None:
         self.config, self.folder, self.strategy, self.world = config, folder, strategy, world
         self.store, self.allow_new_data, self._say = store, allow_new_data, say
-        self.generation = world.agree(lambda: generations.claim(folder.generations))
+        self.generation = world.agree(self._claim)
         self.saver = Saver(folder.checkpoints, folder.generations, self.generation, config.checkpoint, world)
         self.saved: int | None = None
         """step of the latest checkpoint that was taken up or begun"""
@@ -52,13 +52,18 @@ class Checkpoints:
     def take_up(self) -> TrainState:
         """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
 
-        All ranks end with a UserError if the checkpoint was trained on another store.
+        All ranks end with a UserError if there are checkpoints, but none that is valid.
         """
         self.world.agree(lambda: retention.complete(self.folder.checkpoints))
         found = newest_valid(self.folder.checkpoints, self.world)
         for line in found.passed_over:
             self._say(f"passed over checkpoint {line}")
         if found.path is None or found.manifest is None:
+            if found.passed_over:  # to begin anew would in time delete what may only be away for now
+                self.world.refuse(
+                    f"no checkpoint in {self.folder.checkpoints} is sound: is a disk or a server away? Start again "
+                    "once it is back, or, to begin anew, remove that folder"
+                )
             self.strategy.begin(self.world.each(lambda: first_weights(self.config)))
             if self.config.init_from is not None:
                 self._say(
@@ -67,12 +72,6 @@ class Checkpoints:
             self.saved = 0  # the first weights are there anyhow
             return TrainState(self.store)
         counters = found.manifest.state
-        if counters["store"] != self.store and not self.allow_new_data:
-            self.world.refuse(
-                f"{self.config.store} is not the store that {self.folder.path} was trained on (another "
-                "fingerprint): give the run its store back, start a new run with init_from, or let this one go on "
-                "with other data by --allow-new-data"
-            )
         self.strategy.load(read(found.path, found.manifest, self.world), counters["updates"])
         state = TrainState.of(counters)
         self.saved = state.step
@@ -86,6 +85,20 @@ class Checkpoints:
                 "on another store; patients that are held out now may be among those it was trained on"
             )
         return state
+
+    def _claim(self) -> int:
+        """The next generation, which ends a start that is still running: so what is refused claims none.
+
+        Raises UserError if the newest checkpoint was trained on another store.
+        """
+        sound, _ = retention.newest_first(self.folder.checkpoints)
+        if sound and sound[0][1].state["store"] != self.store and not self.allow_new_data:
+            raise UserError(
+                f"{self.config.store} is not the store that {self.folder.path} was trained on (another "
+                "fingerprint): give the run its store back, start a new run with init_from, or let this one go on "
+                "with other data by --allow-new-data"
+            )
+        return generations.claim(self.folder.generations)
 
     def save(self, state: TrainState) -> None:
         """Start saving; at once, unless the save before is still under way."""

@@ -13,7 +13,7 @@ from forked import fork
 from ldct_dist.checkpoint.load import newest_valid, verify_run
 from ldct_dist.checkpoint.save import Saver
 from ldct_dist.world import World
-from runs import same, write_config
+from runs import losses, same, write_config
 from stores import make_store
 
 NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_PRIVATE = 0x20000, 1, 32, 4096, 1 << 18 | 16384
@@ -66,7 +66,7 @@ def read_only(run: Path, rank: int) -> None:
 
 def make_read_only(folder: Path) -> None:
     if os.geteuid() != 0:
-        (folder / "checkpoints").chmod(0o555)
+        chmod(folder, 0o555)
         return
     libc, place = ctypes.CDLL(None, use_errno=True), os.fsencode(folder)
     steps = (
@@ -78,6 +78,11 @@ def make_read_only(folder: Path) -> None:
     for step in steps:
         if step() != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def chmod(run: Path, mode: int) -> None:
+    for name in ("checkpoints", "generations"):
+        (run / name).chmod(mode)
 
 
 def goes_on_once_the_disk_is_well(config: Path, run: Path, unbroken: Path) -> None:
@@ -129,6 +134,60 @@ def test_in_a_folder_that_became_read_only_nothing_is_lost(store, tmp_path, unbr
     assert "Read-only file system" in said or "Permission denied" in said
     assert said.count("error: the last checkpoint of") == 1
     if os.geteuid() != 0:
-        (run / "checkpoints").chmod(0o755)
+        chmod(run, 0o755)
     assert newest_valid(run / "checkpoints", World()).manifest.step == 3
     goes_on_once_the_disk_is_well(config, run, unbroken)
+
+
+def read_only_from_the_start(run: Path, rank: int) -> None:
+    make_read_only(run)
+
+
+def read_only_before_the_stop(run: Path, rank: int) -> None:
+    def spoil() -> None:
+        make_read_only(run)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    after_the_first_save(spoil)
+
+
+@pytest.mark.parametrize(
+    ("before", "plant", "codes"),
+    [(3, read_only_from_the_start, [2, 2]), (8, read_only_before_the_stop, [75, 75])],
+)
+def test_a_folder_that_is_read_only_costs_no_traceback(store, tmp_path, before, plant, codes):
+    """One that was so at the start is a mistake to mend, one that became so leaves a run to go on with."""
+    config, run = write_config(tmp_path, store, steps=before), tmp_path / "runs" / "run"
+    if plant is read_only_from_the_start:
+        assert fork(config) == [0, 0]
+    log = config.with_suffix(".log")
+    known = log.read_text() if log.exists() else ""
+    ended = fork(config, plant=partial(plant, run))
+    said = log.read_text().removeprefix(known)
+    if "Operation not permitted" in said:
+        pytest.skip("root without the right to mount: no folder is read-only to it")
+    if os.geteuid() != 0:
+        chmod(run, 0o755)
+    assert ended == codes
+    assert "Traceback" not in said
+    assert said.count("error: ") == codes.count(2) / 2
+    assert "Read-only file system" in said or "Permission denied" in said
+
+
+def test_where_no_checkpoint_is_sound_a_start_neither_begins_anew_nor_deletes_any(store, tmp_path):
+    """They may be away for a while only, as where one of a file system's servers is."""
+    config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
+    assert fork(config) == [0, 0]
+    files = sorted((run / "checkpoints").rglob("weights-raw.safetensors"))
+    for file in files:
+        file.rename(file.with_name("away"))
+    assert fork(config) == [2, 2]
+    said = config.with_suffix(".log").read_text()
+    assert said.count("passed over checkpoint") == len(files) > 1
+    assert said.count("error: ") == 1
+    assert f"error: no checkpoint in {run / 'checkpoints'} is sound" in said
+    assert len(losses(run)) == 8
+    for file in files:
+        file.with_name("away").rename(file)
+    assert fork(config) == [0, 0]
+    assert "resumed at step 8" in config.with_suffix(".log").read_text()

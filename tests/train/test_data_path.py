@@ -125,6 +125,10 @@ def test_another_store_is_refused_unless_that_is_said(unbroken, tmp_path):
     config = write_config(tmp_path, other.path)
     log = tmp_path / "run.log"
     assert fork(config, "steps=9") == [2, 2]
+    claims = tmp_path / "runs" / "run" / "generations"
+    assert [claim.name for claim in claims.iterdir()] == ["000001"], (
+        "or a start that runs would have to leave"
+    )
     (line,) = errors(log)
     assert "is not the store that" in line
     assert "--allow-new-data" in line
