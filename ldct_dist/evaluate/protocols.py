@@ -53,9 +53,12 @@ class Protocol:
         return replace(self, name=f"{self.name}-3d", average="volume", dims=3)
 
     def __str__(self) -> str:
-        """Such as "abdomen, window [-150, 249] HU, padding left out"; the words that stand beside every figure."""
+        """Such as "abdomen, window [-150, 249] HU (RMSE, VIF: [-1024, 1900]), padding left out"; the words that stand
+        beside every figure."""
         padding = "counted" if self.counts == "all" else "left out"
-        return f"{self.name}, window [{self.window[0]:g}, {self.window[1]:g}] HU, padding {padding}"
+        (low, high), (least, most) = self.window, self.rmse_range
+        wider = f" (RMSE, VIF: [{least:g}, {most:g}])" if self.rmse_range != self.window else ""
+        return f"{self.name}, window [{low:g}, {high:g}] HU{wider}, padding {padding}"
 
 
 def _dicom_window(centre: float, width: float) -> Range:

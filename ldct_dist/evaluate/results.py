@@ -6,15 +6,22 @@ import csv
 import io
 import json
 import math
+import platform
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
+import ldct_dist
+from ldct_dist.evaluate.methods import FULL
 from ldct_dist.evaluate.metrics import MEASURES
+from ldct_dist.evaluate.physics.nps import NoisePower
 from ldct_dist.evaluate.physics.tissue import TISSUES
 from ldct_dist.evaluate.statistics import Estimate, Paired, estimate, paired_tests
 from ldct_dist.evaluate.study import Row, Study
 
 _MISSING = math.nan
+_PACKAGES = ("torch", "numpy", "scipy", "scikit-image")
+"""Those that make the numbers."""
 
 
 def summary(study: Study, protocol: str) -> dict[str, dict[str, Estimate]]:
@@ -60,12 +67,11 @@ def physics(study: Study) -> dict[str, dict[str, Any]]:
     """method -> noise, structure and detection; None where it could not be measured."""
     found: dict[str, dict[str, Any]] = {}
     for method, rows in _by_method(study).items():
-        nps, seen = study.nps.get(method), study.detection.get(method, {})
+        seen = study.detection.get(method, {})
         found[method] = {
             "noise_hu": asdict(_over_patients(rows, [_number(row.noise_hu) for row in rows])),
             "conspicuous": asdict(_over_patients(rows, [_number(row.conspicuous) for row in rows])),
-            "nps_mean_frequency_per_mm": nps.mean_frequency if nps else None,
-            "nps_radial": _pairs(*nps.radial()) if nps else None,
+            **_noise_power(study.nps.get(method)),
             "detection": {shape: asdict(of) for shape, of in seen.items()},
             "ttf": [
                 {
@@ -79,9 +85,22 @@ def physics(study: Study) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _noise_power(nps: NoisePower | None) -> dict[str, Any]:
+    return {
+        "nps_mean_frequency_per_mm": nps.mean_frequency if nps else None,
+        "nps_radial": _pairs(*nps.radial()) if nps else None,
+    }
+
+
 def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
     """Everything but the pictures. What is not finite, such as the PSNR of equal images, becomes null."""
     plain = {
+        "versions": {
+            "ldct_dist": ldct_dist.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in _PACKAGES},
+        },
+        "config": study.config.model_dump(),
         "store": study.store,
         "fingerprint": study.fingerprint,
         "dose": study.dose,
@@ -93,12 +112,13 @@ def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
             p.name: {m: [asdict(t) for t in ts] for m, ts in tests(study, p.name).items()}
             for p in study.protocols
         },
+        "tissues_hu": TISSUES,
         "bias_hu": _plain(bias(study)),
         "physics": physics(study),
+        "full_dose": _noise_power(study.nps.get(FULL)),
         "nps_case": study.nps_case,
         "nps_regions": study.nps_regions,
         "phantom_case": study.phantom_case,
-        "lesion": {"diameter_mm": study.config.lesion_mm, "contrast_hu": study.config.lesion_hu},
         "classification": classification,
         "cases": [asdict(row) for row in study.rows],
         "notes": study.notes,

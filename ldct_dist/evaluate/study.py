@@ -189,7 +189,7 @@ def _conditions(full: Volume, record: CaseRecord) -> dict[str, Any]:
         "slice_thickness_mm": full.acquisition.slice_thickness_mm,
         "spacing_mm": full.spacing,
         "shape": full.shape,
-        "low_dose": record.low_dose["made"] if record.low_dose else None,
+        "low_dose": record.low_dose,
     }
 
 

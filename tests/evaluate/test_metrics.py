@@ -243,10 +243,11 @@ def test_mistakes_are_named(pair):
 
 
 def test_a_protocol_says_its_window_what_it_counts_and_dose():
-    said = [str(protocol_named(name)) for name in ("abdomen", "ldctbench-abdomen-3d")]
+    said = [str(protocol_named(name)) for name in ("abdomen", "ldctbench-abdomen-3d", "redcnn-l506")]
     assert said == [
-        "abdomen, window [-150, 249] HU, padding left out",
-        "ldctbench-abdomen-3d, window [-150, 249] HU, padding counted",
+        "abdomen, window [-150, 249] HU (RMSE, VIF: [-1024, 1900]), padding left out",
+        "ldctbench-abdomen-3d, window [-150, 249] HU (RMSE, VIF: [-1024, 1900]), padding counted",
+        "redcnn-l506, window [-160, 240] HU, padding counted",
     ]
     assert protocol_named("ldctbench-chest").dose == 0.10
     assert protocol_named("redcnn-l506").window == (-160, 240)

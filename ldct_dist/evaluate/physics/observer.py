@@ -22,11 +22,14 @@ CHANNELS = 10  # in white noise, they pass on 98 % of the d' of a sharp disc
 
 @dataclass(frozen=True)
 class Detectability:
-    """d_prime, the separation of present and absent in standard deviations, with its 95 % interval."""
+    """d_prime, the separation of present and absent in standard deviations, with its 95 % interval; from so many
+    patches with a lesion, and without one."""
 
     d_prime: float
     low: float
     high: float
+    present: int
+    absent: int
 
 
 def laguerre_gauss(
@@ -69,7 +72,7 @@ def detectability(
     statistic = squared * weight * (free - p + 1) / (p * free)
     tail = (1 - confidence) / 2
     low, high = (_noncentrality(statistic, p, free - p + 1, q) for q in (1 - tail, tail))
-    return Detectability(sqrt(max(0.0, unbiased)), sqrt(low / weight), sqrt(high / weight))
+    return Detectability(sqrt(max(0.0, unbiased)), sqrt(low / weight), sqrt(high / weight), n1, n0)
 
 
 def _noncentrality(statistic: float, p: int, free: int, quantile: float) -> float:

@@ -66,7 +66,7 @@ def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.nd
     if moments.homogeneous is not None:
         std = smoothed_noise(low, full, moments)
         scale = Normalize(-_STRUCTURE_LIMIT, _STRUCTURE_LIMIT)
-        label = f"structure that full dose has not, ±{_STRUCTURE_LIMIT:g} standard deviations of its noise"
+        label = f"structure added or lost, ±{_STRUCTURE_LIMIT:g} standard deviations of full dose's noise"
         views[label] = {
             name: _planes_as_png(hallucination_map(hu, full, std), box, SIGNED, scale)
             for name, hu in images.items()

@@ -10,6 +10,7 @@ from typing import Any
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.metrics import LABELS
 from ldct_dist.evaluate.physics.lesions import BALL, ROD
+from ldct_dist.evaluate.physics.tissue import TISSUES
 from ldct_dist.evaluate.statistics import Estimate
 from ldct_dist.evaluate.study import Study
 
@@ -54,8 +55,8 @@ def tests(study: Study, protocol: str) -> Table:
             Cell(f"{t.a} − {t.b}", f"{t.a} {t.b}"),
             Cell(LABELS[measure], measure),
             _estimate(t.difference, _DIGITS[measure], sign=True),
-            _number(t.p, 4),
-            _number(t.p_holm, 4),
+            _p(t.p),
+            _p(t.p_holm),
             Cell(str(t.difference.n), t.difference.n),
         ]
         for measure, t in found
@@ -78,7 +79,10 @@ def bias(study: Study) -> Table:
     tissues = list(next(iter(found.values())))
     rows = [[Cell(m, m), *(_estimate(row[t], 1, sign=True) for t in tissues)] for m, row in found.items()]
     means = _means(e for row in found.values() for e in row.values())
-    caption = f"Mean of image − full dose by tissue, HU. {means}."
+    ranges = ", ".join(f"{t} {TISSUES[t][0]:g} to {TISSUES[t][1]:g}" for t in tissues).replace("-", "−")
+    caption = (
+        f"Mean of image − full dose by tissue, told by the full dose's local mean in HU: {ranges}. {means}."
+    )
     return Table(caption, ["method", *(f"{t}, HU" for t in tissues)], rows)
 
 
@@ -94,24 +98,36 @@ def physics(study: Study) -> Table:
                 Cell(method, method),
                 _estimate(noise, 1),
                 _number(found["nps_mean_frequency_per_mm"], 3),
-                *(_number(t["f50_per_mm"], 2) for t in found["ttf"]),
+                *(_falls_to_half(t) for t in found["ttf"]),
                 *(_detection(seen.get(shape)) for shape in (BALL, ROD)),
-                _estimate(conspicuous, 3, scale=100),
+                _estimate(conspicuous, 2, scale=100),
             ]
         )
     columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
     columns += [f"TTF 50\u00a0% at {c:+.0f} HU, 1/mm".replace("-", "−") for c in contrasts]
     columns += [f"d′ of a {shape}" for shape in (BALL, ROD)]
-    columns += ["voxels with structure beyond 4\u00a0σ, %"]
+    columns += ["voxels off by more than 4\u00a0σ, %"]
     lesion = f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU".replace("-", "−")
+    patches = next((s for seen in study.detection.values() for s in seen.values()), None)
+    counted = f" in {patches.present} patches with one and {patches.absent} without" if patches else ""
     caption = (
-        f"Noise: in the patients' soft tissue, within 6 mm. TTF and d′: on a phantom scanned as "
-        f"{study.phantom_case or 'no case'} was. TTF 50 %: the frequency at which it is down to a half; {_NONE} where it "
-        "never is. d′, with its 95 % interval: of a channelised Hotelling observer who sees one slice and looks for "
-        f"lesions of {lesion}, balls, and rods across all slices. Structure: what full dose has not, in units of its "
-        f"noise. {_means(estimates)}."
+        "Noise: median standard deviation in windows of 6 mm about a fitted plane, in the patients' soft tissue; "
+        "blotches wider than that do not show in it. TTF and d′: on a phantom with the kernel and the noise of "
+        f"{study.phantom_case or 'no case'}, in the same scans for every method. TTF 50 %: the frequency at which it is down to a half; > where it is not "
+        "up to the Nyquist frequency. d′, with its 95 % interval: of a channelised Hotelling observer who sees one slice "
+        f"and looks for lesions of {lesion}, balls, and rods across all slices,{counted}. Off: share of the body where "
+        "the difference from full dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise: what an image adds, "
+        f"loses or blurs, and also the noise that it keeps, which is all that the low dose is off by. {_means(estimates)}."
     )
     return Table(caption, columns, rows)
+
+
+def _falls_to_half(ttf: dict[str, Any]) -> Cell:
+    """What stays above a half is the sharpest, and sorted as such."""
+    if math.isfinite(ttf["f50_per_mm"]):
+        return _number(ttf["f50_per_mm"], 2)
+    last = ttf["curve"][-1][0]
+    return Cell(f"> {_digits(last, 2)}", last)
 
 
 def _detection(found: dict[str, float] | None) -> Cell:
@@ -124,7 +140,7 @@ def scans(study: Study) -> Table:
     rows = [
         [
             Cell(case, case),
-            Cell(scan["low_dose"] or "not known", scan["low_dose"] or ""),
+            Cell(*[scan["low_dose"]["made"]] * 2) if scan["low_dose"] else Cell("not known", ""),
             Cell(scan["kernel"] or _NONE, scan["kernel"] or ""),
             _number(scan["kvp"], 0),
             _number(scan["slice_thickness_mm"], 1),
@@ -170,13 +186,14 @@ def classification(found: dict[str, Any]) -> list[Table]:
     caption = (
         f"The same CNN trained on each kind of image, patients kept apart over {found['folds']} folds; "
         f"{found['samples']} samples of {found['patients']} patients, 95 % intervals over patients (expanded percentile "
-        "bootstrap)."
+        "bootstrap; none where no draw differs). Scores of all folds are pooled, and how they would vary with the training "
+        "is in no interval or test."
     )
     pairs = [
         [
             Cell(f"{t['a']} − {t['b']}", f"{t['a']} {t['b']}"),
             _number(t["auc_difference"], 3, sign=True),
-            *(_number(t[key], 4) for key in ("delong_p", "delong_p_holm", "mcnemar_p", "mcnemar_p_holm")),
+            *(_p(t[key]) for key in ("delong_p", "delong_p_holm", "mcnemar_p", "mcnemar_p_holm")),
         ]
         for t in found["tests"]
     ]
@@ -209,15 +226,21 @@ def _estimate(found: Estimate, digits: int, *, scale: float = 1, sign: bool = Fa
     return Cell(words, found.mean)
 
 
-def _interval(values: Iterable[float]) -> Cell:
-    mean, low, high = values
-    return Cell(f"{_digits(mean, 3)} [{_digits(low, 3)}, {_digits(high, 3)}]", mean)
+def _interval(found: list[Any]) -> Cell:
+    value, low, high = found
+    words = "" if low is None else f" [{_digits(low, 3)}, {_digits(high, 3)}]"
+    return Cell(_digits(value, 3) + words, value)
 
 
 def _number(value: float | None, digits: int, *, sign: bool = False) -> Cell:
     if value is None or not math.isfinite(value):
         return Cell(_NONE, "")
     return Cell(_digits(value, digits, sign), value)
+
+
+def _p(value: float | None) -> Cell:
+    """No p is 0."""
+    return Cell("< 0.0001", value) if value is not None and value < 1e-4 else _number(value, 4)
 
 
 def _digits(value: float, digits: int, sign: bool = False) -> str:

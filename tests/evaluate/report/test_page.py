@@ -13,13 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
+import ldct_dist
 from ldct_dist.cli import app
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.evaluate.physics.nps import noise_power
+from ldct_dist.evaluate.physics.ttf import Transfer
 from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.evaluate.report import tables
 from ldct_dist.evaluate.report.page import write_report
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.study import Row, Study, StudyConfig
@@ -84,7 +89,8 @@ def test_json_holds_every_section_and_no_infinity(report):
     assert found["physics"]["low dose"]["noise_hu"]["mean"] > found["physics"][methods[2]]["noise_hu"]["mean"]
     assert set(found["physics"]["low dose"]["detection"]) == {"ball", "rod"}
     assert found["physics"]["low dose"]["detection"]["rod"]["low"] > 0
-    assert found["lesion"] == {"diameter_mm": 12, "contrast_hu": 15}
+    seen = found["physics"]["low dose"]["detection"]["rod"]
+    assert seen["present"] == seen["absent"] > 40
     assert found["phantom_case"] in found["scans"]
     assert len(next(iter(found["weights"].values()))) == 16
     assert len(found["physics"]["low dose"]["ttf"]) == 4
@@ -92,6 +98,37 @@ def test_json_holds_every_section_and_no_infinity(report):
     assert len(tests) == 6
     assert {t["difference"]["interval"] for t in tests} == {"Student t"}
     assert {(t["least_p"], t["least_p_holm"]) for t in tests} == {(0.5, 1)}
+
+
+def test_json_says_with_what_it_was_made(report):
+    """All that a number depends on besides the store and the weights, whose hashes stand there as well."""
+    found = json.loads((report / "results.json").read_text())
+    assert found["versions"]["ldct_dist"] == ldct_dist.__version__
+    assert found["versions"]["scikit-image"] == skimage.__version__
+    config = found["config"]
+    assert (config["split"], config["strength"], config["bf16"], config["lesion_mm"]) == (
+        "test",
+        1,
+        False,
+        12,
+    )
+    assert found["tissues_hu"]["fat"] == [-140, -50]
+
+
+def test_the_full_doses_noise_power_and_how_low_dose_was_made_are_in_json(equal_images, tmp_path):
+    noise = noise_power(np.random.default_rng(0).normal(0, 5, (4, 16, 16)), (1.0, 1.0))
+    equal_images.nps = {"oracle": noise, "full dose": noise}
+    made = {"made": "simulated", "config": {"photons": 2e5}}
+    equal_images.scans["case"] = {
+        **dict.fromkeys(("kernel", "kvp", "slice_thickness_mm")),
+        **{"spacing_mm": (5.0, 1.0, 1.0), "shape": (8, 16, 16), "low_dose": made},
+    }
+    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["full_dose"]["nps_radial"] == found["physics"]["oracle"]["nps_radial"]
+    assert len(found["full_dose"]["nps_radial"]) == 9
+    assert found["scans"]["case"]["low_dose"] == made
+    assert ">simulated</td>" in (tmp_path / "index.html").read_text()
 
 
 def test_csv_has_a_line_a_case_and_method(report):
@@ -106,9 +143,12 @@ def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
     captions = " ".join(
         re.findall(r'<p class="caption">(.*?)</p>', (report / "index.html").read_text(), re.S)
     )
-    assert "ldctbench-abdomen, window [-150, 249] HU, padding counted" in captions
+    assert "ldctbench-abdomen, window [-150, 249] HU (RMSE, VIF: [-1024, 1900]), padding counted" in captions
     assert captions.count("Means over patients, with 95 % intervals (Student t).") == 6
     assert "looks for lesions of 12 mm and +15 HU, balls, and rods across all slices" in captions
+    assert "fat −140 to −50, soft 0 to 120" in captions
+    assert re.search(r"across all slices, in (\d+) patches with one and \1 without\.", captions)
+    assert "Split test: 2 cases of 2 patients" in (report / "index.html").read_text()
     assert "2 patients can give no p below 0.5, and none below 1 when corrected." in captions
 
 
@@ -222,14 +262,30 @@ def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
 
 def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
     row = {key: [0.875, 0.75, 0.95] for key in ("auc", "accuracy", "sensitivity", "specificity")}
-    ps = dict.fromkeys(("delong_p", "delong_p_holm", "mcnemar_p", "mcnemar_p_holm"), 0.0321)
-    found = {"folds": 5, "samples": 40, "patients": 20, "images": {"low dose": row, "full dose": row}}
+    perfect = {**row, "auc": [1.0, None, None]}
+    ps = {"delong_p": 3e-7, "delong_p_holm": 9e-5, "mcnemar_p": 0.0321, "mcnemar_p_holm": 0.0963}
+    found = {"folds": 5, "samples": 40, "patients": 20, "images": {"low dose": row, "full dose": perfect}}
     found["tests"] = [{"a": "low dose", "b": "full dose", "auc_difference": -0.125, **ps}]
     write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]), found)
     page = (tmp_path / "index.html").read_text()
-    for words in ("0.875 [0.750, 0.950]", "−0.125", "0.0321", "40 samples of 20 patients"):
+    for words in ("0.875 [0.750, 0.950]", ">1.000</td>", "−0.125", "0.0321", "40 samples of 20 patients"):
         assert words in page
+    assert page.count("&lt; 0.0001") == 2
+    assert "0.0000" not in page
     assert json.loads((tmp_path / "results.json").read_text())["classification"] == found
+
+
+def test_an_edge_that_stays_sharp_up_to_nyquist_sorts_above_those_that_do_not(equal_images):
+    frequency = np.array([0.0, 0.2, 0.4])
+    low = Row("case", "patient", "low dose", equal_images.rows[0].figures)
+    equal_images.rows.append(low)
+    equal_images.transfers = {
+        "oracle": [Transfer(frequency, np.array([1, 0.9, 0.8]), 100.0)],
+        "low dose": [Transfer(frequency, np.array([1, 0.7, 0.3]), 100.0)],
+    }
+    sharp, dull = (row[3] for row in tables.physics(equal_images).rows)
+    assert (sharp.text, dull.text) == ("> 0.40", "0.30")
+    assert sharp.value > dull.value
 
 
 @pytest.fixture
