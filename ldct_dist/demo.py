@@ -151,7 +151,7 @@ def _compare(config: RunConfig, low: Volume, denoised: Volume, full: Volume) -> 
     filtered = gaussian(low, tune("gaussian", [(low, full)]))
     images = {"low dose": low, "gaussian": filtered, "denoised": denoised}
     figures = {name: evaluate_volume(volume.hu, full.hu, measure) for name, volume in images.items()}
-    return Comparison(measure.name, figures)
+    return Comparison(TEST_PATIENT, measure.name, figures)
 
 
 def _write_result(

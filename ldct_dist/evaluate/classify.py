@@ -71,7 +71,8 @@ def classify(samples: Samples, training: Training | None = None) -> dict[str, An
     """Cross-validated performance on each kind of image, and paired tests between the kinds, ready for JSON.
 
     auc, accuracy, sensitivity and specificity are (value, low, high): 95 % intervals, the expanded percentiles of a
-    bootstrap over patients.
+    bootstrap over patients; low and high are None where all draws agree, as where no sample is mistaken, because that
+    does not make it certain.
     Raises UserError where a class has too few patients for the folds.
     """
     training = training or Training()
@@ -185,12 +186,15 @@ def _fit(data: torch.Tensor, target: torch.Tensor, training: Training, seed: int
 
 def _performance(
     labels: np.ndarray, scores: np.ndarray, drawn: list[np.ndarray], beyond: float
-) -> dict[str, list[float]]:
+) -> dict[str, list[float | None]]:
     measures = {"auc": auc, "accuracy": _accuracy, "sensitivity": _sensitivity, "specificity": _specificity}
-    found = {}
+    found: dict[str, list[float | None]] = {}
     for name, measure in measures.items():
         again = [measure(labels[sample], scores[sample]) for sample in drawn]
-        found[name] = [measure(labels, scores), *map(float, np.quantile(again, [beyond, 1 - beyond]))]
+        interval = (
+            map(float, np.quantile(again, [beyond, 1 - beyond])) if min(again) < max(again) else (None, None)
+        )
+        found[name] = [measure(labels, scores), *interval]
     return found
 
 

@@ -16,8 +16,9 @@ COLUMNS = ("rmse_hu", "psnr_db", "ssim")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of each image against full dose: `figures[image][key]`, the mean over cases."""
+    """Figures of each image against full dose, `figures[image][key]`; of: whose, in words."""
 
+    of: str
     protocol: str
     figures: dict[str, dict[str, float]]
 
@@ -25,7 +26,9 @@ class Comparison:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     measure = protocol_named(comparison.protocol)
     images = Column("", overflow="fold")
-    table = Table(images, *(LABELS[key] for key in COLUMNS), title=f"against full dose: {measure}")
+    table = Table(
+        images, *(LABELS[key] for key in COLUMNS), title=f"{comparison.of} against full dose: {measure}"
+    )
     for image, figures in comparison.figures.items():
         table.add_row(
             image, *(f"{figures[key]:.3f}" if key == "ssim" else f"{figures[key]:.2f}" for key in COLUMNS)
@@ -38,6 +41,9 @@ def print_classification(found: dict[str, Any], console: Console) -> None:
     title = f"classified: {found['samples']} images of {found['patients']} patients, 95 % bootstrap intervals"
     table = Table("", "AUC", "accuracy", title=title)
     for image, row in found["images"].items():
-        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*row[key]) for key in ("auc", "accuracy"))
-        table.add_row(image, *cells)
+        table.add_row(image, *(_interval(*row[key]) for key in ("auc", "accuracy")))
     console.print(table)
+
+
+def _interval(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")

@@ -16,10 +16,11 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.classify import Training, classify, patient_folds
 from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_classification, print_comparison
-from ldct_dist.evaluate.methods import peer
+from ldct_dist.evaluate.methods import LOW, peer
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.report.page import write_report
 from ldct_dist.evaluate.report.pictures import Pictures
+from ldct_dist.evaluate.statistics import by_patient
 from ldct_dist.evaluate.study import Say, Study, StudyConfig, measure, methods_for
 from ldct_dist.evaluate.tasks import Cohort, read_labels
 from ldct_dist.files import refuse_unwritable
@@ -101,11 +102,20 @@ def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:
 
 
 def _comparison(study: Study) -> Comparison:
-    """Means over cases of what is finite."""
-    name = study.protocols[0].name
+    """Means over patients of what is finite, as in the report."""
+    name, rows = study.protocols[0].name, study.of(LOW)
+    cases, patients = len(rows), len({row.patient for row in rows})
+    whose = (
+        f"{cases} case{'s' * (cases > 1)} of {patients} patient{'s' * (patients > 1)} in {study.config.split}"
+    )
+    if patients > 1:
+        whose += ", means over patients,"
 
     def mean(method: str, key: str) -> float:
-        values = [row.figures[name].get(key, np.nan) for row in study.of(method)]
-        return float(np.mean(values)) if np.isfinite(values).any() else values[0]
+        own = study.of(method)
+        values = [row.figures[name].get(key, np.nan) for row in own]
+        means = by_patient(values, [row.patient for row in own])
+        return float(np.mean(list(means.values()))) if means else values[0]
 
-    return Comparison(name, {method: {key: mean(method, key) for key in COLUMNS} for method in study.methods})
+    figures = {method: {key: mean(method, key) for key in COLUMNS} for method in study.methods}
+    return Comparison(whose, name, figures)

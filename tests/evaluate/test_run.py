@@ -1,0 +1,33 @@
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ldct_dist.cli import app
+from ldct_dist.ct.volume import Volume
+from ldct_dist.models.weights import save_weights
+from ldct_dist.store import layout
+from networks import random_network
+
+
+@pytest.fixture
+def command(tmp_path):
+    """`evaluate` on two cases of patient a, whose low doses are off by 10 and 20 HU, and one of b, off by 40."""
+    layout.create(tmp_path / "ct.zarr")
+    rng = np.random.default_rng(0)
+    for name, patient, off in (("a1", "a", 10), ("a2", "a", 20), ("b1", "b", 40)):
+        hu = rng.integers(0, 100, (8, 48, 48), dtype=np.int16)
+        full, low = (Volume(each, (3.0, 1.0, 1.0)) for each in (hu, hu + np.int16(off)))
+        layout.write_case(tmp_path / "ct.zarr", name, {1.0: full, 0.25: low}, patient=patient, split="test")
+    layout.finalise(tmp_path / "ct.zarr")
+    save_weights(tmp_path / "net.safetensors", random_network("unet3d"))
+    return ["evaluate", str(tmp_path / "net.safetensors"), str(tmp_path / "ct.zarr")]
+
+
+def test_the_terminal_shows_means_over_patients_as_the_report_does(command):
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "3 cases of 2 patients in test, means over patients, against full dose: abdomen, window" in words
+    assert float(re.search(r"low dose\s*│\s*([\d.]+)", done.output)[1]) == (15 + 40) / 2
