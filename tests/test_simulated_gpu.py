@@ -23,6 +23,8 @@ def _mistakes_are_found():
     assert pinned.to(gpu, non_blocking=True).device == gpu
     with pytest.raises(RuntimeError, match="not pinned"):
         plain.to(gpu, non_blocking=True)
+    with pytest.raises(RuntimeError, match="not pinned"):
+        torch.arange(8.0)[::2].pin_memory().to(gpu, non_blocking=True)
     with pytest.raises(RuntimeError, match="on the GPU meet"):
         plain.to(gpu) + plain
     assert (plain.to(gpu) + 1).tolist() == [1, 2, 3, 4]

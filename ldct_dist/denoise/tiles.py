@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -25,14 +26,17 @@ from ldct_dist.models.registry import Denoiser
 Triple = tuple[int, int, int]
 Slices = tuple[slice, slice, slice]
 Progress = Callable[[int, int], None]
+Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 TILES: dict[str, tuple[Triple, ...]] = {
     "cpu": ((32, 256, 256),),
-    "cuda": ((64, 512, 512), (32, 512, 512), (32, 256, 256), (16, 128, 128)),
+    "cuda": (*((z, 512, 512) for z in (256, 160, 96, 64, 32)), (32, 256, 256), (16, 128, 128)),
 }
 """Voxels of output, (z, y, x), by device: the first that memory allows. The larger, the less of it is halo: whole
 slices need none in the plane. With it, (32, 256, 256) is 52 x 352 x 352, 3 GB for one activation of xl in fp32."""
 HU_RANGE = (AIR_HU, 32767)
+NOT_FINITE = -32768
+"""stands for an answer that is no number, among answers in HU"""
 FEW_ENOUGH = 2**31
 """numbers in one tensor: beyond, cuDNN takes other kernels, which are slower and had faults in several of its versions"""
 
@@ -80,17 +84,26 @@ def denoise_volume(
         got = f"{hu.dtype} {hu.shape}" if isinstance(hu, np.ndarray) else type(hu).__name__
         raise UserError(f"denoise_volume: takes int16 HU (z, y, x), not {got}; of a Volume give its hu")
     refuse_strength(strength)
-    out = np.empty_like(hu)
-    for write, answer in denoised_tiles(model, hu, tile=tile, device=device, bf16=bf16, progress=progress):
-        if not answer.isfinite().all():
-            raise NotFiniteError(
-                f"{model.config.name}-{model.config.size} gives values that are not finite; take the weights "
-                f"of an earlier checkpoint{', or do without bf16' if bf16 else ''}"
-            )
+
+    def in_hu(given: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         if strength < 1:
-            answer = torch.lerp(torch.from_numpy(hu[write]).to(answer.dtype), answer, strength)
-        out[write] = answer.round().clamp(*HU_RANGE).to(torch.int16).numpy()
-    np.copyto(out, hu, where=padding_of(hu))
+            answer = torch.lerp(given, answer, strength)
+        whole = answer.round().clamp(*HU_RANGE)
+        return torch.where(answer.isfinite(), whole, NOT_FINITE).to(torch.int16)
+
+    out = np.empty_like(hu)
+    with ThreadPoolExecutor(1) as beside:
+        padding = beside.submit(padding_of, hu)  # while a GPU works
+        for write, answer in denoised_tiles(
+            model, hu, tile=tile, device=device, bf16=bf16, finish=in_hu, progress=progress
+        ):
+            out[write] = answer.numpy()
+            if out[write].min() == NOT_FINITE:
+                raise NotFiniteError(
+                    f"{model.config.name}-{model.config.size} gives values that are not finite; take the weights "
+                    f"of an earlier checkpoint{', or do without bf16' if bf16 else ''}"
+                )
+        np.copyto(out, hu, where=padding.result())
     return out
 
 
@@ -107,14 +120,16 @@ def denoised_tiles(
     tile: Triple | None = None,
     device: torch.device | str | None = None,
     bf16: bool = False,
+    finish: Finish = lambda given, answer: answer,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[tuple[Slices, torch.Tensor]]:
-    """Where in the volume each tile belongs, and the network's answer there: float HU, on the CPU."""
+    """Where in the volume each tile belongs, and the network's answer there, on the CPU: float HU, or what `finish`
+    makes of what was given and of the answer, on the device."""
     if device is not None:
         model.to(device)
     weight = next(model.parameters())
     missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
-    padded = np.pad(hu, missing, constant_values=AIR_HU)
+    padded = np.pad(hu, missing, constant_values=AIR_HU) if any(map(any, missing)) else hu
     precision = autocast(weight.device, bf16)
     training = model.training
     model.eval()
@@ -122,9 +137,12 @@ def denoised_tiles(
     def start(t: Tile) -> _Answer:
         given = torch.from_numpy(padded[t.read])
         if weight.is_cuda:
-            given = given.pin_memory().to(weight.device, non_blocking=True)
+            # One piece of memory, or the copy would go by way of another one that is not pinned.
+            pinned = torch.empty(given.shape, dtype=given.dtype, pin_memory=True)
+            given = pinned.copy_(given).to(weight.device, non_blocking=True)
         with torch.inference_mode(), precision:
-            return _Answer(model(given.to(weight.dtype)[None, None])[0, 0][t.keep])
+            given = given.to(weight.dtype)
+            return _Answer(finish(given[t.keep], model(given[None, None])[0, 0][t.keep]))
 
     def cut_and_begun() -> tuple[list[Tile], _Answer]:
         """The largest tiles that fit, and the answer for the first, which is the largest of them."""

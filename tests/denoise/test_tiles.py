@@ -138,9 +138,10 @@ def test_answers_beyond_int16_are_clipped():
         assert (denoise_volume(model, hu) == expected).all()
 
 
-def test_an_answer_that_is_not_finite_is_refused():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_answer_that_is_not_finite_is_refused(value):
     model = build(ModelConfig(size="xs"))
-    torch.nn.init.constant_(model.network.last.bias, torch.nan)
+    torch.nn.init.constant_(model.network.last.bias, value)
     with pytest.raises(UserError, match="unet3d-xs gives values that are not finite"):
         denoise_volume(model, noise((2, 8, 8)))
 

@@ -54,4 +54,7 @@ def _pinned_memory() -> None:
         return marked(made) if pin_memory else made
 
     torch.empty = with_pinning
-    torch.Tensor.pin_memory = lambda tensor, *_: marked(tensor.clone())
+    def in_its_strides(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+        return marked(torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor))
+
+    torch.Tensor.pin_memory = in_its_strides
