@@ -77,12 +77,12 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             if isinstance(source, OnGpu) and not isinstance(to, OnGpu):
                 current_stream().arriving.append(partial(to.copy_, source.held.clone()))
                 return to
-            if not isinstance(source, OnGpu):
-                # What lies in pieces is put together first, in memory that is not pinned.
-                if not getattr(source, "pinned", False) or not source.is_contiguous():
-                    raise RuntimeError(
-                        f"an asynchronous copy of memory that is not pinned: {tuple(source.shape)}"
-                    )
+            # What lies in pieces is put together first, in memory that is not pinned.
+            in_place = getattr(source, "pinned", False) and source.is_contiguous()
+            if not in_place and not isinstance(source, OnGpu):
+                raise RuntimeError(
+                    f"an asynchronous copy of memory that is not pinned: {tuple(source.shape)}"
+                )
         return _computed(func, args, kwargs, ours)
 
 
