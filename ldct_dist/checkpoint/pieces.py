@@ -81,8 +81,10 @@ def write(
     once all pieces have been handed over: the other ranks are not left waiting.
     """
     files = {name: _File(folder / name, part) for name, part in parts.items() if owner[name] == world.rank}
+    # Not of what this rank has nothing: all would hear ranks times tensors, a million of a large run's.
     given = {
-        name: {key: (p.start, len(p.values)) for key, p in pieces.items()} for name, pieces in held.items()
+        name: {key: (p.start, len(p.values)) for key, p in pieces.items() if len(p.values)}
+        for name, pieces in held.items()
     }
     for name, key, holder, start, count in _transfers(world.gather(given, group), parts):
         if world.rank == holder == owner[name]:

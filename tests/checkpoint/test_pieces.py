@@ -27,6 +27,15 @@ def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path):
     assert written == {"ours": (len(ours), file_sha256(tmp_path / "ours"))}
 
 
+def test_ranks_hear_of_no_piece_that_is_empty(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(World, "gather", lambda self, item, group: told.append(item) or [item])
+    pieces = {"w": Piece((2,), 0, torch.ones(2)), "elsewhere": Piece((0,), 0, torch.empty(0))}
+    parts = {"ours": Part({key: torch.empty(piece.shape) for key, piece in pieces.items()})}
+    write(tmp_path, parts, {"ours": 0}, {"ours": pieces}, World(), None)
+    assert told == [{"ours": {"w": (0, 2)}}]
+
+
 def test_pieces_in_any_order_make_the_same_sealed_file(tmp_path):
     facts = {"kind": "test"}
     file = _File(tmp_path / "ours", Part(TENSORS, facts))
