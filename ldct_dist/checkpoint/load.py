@@ -6,7 +6,7 @@ file is then read by one rank and handed to the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,11 +31,14 @@ class Found:
     passed_over: list[str] = field(default_factory=list)
 
 
-def newest_valid(root: Path, world: World) -> Found:
-    """The newest checkpoint under `root` of which every byte is as written; the same on every rank."""
+def newest_valid(root: Path, world: World, among: Callable[[Manifest], bool] = lambda _: True) -> Found:
+    """The newest checkpoint under `root`, `among` some or all, of which every byte is as written; the same on every
+    rank."""
     sound, broken = world.agree(lambda: retention.newest_first(root))
     passed_over = [f"{path.name}: {why}" for path, why in broken]
     for path, manifest in sound:
+        if not among(manifest):
+            continue
         faults = verify(path, manifest, world)
         if not faults:
             return Found(path, manifest, passed_over)

@@ -9,7 +9,8 @@ import torch
 
 from ldct_dist.checkpoint import generation as generations
 from ldct_dist.checkpoint import retention
-from ldct_dist.checkpoint.load import newest_valid, read
+from ldct_dist.checkpoint.load import Found, newest_valid, read
+from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.checkpoint.save import Outcome, Saver
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser, build
@@ -49,13 +50,16 @@ class Checkpoints:
         """step of the latest checkpoint that was taken up or begun"""
         self._heard: Outcome | None = None
 
-    def take_up(self) -> TrainState:
+    def take_up(self, back: bool = False) -> TrainState:
         """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
 
-        All ranks end with a UserError if there are checkpoints, but none that is valid.
+        back: the newest of those that a run without a break makes, too, if there is one: others were made by a stop,
+        maybe within the stretch that the run goes back from. All ranks end with a UserError if there are checkpoints, but none that is valid.
         """
         self.world.agree(lambda: retention.complete(self.folder.checkpoints))
-        found = newest_valid(self.folder.checkpoints, self.world)
+        found = newest_valid(self.folder.checkpoints, self.world, self._is_regular) if back else Found()
+        if found.path is None:
+            found = newest_valid(self.folder.checkpoints, self.world)
         for line in found.passed_over:
             self._say(f"passed over checkpoint {line}")
         if found.path is None or found.manifest is None:
@@ -85,6 +89,9 @@ class Checkpoints:
                 "on another store; patients that are held out now may be among those it was trained on"
             )
         return state
+
+    def _is_regular(self, manifest: Manifest) -> bool:
+        return manifest.step % self.config.checkpoint.every == 0 and not manifest.state["guard"]["stretch"]
 
     def _claim(self) -> int:
         """The next generation, which ends a start that is still running: so what is refused claims none.

@@ -109,10 +109,10 @@ class Trainer:
                     ending = self.advance()
             return ending
 
-    def take_up(self) -> None:
-        """Go to the newest valid checkpoint, or to the first weights."""
+    def take_up(self, back: bool = False) -> None:
+        """Go to the newest valid checkpoint, or to the first weights; `back`: from steps that were skipped."""
         self._enter("taking up a checkpoint", SLOW)
-        self.state = self.checkpoints.take_up()
+        self.state = self.checkpoints.take_up(back)
         self._began = self.state.step
         self.world.agree(lambda: self.monitor.rewind(self.state.step))
 
@@ -177,7 +177,7 @@ class Trainer:
             if validated is None:
                 return self._leave(in_validation=True)
             improved = state.note_validation(validated.rmse_hu, validated.basis)
-        # Nothing is saved within a bad stretch: going back is to lead to before it.
+        # Not within a bad stretch: going back is to lead to before it.
         regular = state.step % config.checkpoint.every == 0 and not state.guard.stretch
         if improved or (regular and self.checkpoints.saved != state.step):
             self._enter("saving", SLOW)
@@ -286,7 +286,7 @@ class Trainer:
                 "if they are sound, start a new run with a lower optim.lr"
             )
             return Ending.FENCED if outcome is not None and outcome.fenced else Ending.UNSTABLE
-        self.take_up()
+        self.take_up(back=True)
         self.state = self.state.after_rollback_of(before)
         self._say(f"{what}: gone back to step {self.state.step}, on with batch {self.state.position}")
         return None

@@ -107,6 +107,11 @@ def asked_to_stop_at_every_step(rank: int) -> None:
     _on_victim(RANK, None, rank, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
 
+def asked_to_stop(batch: int, rank: int) -> None:
+    """One rank gets SIGUSR1 in the step that learns from this batch."""
+    _on_victim(RANK, batch, rank, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+
 def asked_to_stop_in_validation(rank: int) -> None:
     """One rank gets SIGUSR1 while it denoises its first case."""
     denoise = validation.denoise_volume

@@ -8,7 +8,7 @@ import signal
 from functools import partial
 
 import pytest
-from plants import poisoned_average, spoilt, steep, together
+from plants import asked_to_stop, poisoned_average, spoilt, steep, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
@@ -83,6 +83,22 @@ def test_killed_after_going_back_it_is_bitwise_the_unbroken_run(store, unbroken,
             running.wait_until(lambda r=ready: (run / "losses.jsonl").exists() and r(losses(run)))
             running.signal(signal.SIGKILL)
             running.wait()
+    assert fork(config, *OPTIONS, f"steps={STEPS}", plant=planted) == [0, 0]
+    assert losses(run) == losses(unbroken[0])
+    assert counters(run) == counters(unbroken[0])
+    assert equal(final_state(run), final_state(unbroken[0]))
+
+
+@pytest.mark.parametrize("batch", [4, 6])
+def test_stopped_just_before_a_bad_stretch_or_within_it_is_bitwise_the_unbroken_run(
+    store, unbroken, tmp_path, batch
+):
+    """It goes back to where that one does, not to what was saved at the stop."""
+    config = write_config(tmp_path, store)
+    run = tmp_path / "runs" / "run"
+    stopped = partial(together, planted, partial(asked_to_stop, batch))
+    assert fork(config, *OPTIONS, f"steps={STEPS}", plant=stopped) == [75, 75]
+    assert (run / "checkpoints" / f"step-{batch + 1:08d}").exists()
     assert fork(config, *OPTIONS, f"steps={STEPS}", plant=planted) == [0, 0]
     assert losses(run) == losses(unbroken[0])
     assert counters(run) == counters(unbroken[0])
