@@ -35,8 +35,9 @@ class PairingConfig(Config):
 
     layout: Literal["auto", "manifest", "mayo2016", "tcia", "simulate"] = "auto"
     """manifest: a CSV with the columns case, patient, full, low and, if wanted, dose and split. mayo2016: folders
-    such as full_1mm/L067 and quarter_1mm/L067. tcia: LDCT-and-Projection-data, PATIENT/STUDY/SERIES. simulate:
-    every series is full dose, and its low dose is simulated. auto: whichever of these it looks like"""
+    such as full_1mm/L067 and quarter_1mm/L067. tcia: LDCT-and-Projection-data, by its folders PATIENT/STUDY/SERIES or
+    by SeriesDescription. simulate: every series is full dose, and its low dose is simulated. auto: whichever of these
+    it looks like"""
     kernel: str | None = None
     """take only series with this kernel (shell wildcards, such as B30*)"""
     thickness_mm: float | None = Field(None, gt=0)
@@ -99,7 +100,7 @@ def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tup
 
 
 Place = tuple[Literal["full", "low"], str]
-"""What a series is by its folder, and the patient."""
+"""What a series is, and the patient."""
 
 
 def _mayo_place(series: Series) -> Place | None:
@@ -114,11 +115,12 @@ def _mayo_place(series: Series) -> Place | None:
 
 
 def _tcia_place(series: Series) -> Place | None:
-    """C002/STUDY/1.000000-Full Dose Images-62464."""
+    """C002/STUDY/1.000000-Full Dose Images-62464; where folders are named by UIDs, the headers say the same."""
     parts = series.paths[0].parent.absolute().parts
-    match = re.search(r"(full|low) dose images", parts[-1], re.IGNORECASE)
-    if match and len(parts) > 3:
-        return ("full" if match[1].lower() == "full" else "low"), parts[-3]
+    of_folder = (parts[-1], parts[-3]) if len(parts) > 3 else ("", "")
+    for said, patient in (of_folder, (series.description or "", series.patient_id)):
+        if match := re.search(r"(full|low) dose images", said, re.IGNORECASE):
+            return ("full" if match[1].lower() == "full" else "low"), patient
     return None
 
 
@@ -166,21 +168,21 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
 
 
 def _recognised(series: Sequence[Series], source: Path) -> str:
-    """A folder that says low dose decides: it must not be taken for a full dose to simulate from, nor must a series
-    that was simulated or denoised here."""
+    """A series that says low dose, by its folder or its description, decides: it must not be taken for a full dose to
+    simulate from, nor must one that was simulated or denoised here."""
     for name, folders in _FOLDERS.items():
         places = (folders.place(s) for s in series)
         if any(place and place[0] == "low" for place in places):
             return name
     for one in series:
         folder = one.paths[0].parent
-        says_low = _SAYS_LOW.search(str(folder.relative_to(source)))
+        says_low = _SAYS_LOW.search(f"{folder.relative_to(source)} {one.description or ''}")
         if says_low or one.is_own_output:
             what = (
                 "says low dose, in no layout that is known" if says_low else "made by ldct_dist, no full dose"
             )
             raise UserError(
-                f"{folder}: {what}; pair it by a manifest, or set pairing.layout=simulate to take every series for "
+                f"{one.name}: {what}; pair it by a manifest, or set pairing.layout=simulate to take every series for "
                 "full dose"
             )
     return "simulate"
@@ -195,7 +197,7 @@ def _by_patient(series: Sequence[Series], folders: _Folders) -> tuple[list[Pair]
             role, patient = place
             groups.setdefault(patient, {"full": [], "low": []})[role].append(one)
         else:
-            refused.append(Refusal(_folder(one), f"{one.name}: its folder says neither full nor low dose"))
+            refused.append(Refusal(_folder(one), f"{one.name}: nothing says whether it is full or low dose"))
     for patient, group in groups.items():
         try:
             full, low = (_only(group[role], f"{patient}, {role} dose") for role in ("full", "low"))

@@ -113,11 +113,34 @@ def test_a_folder_that_says_low_dose_is_not_simulated_from_unasked(tmp_path, fol
     assert len(find_pairs(tmp_path / folder, PairingConfig())[0]) == 1  # named itself, it is what is meant
 
 
+@pytest.mark.parametrize("description", ["Low Dose 1.0 B30f", "quarter_1mm"])
+def test_a_series_that_calls_itself_low_dose_is_not_simulated_from_unasked(tmp_path, description):
+    """Many exports name folders by UIDs or numbers."""
+    write_series(tmp_path / "1.2.3", anatomy(), Options(patient="A", description=description))
+    with pytest.raises(UserError, match="says low dose, in no layout that is known; pair it by a manifest"):
+        find_pairs(tmp_path, PairingConfig())
+    assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 1
+
+
+def test_tcia_pairs_by_descriptions_where_its_folders_are_uids(tmp_path):
+    for patient in ("C002", "L004"):
+        full, low = (Options(patient=patient, description=f"{dose} Dose Images") for dose in ("Full", "Low"))
+        write_pair(tmp_path / patient / "1.2/1.3", tmp_path / patient / "1.2/1.4", full, low_options=low)
+    pairs, refused = find_pairs(tmp_path, PairingConfig())
+    assert not refused
+    assert [(p.patient, p.full.description, p.low and p.low.description, p.dose) for p in pairs] == [
+        ("C002", "Full Dose Images", "Low Dose Images", 0.1),
+        ("L004", "Full Dose Images", "Low Dose Images", 0.25),
+    ]
+
+
 def test_what_was_made_here_is_not_simulated_from_unasked(tmp_path):
     write_series(tmp_path / "in", anatomy(), Options(patient="A"))
     series = one_series(tmp_path / "in")
     write_simulated(series, read_series(series).hu, tmp_path / "out", 0.25)
-    with pytest.raises(UserError, match="out: made by ldct_dist, no full dose; pair it by a manifest"):
+    with pytest.raises(
+        UserError, match=r"out: series .*: made by ldct_dist, no full dose; pair it by a manifest"
+    ):
         find_pairs(tmp_path, PairingConfig())
     assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 2
 
