@@ -175,7 +175,8 @@ def _files_below(
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not skip(name))
-        yield from (path for name in sorted(names) if (path := Path(parent, name)).is_file())
+        # A link to what is not there may be a slice that was not fetched: reading it will say so.
+        yield from (p for name in sorted(names) if (p := Path(parent, name)).is_file() or not p.exists())
 
 
 def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> str:
@@ -199,7 +200,11 @@ def _series(headers: Sequence[Header]) -> Series:
     rows, columns = _required(first.matrix, "Rows and Columns", first)
     if len(headers) == 1:
         raise NotAVolume("a single slice is no volume; give the whole series")
-    grid = stack(positions, orientation, pixel_spacing, [h.path.name for h in headers])
+    folder = os.path.commonpath([h.path.parent for h in headers])
+    names = [
+        os.path.relpath(h.path, folder) for h in headers
+    ]  # one slice twice often has one name in two folders
+    grid = stack(positions, orientation, pixel_spacing, names)
     return Series(
         slices=tuple(headers[i].stored for i in grid.order),
         series_uid=first.series_uid,
@@ -227,6 +232,8 @@ def _refuse_mixed(headers: Sequence[Header]) -> None:
             ("matrix sizes", first.matrix, h.matrix),
             ("pixel spacings", first.pixel_spacing, h.pixel_spacing),
             ("orientations", first.orientation, h.orientation),
+            ("kernels", first.kernel, h.kernel),  # two reconstructions, or energies, slice by slice in turn
+            ("tube voltages", first.kvp, h.kvp),
         ):
             if a != b and not _rounding(a, b):
                 raise UserError(

@@ -90,21 +90,29 @@ _PLAIN = {
 _LONGEST = 1024  # bytes of a value that is worth keeping for the next slice
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_APPLE_DOUBLE = (
+    b"\0\5\x16\7"  # how macOS begins the ._NAME that it lays beside each NAME on other systems' disks
+)
 
 
 def read_header(path: Path) -> Header | None:
     """The header of the DICOM file at `path`; None for anything else, a DICOMDIR included.
 
-    Raises UserError when the file calls itself DICOM, by its name or its first bytes, and cannot be read
-    or belongs to no series: passing over it could quietly shorten a series by its last slice.
+    Raises UserError when the file calls itself DICOM, by its name or its first bytes, and cannot be read, is
+    compressed or belongs to no series: passing over it could quietly shorten a series by its last slice.
     """
     with pydicom_faults_as_user_errors(path):
         with path.open("rb", buffering=0) as f:
             start = f.read(HEAD)
             state = os.fstat(f.fileno())
         if not _looks_like_dicom(start):
+            if start.startswith(_APPLE_DOUBLE):
+                return None
             if path.suffix.lower() in _SUFFIXES:
                 raise UserError(f"{path}: named as DICOM but is not; copy it again or remove it")
+            if path.suffix.lower() in _PACKED and Path(path.stem).suffix.lower() in _SUFFIXES:
+                raise UserError(f"{path}: compressed; unpack it, or remove it")
             return None
         head = read_head(start, _WANTED) or _head_by_pydicom(path)
         if head.storage_class == MediaStorageDirectoryStorage:

@@ -127,10 +127,9 @@ def read_dataset(path: Path) -> Dataset:
     with pydicom_faults_as_user_errors(path):
         ds = pydicom.dcmread(path, force=True)
         if "TransferSyntaxUID" not in ds.file_meta:  # a file without preamble and meta header
-            implicit, _ = ds.original_encoding
-            ds.file_meta.TransferSyntaxUID = (
-                uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-            )
+            implicit, little = ds.original_encoding
+            explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+            ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     return ds
 
 

@@ -190,6 +190,25 @@ def test_several_series_and_strangers_in_one_folder(tmp_path, tmp_path_factory):
         np.testing.assert_array_equal(read_series(series).hu, expected)
 
 
+def test_what_macos_lays_beside_each_file_is_passed_over(tmp_path):
+    for path in write_series(tmp_path, phantom()):
+        beside = path.with_name(f"._{path.name}")
+        beside.write_bytes(bytes.fromhex("0005160700020000") + b"Mac OS X        " + b"\0" * 60)
+    assert only(tmp_path).shape == (5, 40, 48)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_a_meta_header_without_transfer_syntax(tmp_path, syntax):
+    hu = phantom()
+    for path in write_series(tmp_path, hu, Options(syntax=syntax)):
+        data = path.read_bytes()
+        start = data.index(b"\2\0\x10\0UI")
+        end = start + 8 + int.from_bytes(data[start + 6 : start + 8], "little")
+        length = int.from_bytes(data[140:144], "little") - (end - start)
+        path.write_bytes(data[:140] + length.to_bytes(4, "little") + data[144:start] + data[end:])
+    np.testing.assert_array_equal(read_series(only(tmp_path)).hu, hu)
+
+
 def test_files_without_preamble_are_read(tmp_path):
     """Exports of the nineties hold the bare dataset."""
     hu = phantom()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import struct
 import warnings
@@ -79,6 +80,11 @@ TAGS = {
     ),
     "mixed patients": ({"PatientID": lambda i: f"P{i // 3}"}, "mixed patients"),
     "mixed frames": ({"FrameOfReferenceUID": lambda i: f"1.2.{i // 3}"}, "mixed frames of reference"),
+    "mixed kernels": (
+        {"ConvolutionKernel": lambda i: "BL"[i % 2]},
+        "mixed kernels: slice-000.dcm and slice-001",
+    ),
+    "mixed voltages": ({"KVP": lambda i: 80 + 60 * (i % 2)}, "mixed tube voltages"),
     "duplicate": ({"ImagePositionPatient": lambda i: [0, 0, 2 * min(i, 3)]}, "1 duplicate slice(s)"),
     "phases": ({"ImagePositionPatient": lambda i: [0, 0, i % 2]}, "duplicate slice(s)"),
     "missing": ({"ImagePositionPatient": lambda i: [0, 0, 2.5 * (i + 2 * (i > 1))]}, "2 missing slice(s)"),
@@ -151,7 +157,8 @@ def test_missing_slice_names_its_neighbours(tmp_path):
 def test_the_same_slice_in_two_folders(tmp_path):
     write_series(tmp_path / "a", phantom())
     write_series(tmp_path / "b", phantom())
-    assert "5 duplicate slice(s)" in refusal(tmp_path)
+    line = refusal(tmp_path)
+    assert "5 duplicate slice(s), first a/slice-000.dcm (40.00 mm) and b/slice-000.dcm (40.00 mm)" in line
 
 
 def test_single_slice(tmp_path):
@@ -174,6 +181,24 @@ def test_a_dcm_file_that_is_no_dicom_is_not_passed_over(tmp_path, content):
     """Passing over it could quietly take the last slice off a series."""
     (tmp_path / "last.dcm").write_bytes(content)
     assert "last.dcm" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["slice-004.dcm.gz", "SLICE-004.IMA.BZ2"])
+def test_a_compressed_slice_is_not_passed_over(tmp_path, name):
+    last = write_series(tmp_path, phantom())[-1]
+    (tmp_path / name).write_bytes(gzip.compress(last.read_bytes()))
+    last.unlink()
+    with pytest.raises(UserError, match=rf"{name}: compressed; unpack it"):
+        one_series(tmp_path)
+
+
+def test_a_link_to_a_slice_that_is_not_there_is_not_passed_over(tmp_path):
+    """As data managers leave for files that were not fetched, under whatever name."""
+    last = write_series(tmp_path, phantom())[-1]
+    last.unlink()
+    (tmp_path / "000005").symlink_to(tmp_path / "annex" / "objects" / "5")
+    with pytest.raises(UserError, match="000005: cannot be read"):
+        one_series(tmp_path)
 
 
 def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
