@@ -7,15 +7,15 @@ Needs torch and the package's own dependencies; a part whose packages are missin
 in the order of their worth, and what would begin after `--budget` seconds is skipped too. Rows go to stderr as they
 come; the last line of stdout is JSON:
 
-device, commit          what ran where
+device, torch, cudnn    what ran where, and commit
 matmul_tflops           (a) the measured ceiling, bf16; `ceilings` has the copy's and the convolutions'
 mfu                     (b) by size: FLOPs of the best variant against that ceiling; `training` has every row
 roofline                (b) by size: what the measured convolution and copy ceilings allow, over the eager step's time
-vs_monai_loop           (c) a plain loop's time over ours: its defaults, and bf16 autocast
+vs_monai_loop           (c) a plain loop's time over ours, eager or compiled: its defaults, and bf16 autocast
 data_wait               (d) share of a step that waits for the loader
 denoise_vs_monai        (e) our voxels a second over MONAI's sliding window: its defaults, and the same type and memory
 memory_error            (b) the planner's worst, over the measured peaks
-ranks                   two gloo ranks against one, and one on NCCL
+ranks                   how far the weights of one NCCL rank, and of two gloo ranks, are from those without either
 skipped, failed         part: why; a part that failed costs the others nothing, and makes the exit code 1
 """
 
@@ -99,16 +99,18 @@ def main() -> None:
 
 def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
     crop, crops, main_size = ((4, 16, 16), 2, "xs") if tiny else ((32, 128, 128), 2, "l")
-    sizes = ["xs"] if tiny else ["l", "xl", "xxl", "m", "s"]
+    # As many crops a step as keep a GPU busy, which the smaller networks do not with few.
+    sizes = (
+        {"xs": crops} if tiny else {"l": crops, "xl": crops, "xxl": crops, "m": 4 * crops, "s": 16 * crops}
+    )
+    nafnet = {"nafnet3d-xs": crops} if tiny else {"nafnet3d-m": crops}
     shape = (6, 32, 32) if tiny else (300, 512, 512)
     peaks = bench.part("ceilings", lambda: ceilings(device, tiny))
     if peaks is None:
         sys.exit(f"bench/gpu.py: without ceilings nothing can be judged: {bench.failed or bench.skipped}")
-    rows = _training(bench, ["eager"], sizes, crop, crops, device, peaks)
+    rows = _training(bench, ["eager"], sizes, crop, device, peaks)
     # Each part imports what it needs by itself, so that one missing package costs its parts alone.
-    loop = bench.part(
-        "monai loop", lambda: _import("steps").against_monai_loop(main_size, crop, crops, device)
-    )
+    loop = bench.part("monai loop", lambda: _import("steps").monai_loop(main_size, crop, crops, device))
     denoising = bench.part(
         "denoising", lambda: _import("volumes").denoising("xs" if tiny else "m", shape, device, tiny)
     )
@@ -117,25 +119,25 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
         "loader", lambda: _import("volumes").data_wait("xs" if tiny else "m", crop, 4 * crops, device, steps)
     )
     ranks = bench.part("ranks", lambda: _import("ranks").proved(device))
+    rows += _training(bench, ["cudnn benchmark"], {main_size: crops}, crop, device, peaks)
+    rows += _training(bench, ["eager", "channels first"], nafnet, crop, device, peaks)
     others = ["full checkpointing", "selective checkpointing", "channels first", "compiled"]
-    rows += _training(bench, ["eager"], ["nafnet3d-xs" if tiny else "nafnet3d-m"], crop, crops, device, peaks)
-    rows += _training(bench, others, sizes, crop, crops, device, peaks)
+    rows += _training(bench, others, sizes, crop, device, peaks)
     if denoising is not None and "skipped" in denoising:
         bench.skipped["denoising against MONAI"] = f"package {denoising['skipped']} is missing"
-    # The planner foretells kernels as they are called; the compiler makes others.
-    foretold = [row for row in rows if "memory_error" in row and row["variant"] != "compiled"]
-    good = [row for row in rows if "mfu" in row]
+    ours = [r["step_s"] for r in rows if r["size"] == main_size and r["variant"] in ("eager", "compiled")]
     return {
         "device": "CPU" if tiny else torch.cuda.get_device_name(device),
         "commit": _commit(),
         "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
         "matmul_tflops": peaks["matmul_flops"] / 1e12,
-        "mfu": {size: max(r["mfu"] for r in good if r["size"] == size) for size in (r["size"] for r in good)},
-        "roofline": {r["size"]: r["roofline"] for r in good if r["variant"] == "eager"},
-        "vs_monai_loop": loop and {k: loop[k] for k in ("defaults", "bf16")},
+        "mfu": {size: max(r["mfu"] for r in rows if r["size"] == size) for size in (r["size"] for r in rows)},
+        "roofline": {r["size"]: r["roofline"] for r in rows if r["variant"] == "eager"},
+        "vs_monai_loop": {k: took / min(ours) for k, took in loop.items()} if loop and ours else None,
         "data_wait": wait,
         "denoise_vs_monai": denoising and {k: denoising.get(k) for k in ("defaults", "same")},
-        "memory_error": max((abs(r["memory_error"]) for r in foretold), default=None),
+        "memory_error": max((abs(r["memory_error"]) for r in rows if "memory_error" in r), default=None),
         "ranks": ranks,
         "ceilings": peaks,
         "training": rows,
@@ -148,18 +150,17 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
 def _training(
     bench: Bench,
     variants: list[str],
-    sizes: list[str],
+    sizes: dict[str, int],
     crop: Any,
-    crops: int,
     device: torch.device,
     peaks: Any,
 ) -> list[dict]:
     rows: list[dict] = []
     for variant in variants:
-        for size in sizes:
+        for size, crops in sizes.items():
             row = bench.part(
                 f"{variant} {size}",
-                lambda size=size, variant=variant: _import("steps").training(
+                lambda size=size, crops=crops, variant=variant: _import("steps").training(
                     size, variant, crop, crops, device, peaks
                 ),
             )

@@ -1,58 +1,63 @@
-"""Ranks on one device: one on NCCL, and two on gloo, whose steps must be those of one rank alone."""
+"""Ranks on one device: one on NCCL, and two on gloo, whose steps must be those of a process without either."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from gpus.steps import config_of
 from ldct_dist.models.losses import build_loss
 from ldct_dist.models.registry import build
 from ldct_dist.train.strategy.ddp import DDPStrategy
-from ldct_dist.world import World
+from ldct_dist.world import World, backend_of
 
 STEPS = 5
+PATIENCE = timedelta(seconds=60)
 
 
 def proved(device: torch.device) -> dict[str, float]:
-    """Largest difference of the weights, relative to how far training moved them: two gloo ranks against one alone.
-    On a GPU also what NCCL makes of a sum over its one rank."""
+    """Largest difference of the weights, relative to how far training moved them: of one rank under DDP, on NCCL where
+    there is a GPU, and of two on gloo, each against a process alone."""
     alone, start = _train(World(device=device))
+    dist.init_process_group(
+        backend_of(device), store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE
+    )
+    under_ddp, _ = _train(World(device=device), ddp=True)
+    dist.destroy_process_group()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (str(device), folder), nprocs=2)
         together = torch.load(Path(folder) / "weights.pt", weights_only=True)
     moved = (alone - start).abs().max()
-    told = {"two_gloo_ranks_against_one": ((alone - together).abs().max() / moved).item()}
-    if device.type == "cuda":
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
-        dist.init_process_group("nccl", rank=0, world_size=1)
-        x = torch.ones(1 << 20, device=device)
-        dist.all_reduce(x)
-        told["nccl_sum_of_one_rank"] = x.mean().item()
-        dist.destroy_process_group()
-    return told
+    one = "one_nccl_rank" if device.type == "cuda" else "one_gloo_rank"
+    ranks = {one: under_ddp, "two_gloo_ranks": together}
+    return {name: ((alone - weights).abs().max() / moved).item() for name, weights in ranks.items()}
 
 
 def _rank(rank: int, device: str, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29532"}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=PATIENCE)
     weights, _ = _train(World(rank, 2, rank, 2, torch.device(device)))
     if rank == 0:
         torch.save(weights, Path(folder) / "weights.pt")
     dist.destroy_process_group()
 
 
-def _train(world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    """All weights after and before some steps on a global batch of two crops, on the CPU."""
+def _train(world: World, ddp: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """All weights after and before some steps on a global batch of two crops, on the CPU. ddp: also for a single rank,
+    which needs none."""
     torch.manual_seed(0)
     # In fp64: a GPU's TF32 rounds so much that Adam, which takes signs of small gradients, would differ after five steps.
     config = config_of("s", (4, 16, 16), 2, precision="fp64")
     strategy = DDPStrategy(build(config.model), config, world)
+    if ddp:
+        strategy._wrapped = DistributedDataParallel(strategy._wrapped, gradient_as_bucket_view=True)
     loss = build_loss(config.loss)
     low, full = (
         torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) * 50 for i in (1, 2)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from gpus.timing import forget_peak, peak, seconds
+from ldct_dist.models.execution import lay_out
 from ldct_dist.models.losses import build_loss
 from ldct_dist.models.registry import build
 from ldct_dist.train.config import RunConfig
@@ -24,7 +25,11 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config
     "channels first": {"channels_last": False},
     "full checkpointing": {"model": {"activation_checkpointing": "full"}},
     "selective checkpointing": {"model": {"activation_checkpointing": "selective"}},
+    "cudnn benchmark": {},
 }
+FORETOLD = ("eager", "channels first", "full checkpointing", "selective checkpointing")
+"""by the planner, which knows kernels as they are called: the compiler makes others, and cuDNN's benchmark takes memory for
+what it tries"""
 
 
 def config_of(size: str, crop: tuple[int, int, int], crops: int, **changes: Any) -> RunConfig:
@@ -46,7 +51,9 @@ def config_of(size: str, crop: tuple[int, int, int], crops: int, **changes: Any)
 
 def our_step(config: RunConfig, device: torch.device) -> Callable[[], Any]:
     """One step as the Trainer takes it, on a batch that is there already."""
-    strategy = DDPStrategy(build(config.model), config, World(device=device))
+    with device:  # a billion random numbers take a CPU long
+        model = build(config.model)
+    strategy = DDPStrategy(model, config, World(device=device))
     loss = build_loss(config.loss)
     low, full = (torch.randn(config.data.batch, 1, *config.data.crop, device=device) * 50 for _ in range(2))
     mask = torch.ones_like(low, dtype=torch.bool)
@@ -73,7 +80,8 @@ def training(
     config = config_of(size, crop, crops, **VARIANTS[variant])
     before = forget_peak(device)
     step = our_step(config, device)
-    took = seconds(step, device)
+    with _benchmarking(variant == "cudnn benchmark"):
+        took = seconds(step, device)
     activations, crops = Activations.of(config), config.data.batch
     cost = activations.few
     flops = cost.flops * crops / 2
@@ -90,7 +98,7 @@ def training(
         "roofline": (kernels * crops / 2 + update) / took,
         "voxels_per_s": crops * math.prod(config.data.crop) / took,
     }
-    if (measured := peak(device)) is not None:
+    if variant in FORETOLD and (measured := peak(device)) is not None:
         predicted = memory(STRATEGIES[0], config, activations, crops, crops, 1).without_batches_ahead
         row |= {
             "peak_bytes": measured - before,
@@ -100,29 +108,37 @@ def training(
     return row
 
 
-def against_monai_loop(
-    size: str, crop: tuple[int, int, int], crops: int, device: torch.device
-) -> dict[str, float]:
-    """The plain loop's time over ours: in its defaults (fp32, or TF32 where torch takes it), and in bf16 autocast.
+@contextmanager
+def _benchmarking(wanted: bool) -> Iterator[None]:
+    """cuDNN tries its kernels instead of guessing the best. It tries none for what is in its cache already, under a key
+    that TF32, of which bf16 takes no notice, is a part of."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    if wanted:
+        cudnn.benchmark, cudnn.allow_tf32 = True, not cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before
 
-    Both train the same network on the same crops; the plain loop's come from a DataLoader over arrays in memory.
+
+def monai_loop(size: str, crop: tuple[int, int, int], crops: int, device: torch.device) -> dict[str, float]:
+    """Seconds of a plain loop's step: in its defaults (fp32, or TF32 where torch takes it), and in bf16 autocast.
+
+    It trains the same network on crops as large, which come from a DataLoader over arrays in memory.
     """
-    ours = min(
-        seconds(our_step(config_of(size, crop, crops, compile=compiled), device), device)
-        for compiled in (False, True)
-    )
-    plain = {
-        dtype: seconds(_plain_step(size, crop, crops, device, dtype), device)
-        for dtype in (None, torch.bfloat16)
+    return {
+        name: seconds(_plain_step(size, crop, crops, device, dtype), device)
+        for name, dtype in (("defaults", None), ("bf16", torch.bfloat16))
     }
-    return {"our_step_s": ours, "defaults": plain[None] / ours, "bf16": plain[torch.bfloat16] / ours}
 
 
 def _plain_step(
     size: str, crop: tuple[int, int, int], crops: int, device: torch.device, dtype: torch.dtype | None
 ) -> Callable[[], Any]:
-    """Epochs over cropped volumes, as MONAI's tutorials write them."""
+    """Epochs over cropped volumes, as MONAI's tutorials write them; in torch's default layout."""
     model = build(config_of(size, crop, crops).model).to(device)
+    lay_out(model, channels_last=False)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     loss_function = torch.nn.L1Loss()
     volumes = [torch.randn(2, *(n + 8 for n in crop)) * 50 for _ in range(2)]
@@ -166,4 +182,4 @@ def _loader(volumes: list[torch.Tensor], crop: tuple[int, int, int], crops: int)
     loader = DataLoader(data, batch_size=crops, shuffle=True, num_workers=0)
     while True:
         for batch in loader:
-            yield torch.as_tensor(batch)
+            yield batch.as_subclass(torch.Tensor)  # MONAI's own class would cost the network's every call

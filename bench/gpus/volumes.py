@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gpus.steps import config_of
-from gpus.timing import once, wait
+from gpus.timing import forget_peak, once, peak
 from ldct_dist.ct.volume import Volume
 from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import Plan
-from ldct_dist.denoise.tiles import TILES, denoise_volume
+from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.store import layout
@@ -29,22 +32,26 @@ def data_wait(size: str, crop: tuple[int, int, int], crops: int, device: torch.d
         plan = Plan(_store(Path(folder) / "ct.zarr", crop), config.data, seed=0)
         strategy = DDPStrategy(build(config.model), config, World(device=device))
         loss = build_loss(config.loss)
-        waited = spent = 0.0
+        waited: list[float] = []
+        spent: list[float] = []
         with Loader(plan, device=device) as loader:
             for i in range(steps + 5):
 
                 def step(i: int = i) -> None:
                     batch = loader.batch(i)
+                    handed = time.perf_counter()
+                    if device.type == "cuda":
+                        # Idle but for the batch's way there, which other streams may still be at.
+                        torch.cuda.current_stream(device).synchronize()
+                    waited.append(loader.waited_s + time.perf_counter() - handed)
                     mask = mask_from_box(batch.box, batch.low.shape[2:], (0, 0, 0))
                     strategy.backward(loss(strategy(batch.low), batch.full, mask).mean())
                     strategy.clip()
                     strategy.step(1e-4)
                     strategy.forget_gradients()
 
-                took = once(step, device)
-                if i >= 5:
-                    waited, spent = waited + loader.waited_s, spent + took
-    return waited / spent
+                spent.append(once(step, device))
+    return sum(waited[5:]) / sum(spent[5:])
 
 
 def _store(path: Path, crop: tuple[int, int, int]) -> Store:
@@ -61,31 +68,37 @@ def _store(path: Path, crop: tuple[int, int, int]) -> Store:
 def denoising(size: str, shape: tuple[int, int, int], device: torch.device, tiny: bool) -> dict[str, float]:
     """Voxels a second of ours and of MONAI's (overlap 0.25, gaussian), and their ratios; ours alone without MONAI.
 
-    defaults: our bf16 against MONAI in fp32; same: bf16 on both sides, and windows as large as our tiles.
+    defaults: our bf16 against MONAI in fp32; same: bf16 on both sides, and windows as large as what our network is given
+    at once, which take the same memory. Each on its second volume: the first looks for kernels.
     """
     hu = np.random.default_rng(0).normal(0, 200, shape).astype(np.int16)
     model = build(config_of(size, (8, 32, 32), 1).model).to(device).eval()
     torch.nn.init.normal_(model.network.last.weight, std=0.01)
-    tile = (4, 16, 16) if tiny else TILES[device.type][0]
-    ours = {}
+    told: dict[str, float] = {}
+
+    def measure(name: str, act: Callable[[], object]) -> None:
+        act()
+        before = forget_peak(device)
+        told[f"{name}_voxels_per_s"] = hu.size / once(act, device)
+        told[f"{name}_peak_bytes"] = (peak(device) or 0) - before
+
+    tile, given = (4, 16, 16) if tiny else None, []
+    hook = model.register_forward_pre_hook(lambda _, inputs: given.append(tuple(inputs[0].shape[2:])))
     for name, bf16 in (("fp32", False), ("bf16", True)):
-        denoise_volume(model, hu[: tile[0]], tile=tile, bf16=bf16)
-        took = once(lambda bf16=bf16: denoise_volume(model, hu, tile=tile, bf16=bf16), device)
-        ours[f"{name}_voxels_per_s"] = hu.size / took
+        given.clear()
+        measure(name, lambda bf16=bf16: denoise_volume(model, hu, tile=tile, bf16=bf16))
+    hook.remove()
     try:
         import monai  # noqa: F401
     except ModuleNotFoundError:
-        return ours | {"skipped": "monai"}
-    window = (4, 16, 16) if tiny else (32, 96, 96)
-    theirs = {
-        "monai_defaults_voxels_per_s": hu.size / _monai(model, hu, window, 4, None, device),
-        "monai_same_voxels_per_s": hu.size / _monai(model, hu, tile, 1, torch.bfloat16, device),
-    }
+        return told | {"skipped": "monai"}
+    window, largest = (4, 16, 16) if tiny else (32, 96, 96), max(given, key=math.prod)
+    measure("monai_defaults", lambda: _monai(model, hu, window, 4, None, device))
+    measure("monai_same", lambda: _monai(model, hu, largest, 1, torch.bfloat16, device))
     ratios = {
-        "defaults": ours["bf16_voxels_per_s"] / theirs["monai_defaults_voxels_per_s"],
-        "same": ours["bf16_voxels_per_s"] / theirs["monai_same_voxels_per_s"],
+        name: told["bf16_voxels_per_s"] / told[f"monai_{name}_voxels_per_s"] for name in ("defaults", "same")
     }
-    return ours | theirs | ratios
+    return told | ratios
 
 
 def _monai(
@@ -95,19 +108,14 @@ def _monai(
     batch: int,
     dtype: torch.dtype | None,
     device: torch.device,
-) -> float:
-    """Seconds from the volume in memory to the answer in memory."""
+) -> np.ndarray:
+    """From the volume in memory to the answer in memory."""
     from monai.inferers import sliding_window_inference
 
-    def run(given: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(given).to(device, torch.float32)[None, None]
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
-        ):
-            answer = sliding_window_inference(x, window, batch, model, overlap=0.25, mode="gaussian")
-        return answer[0, 0].round().to(torch.int16).cpu().numpy()
-
-    run(hu[: window[0]])
-    wait(device)
-    return once(lambda: run(hu), device)
+    x = torch.from_numpy(hu).to(device).float()[None, None]
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        answer = sliding_window_inference(x, window, batch, model, overlap=0.25, mode="gaussian")
+    return answer[0, 0].round().to(torch.int16).cpu().numpy()

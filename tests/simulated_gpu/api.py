@@ -54,6 +54,7 @@ def _pinned_memory() -> None:
         return marked(made) if pin_memory else made
 
     torch.empty = with_pinning
+
     def in_its_strides(tensor: torch.Tensor, *_: object) -> torch.Tensor:
         return marked(torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor))
 
