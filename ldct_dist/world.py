@@ -108,12 +108,12 @@ class World:
         dist.all_gather_object(items, item, group=group)
         return items
 
-    def broadcast(self, item: Any) -> Any:
-        """Rank 0's `item` on every rank."""
+    def broadcast(self, item: Any, owner: int = 0) -> Any:
+        """The owner's `item` on every rank."""
         if self.size == 1:
             return item
         box = [item]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=owner)
         return box[0]
 
     def agree(self, act: Callable[[], T]) -> T:
@@ -178,6 +178,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's `flag` is up, on every rank."""
+        return bool(self.sum(torch.tensor(float(flag))).item())
 
 
 def _others_run() -> bool:

@@ -69,19 +69,12 @@ def read(path: Path, manifest: Manifest, world: World) -> Iterator[tuple[str, st
             with safe_open(path / name, framework="pt") as f:
                 keys = sorted(f.keys())
                 listing = [(k, tuple(f.get_slice(k).get_shape()), f.get_tensor(k).dtype) for k in keys]
-                _from(owner, listing, world)
+                world.broadcast(listing, owner)
                 for k in keys:
                     yield name, k, _tensor_from(owner, f.get_tensor(k), world)
         else:
-            for k, shape, dtype in _from(owner, None, world):
+            for k, shape, dtype in world.broadcast(None, owner):
                 yield name, k, _tensor_from(owner, torch.empty(shape, dtype=dtype), world)
-
-
-def _from(owner: int, item: object, world: World) -> list:
-    box = [item]
-    if world.size > 1:
-        dist.broadcast_object_list(box, src=owner)
-    return box[0]  # type: ignore[return-value]
 
 
 def _tensor_from(owner: int, tensor: torch.Tensor, world: World) -> torch.Tensor:

@@ -113,12 +113,12 @@ class Checkpoints:
         self.saver.save(state.step, self.strategy.parts(state.step), state.counters() | facts)
         self.saved = state.step
 
-    def commit(self, state: TrainState) -> Outcome | None:
-        """Have this step saved and wait for it; None if this start found it saved already."""
+    def commit(self, state: TrainState) -> Outcome:
+        """Have this step saved, if it is not, and wait for it."""
         outcome = self.saver.finish()
         if self.saved != state.step or (outcome is not None and outcome.path is None):
             self.save(state)
-        return self.saver.finish()
+        return self.saver.finish() or Outcome(self.folder.checkpoint(state.step), 0.0)
 
     def hear(self, stop: Stop) -> None:
         """Say what became of a save that has ended, and tell `stop` how long one takes."""

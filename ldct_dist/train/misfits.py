@@ -7,6 +7,7 @@ import shutil
 from ldct_dist.data.plan import lanes_of
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.models.losses import share_counted
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.reader import Store
 from ldct_dist.train.checkpoints import first_weights
@@ -28,6 +29,18 @@ def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: Run
         first_weights(config)
     if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
         raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")
+
+
+def note_on_margin(config: RunConfig, model: Denoiser) -> str | None:
+    """What a user should know who left it to the crop's size how much of a crop the loss counts."""
+    if config.loss.margin is not None:
+        return None
+    margin = config.loss.margin_for(model.radius, config.data.crop)
+    return (
+        f"note: of the {model.radius} voxels (z, y, x) that {config.model.name} sees to each side, the loss leaves out "
+        f"{margin} at a crop's inner faces: {100 * share_counted(margin, config.data.crop):.0f} % of a crop counts. "
+        "Larger crops, or loss.margin, change that"
+    )
 
 
 def refuse_crop(config: RunConfig, model: Denoiser) -> None:

@@ -25,7 +25,7 @@ class Stop:
         self.grace_s = grace_s
         self.deadline = time.time() + limit_s if limit_s is not None else _slurm_deadline()
         self.reason: str | None = None
-        self.step_s = 0.0
+        self.step_s = self._round_s = 0.0
         """longest stretch of work lately between two looks at the flag: a step, or a volume of validation"""
         self.save_s: float | None = None
         """how long saving takes; None until it was measured"""
@@ -49,6 +49,11 @@ class Stop:
         if self.reason is None and self.deadline is not None and time.time() + needed > self.deadline:
             self.reason = "the time limit is near"
         return self.reason is not None
+
+    def note_round(self, seconds: float) -> None:
+        """A round of a validation took that long: the next one may, too, also after the steps until then."""
+        self._round_s = max(self._round_s, seconds)
+        self.step_s = max(self.step_s, self._round_s)
 
     def too_slow(self) -> str | None:
         """A warning, once, if a save after a signal may come too late."""

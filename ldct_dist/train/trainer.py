@@ -12,13 +12,13 @@ from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.data.plan import Plan
 from ldct_dist.data.stage import StagedStore
 from ldct_dist.errors import UserError
-from ldct_dist.models.losses import build_loss, mask_from_box, share_counted
+from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import outline
 from ldct_dist.train.checkpoints import Checkpoints
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.guard import blame
-from ldct_dist.train.misfits import refuse_misfits
+from ldct_dist.train.misfits import note_on_margin, refuse_misfits
 from ldct_dist.train.monitor import Monitor, Mute, StepFigures
 from ldct_dist.train.optim import learning_rate
 from ldct_dist.train.run import RunFolder
@@ -75,17 +75,11 @@ class Trainer:
         self.loss = build_loss(config.loss)
         self.margin = config.loss.margin_for(model.radius, config.data.crop)
         self.state = TrainState(self.store.fingerprint)
-        self._round_s = 0.0
         # The first thing written: every mistake above leaves no trace.
         for line in world.agree(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
-        if config.loss.margin is None:
-            share = share_counted(self.margin, config.data.crop)
-            self._say(
-                f"note: of the {model.radius} voxels (z, y, x) that {config.model.name} sees to each side, the loss "
-                f"leaves out {self.margin} at a crop's inner faces: {100 * share:.0f} % of a crop counts. Larger crops, "
-                "or loss.margin, change that"
-            )
+        if note := note_on_margin(config, model):
+            self._say(note)
         self.checkpoints = Checkpoints(
             config, self.folder, self.strategy, world, self.store.fingerprint, allow_new_data, self._say
         )
@@ -120,13 +114,10 @@ class Trainer:
         """One step and what falls due after it; an Ending if the run is to stop here."""
         start, step, lr = time.perf_counter(), self.state.step, self.lr
         agreed = self.train_step(*self._fetch())
-        self.stop.step_s = time.perf_counter() - start
+        seconds = self.stop.step_s = time.perf_counter() - start
         applied = not self.state.guard.stretch
-        self.monitor.step(
-            StepFigures(
-                step + 1, agreed.loss, lr, agreed.norm, applied, self.loader.waited_s, self.stop.step_s
-            )
-        )
+        figures = StepFigures(step + 1, agreed.loss, lr, agreed.norm, applied, self.loader.waited_s, seconds)
+        self.monitor.step(figures)
         self.checkpoints.hear(self.stop)
         return self._leave() if agreed.wishes else self.fall_due()
 
@@ -228,10 +219,9 @@ class Trainer:
 
     def _go_on(self, seconds: float) -> bool:
         """Whether no rank asks to stop, between two rounds of a validation; the latest took `seconds`."""
-        self._round_s = max(self._round_s, seconds)
-        self.stop.step_s = max(self.stop.step_s, self._round_s)
+        self.stop.note_round(seconds)
         self._enter("validation")
-        return self.world.sum(torch.tensor(float(self._to_stop))).item() == 0
+        return not self.world.any(self._to_stop)
 
     def _leave(self, in_validation: bool = False) -> Ending:
         """All ranks have agreed to stop at this step: save, commit, and say how to go on.
@@ -239,7 +229,7 @@ class Trainer:
         The next start makes up for a validation that was cut short, but only once: a job that is too short for
         it is to come to its next step all the same.
         """
-        if self.world.sum(torch.tensor(float(self.checkpoints.saver.fenced))).item():
+        if self.world.any(self.checkpoints.saver.fenced):
             self._say(f"stopped at step {self.state.step}: a newer start of this run has taken over")
             return Ending.FENCED
         if in_validation and self.state.step == self._began:
@@ -247,24 +237,24 @@ class Trainer:
             self.checkpoints.save(self.state)
         self._enter("saving before the stop", SLOW)
         outcome, step = self.checkpoints.commit(self.state), self.state.step
-        if outcome is not None and outcome.error is not None:
-            self._say(f"stopped at step {step}, which was not saved: {outcome.error}")
-            if outcome.fenced:
-                return Ending.FENCED
-            if not self.checkpoints.saver.has_saved():  # started again, it would only do the same steps again
-                self._end_unsaved(outcome.error)
+        if outcome.error is None:
+            reason = self.stop.reason or "another rank was asked to"
+            self._say(f"stopped at step {step} ({reason}); start the same command again to go on")
             return Ending.RESUMABLE
-        reason = self.stop.reason or "another rank was asked to"
-        self._say(f"stopped at step {step} ({reason}); start the same command again to go on")
+        self._say(f"stopped at step {step}, which was not saved: {outcome.error}")
+        if outcome.fenced:
+            return Ending.FENCED
+        if not self.checkpoints.saver.has_saved():  # started again, it would only do the same steps again
+            self._end_unsaved(outcome.error)
         return Ending.RESUMABLE
 
     def _finish(self) -> Ending:
         self._enter("saving at the end", SLOW)
         outcome = self.checkpoints.commit(self.state)
-        if outcome is not None and outcome.fenced:
+        if outcome.fenced:
             self._say(str(outcome.error))
             return Ending.FENCED
-        if outcome is not None and outcome.error is not None:
+        if outcome.error is not None:
             self._end_unsaved(outcome.error)
         self._say(f"done: {self.state.step} steps, weights in {self.folder.checkpoint(self.state.step)}")
         return Ending.DONE
@@ -296,7 +286,9 @@ class Trainer:
         known = [d for d in self.world.gather(damage) if d is not None]
         if self.state.step > 0:
             self._enter("saving before the end", SLOW)
-            self.checkpoints.commit(self.state)
+            outcome = self.checkpoints.commit(self.state)
+            if outcome.error is not None:
+                self._say(f"step {self.state.step} was not saved: {outcome.error}")
         self.world.refuse(known[0])
 
     def _enter(self, phase: str, patience: float = 1.0) -> None:

@@ -12,6 +12,8 @@ import pytest
 from forked import fork
 from ldct_dist.checkpoint.load import newest_valid, verify_run
 from ldct_dist.checkpoint.save import Saver
+from ldct_dist.data.loader import Loader
+from ldct_dist.errors import UserError
 from ldct_dist.world import World
 from runs import losses, same, write_config
 from stores import make_store
@@ -121,6 +123,26 @@ def test_a_start_that_could_save_nothing_does_not_ask_for_another(store, tmp_pat
     assert said.count("error: the last checkpoint of") == 1
     assert "Traceback" not in said
     goes_on_once_the_disk_is_well(config, run, unbroken)
+
+
+def damaged_data(rank: int) -> None:
+    full(rank)
+    batch = Loader.batch
+
+    def damaged(self, step):
+        if step == 4:
+            raise UserError("case-000 is damaged")
+        return batch(self, step)
+
+    Loader.batch = damaged
+
+
+def test_where_damaged_data_ends_a_run_and_the_disk_is_full_both_are_said(store, tmp_path):
+    config = write_config(tmp_path, store)
+    assert fork(config, plant=damaged_data) == [2, 2]
+    said = config.with_suffix(".log").read_text()
+    assert "error: case-000 is damaged" in said
+    assert "step 4 was not saved: " in said
 
 
 def test_in_a_folder_that_became_read_only_nothing_is_lost(store, tmp_path, unbroken):
