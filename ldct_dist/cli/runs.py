@@ -134,9 +134,13 @@ def evaluate(
             help="Any number of weights.safetensors, checkpoints or runs; last, a store",
         ),
     ],
-    split: Annotated[str, typer.Option(help="Which cases")] = "test",
+    split: Annotated[str, typer.Option(help="Which cases: those held out, or val, or train")] = "test",
     protocol: Annotated[
-        str, typer.Option(help="Window, what counts, averaging and dose, by name")
+        str,
+        typer.Option(
+            help="Window, what counts, averaging and dose: chest, abdomen, neuro, full-range, ldctbench-chest, "
+            "ldctbench-abdomen, ldctbench-neuro or redcnn-l506; or one of them with -3d"
+        ),
     ] = "abdomen",
     dose: Annotated[
         float | None, typer.Option(help="Dose fraction of the input; without it, the protocol's")
@@ -164,6 +168,8 @@ def evaluate(
     from ldct_dist.evaluate.run import evaluate as run
 
     *weights, store = paths
+    if not (store / "zarr.json").exists():
+        raise UserError(f"{store}: not a store (no zarr.json); evaluate takes weights and, last, a store")
     manner = (" in bf16" if bf16 else "") + (f" at strength {strength:g}" if strength < 1 else "")
     named = {_name_of(path, weights) + manner: path for path in weights}
     options = {

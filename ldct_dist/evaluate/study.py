@@ -124,7 +124,7 @@ def methods_for(
 
     Baselines are tuned on a few cases of the other splits. Raises UserError for what is not there.
     """
-    store.split(config.split)  # refused, as networks are, before filters are tuned for minutes
+    dose = _dose(store, config)  # refused, as networks are, before filters are tuned for minutes
     networks = {name: network(path, config.bf16, config.strength) for name, path in weights.items()}
     methods: dict[str, Method] = {LOW: lambda low: low.hu}
     if baselines:
@@ -135,10 +135,9 @@ def methods_for(
                 "without them: --baselines ''"
             )
         say("tuning filters", ", ".join(baselines))
-        doses = dose_name(config.dose or protocol_named(config.protocol).dose), FULL_DOSE
         spread = others[np.linspace(0, len(others) - 1, min(_TUNED_ON, len(others))).astype(int)]
         names = [store.cases[int(i)].name for i in spread]
-        pairs = [(store.volume(name, doses[0]), store.volume(name, doses[1])) for name in names]
+        pairs = [(store.volume(name, dose_name(dose)), store.volume(name, FULL_DOSE)) for name in names]
         methods |= tuned_baselines(baselines, pairs)
     return methods | dict(peers) | networks
 
@@ -157,7 +156,7 @@ def measure(
     Raises UserError for a split, a dose or a protocol that is not there.
     """
     protocol = protocol_named(config.protocol)
-    dose = config.dose or protocol.dose
+    dose = _dose(store, config)
     protocols = (protocol, protocol.in_3d()) if physics and protocol.dims == 2 else (protocol,)
     study = Study(store.path.name, store.fingerprint, dose, protocols, config)
     chosen = store.split(config.split)
@@ -179,6 +178,22 @@ def measure(
         if physics and study.phantom_case is None:
             _try_phantom(study, config, methods, case.name, low, full, say)
     return study
+
+
+def _dose(store: Store, config: StudyConfig) -> float:
+    """Which is evaluated. Raises UserError where a case of the split lacks it."""
+    dose = config.dose or protocol_named(config.protocol).dose
+    for case in (store.cases[int(i)] for i in store.split(config.split)):
+        if dose_name(dose) not in case.doses:
+            whose = "" if config.dose else f", at which protocol {config.protocol} compares"
+            lower = [there for there in case.doses if there != FULL_DOSE]
+            give = (
+                f"give one that it has: --dose {' or '.join(lower)}" if lower else "ingest it with that dose"
+            )
+            raise UserError(
+                f"{store.path}: case {case.name} has doses {', '.join(case.doses)}, not {dose_name(dose)}{whose}; {give}"
+            )
+    return dose
 
 
 def _conditions(full: Volume, record: CaseRecord) -> dict[str, Any]:

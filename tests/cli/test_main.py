@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from ldct_dist import cli
+from ldct_dist.evaluate.protocols import PROTOCOLS
 from ldct_dist.store import reader
 
 
@@ -20,6 +21,22 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "the same command again goes on" in lines[0]
+
+
+def test_evaluate_names_its_protocols_and_says_that_the_store_comes_last(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "evaluate", "--help"])
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    assert [name for name in PROTOCOLS if not name.endswith("-3d") and name not in said] == []
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "evaluate", "runs/mayo"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert (
+        "runs/mayo: not a store (no zarr.json); evaluate takes weights and, last, a store"
+        in capsys.readouterr().err
+    )
 
 
 def test_help_breaks_no_line_where_the_source_does(monkeypatch, capsys):

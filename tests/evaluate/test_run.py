@@ -25,6 +25,16 @@ def command(tmp_path):
     return ["evaluate", str(tmp_path / "net.safetensors"), str(tmp_path / "ct.zarr")]
 
 
+def test_a_dose_that_is_not_there_is_told_with_whose_it_is_and_what_to_give(command):
+    wanted = CliRunner().invoke(app, [*command, "--protocol", "chest"])
+    assert "not 0.10, at which protocol chest compares; give one that it has: --dose 0.25" in str(
+        wanted.exception
+    )
+    given = CliRunner().invoke(app, [*command, "--dose", "0.5"])
+    assert "has doses 1.00, 0.25, not 0.50; give one" in str(given.exception)
+    assert wanted.output == given.output == ""
+
+
 def test_the_terminal_shows_means_over_patients_as_the_report_does(command):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
