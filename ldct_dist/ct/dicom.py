@@ -13,7 +13,7 @@ import numpy as np
 from pydicom import Dataset
 
 from ldct_dist.ct.geometry import Vector, stack
-from ldct_dist.ct.headers import Header, read_headers
+from ldct_dist.ct.headers import Header, UnknownSeries, read_headers
 from ldct_dist.ct.nature import NotAVolume, refuse_other_than_ct
 from ldct_dist.ct.pixels import Slice, read_dataset, read_slice
 from ldct_dist.ct.stored import Stored
@@ -165,7 +165,7 @@ def _files_below(
     """The files that `find_series` looks into; `refuse` hears of folders that cannot be read."""
 
     def unreadable(e: OSError) -> None:
-        refuse(UserError(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
+        refuse(UnknownSeries(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
 
     seen = set()
     for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):

@@ -31,6 +31,10 @@ from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.errors import UserError
 
 
+class UnknownSeries(UserError):
+    """A file or folder that cannot be read: it may hold a slice that any series beside it now lacks."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What one slice says of itself. None: absent, unreadable or not finite. Lengths in mm."""
@@ -121,13 +125,13 @@ def read_header(path: Path) -> Header | None:
 
 
 def read_headers(paths: Iterable[Path]) -> list[Header | UserError | None]:
-    """`read_header` of each path; the UserError it raised where it did."""
+    """`read_header` of each path; an UnknownSeries where it raised UserError."""
     outcomes: list[Header | UserError | None] = []
     for path in paths:
         try:
             outcomes.append(read_header(path))
         except UserError as e:
-            outcomes.append(e)
+            outcomes.append(UnknownSeries(*e.args))
     return outcomes
 
 

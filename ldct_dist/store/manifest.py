@@ -46,7 +46,9 @@ def read_manifest(path: Path) -> tuple[list[Row], list[UserError]]:
         with open(path, newline="", encoding="utf-8-sig") as f:  # Excel begins its CSVs with a BOM
             lines = csv.DictReader(f)
             _check_columns(path, lines.fieldnames or [])
-            numbered = [(lines.line_num, line) for line in lines]
+            numbered = [
+                (lines.line_num, line) for line in lines if any(line.values())
+            ]  # spreadsheets add empty ones
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path}: not readable as a CSV ({e}); save it as CSV in UTF-8") from e
     rows: list[Row] = []
@@ -66,7 +68,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
         faults = [f"no column {c!r}" for c in missing] + [f"unknown column {c!r}" for c in unknown]
         raise UserError(
             f"{path}: {', '.join(faults)}; a manifest has {', '.join(NEEDED)} and, if wanted, "
-            f"{' and '.join(OPTIONAL)}"
+            f"{' and '.join(OPTIONAL)}, with commas between them"
         )
 
 

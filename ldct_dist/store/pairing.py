@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ldct_dist.config import Config
 from ldct_dist.ct.dicom import Series, find_series
-from ldct_dist.ct.headers import Header, read_headers
+from ldct_dist.ct.headers import Header, UnknownSeries, read_headers
 from ldct_dist.errors import UserError
 from ldct_dist.store.manifest import Row, read_manifest
 from ldct_dist.store.paircheck import PairCheckConfig, check_grid
@@ -245,8 +245,9 @@ def _pair_of(config: PairingConfig, row: Row) -> Pair | UserError:
 def _series_in(folder: Path, config: PairingConfig) -> Series:
     found, refused = find_series(folder)
     wanted = [s for s in found if _wanted(s, config)]
-    if not wanted and refused:
-        raise refused[0]
+    damaging = [e for e in refused if not wanted or isinstance(e, UnknownSeries)]
+    if damaging:
+        raise damaging[0]
     return _only(wanted, str(folder))
 
 

@@ -230,11 +230,34 @@ def test_a_row_that_cannot_be_used_is_refused_and_stops_no_other(tmp_path, row, 
 
 @pytest.mark.parametrize(
     ("columns", "said"),
-    [("case,patient,full", "no column 'low'"), ("case,patient,full,low,Split", "unknown column 'Split'")],
+    [
+        ("case,patient,full", "no column 'low'"),
+        ("case,patient,full,low,Split", "unknown column 'Split'"),
+        ("case;patient;full;low", "with commas between them"),
+    ],
 )
 def test_a_manifest_without_its_columns_is_refused(tmp_path, columns, said):
     with pytest.raises(UserError, match=said):
         find_pairs(manifest(tmp_path / "pairs.csv", columns=columns), PairingConfig())
+
+
+def test_empty_rows_of_a_spreadsheet_are_none(tmp_path):
+    write_series(tmp_path / "b", anatomy(), Options(patient="B"))
+    pairs, refused = find_pairs(
+        manifest(tmp_path / "pairs.csv", "two,bert,b,", ",,,", ",,,"), PairingConfig()
+    )
+    assert ([p.name for p in pairs], refused) == (["two"], [])
+
+
+def test_a_manifest_does_not_take_a_series_that_may_lack_a_slice(tmp_path):
+    """A file that cannot be read may be its last one; a series beside it that is refused is not its own."""
+    last = write_series(tmp_path / "b", anatomy(), Options(patient="B"))[-1]
+    tilted = Options(patient="B", seed="tilted", tags={"GantryDetectorTilt": 12})
+    write_series(tmp_path / "b" / "tilted", anatomy(), tilted)
+    table = manifest(tmp_path / "pairs.csv", "two,bert,b,")
+    assert [p.full.shape for p in find_pairs(table, PairingConfig())[0]] == [anatomy().shape]
+    last.write_bytes(last.read_bytes()[:100])
+    assert [last.name in reason for reason in reasons(table)] == [True]
 
 
 def test_a_layout_that_the_source_has_not_is_said(tmp_path):
