@@ -85,12 +85,13 @@ def _print_report(report: IngestReport, store: Path) -> None:
     moved = f", {len(report.moved)} of them moved to another split" if report.moved else ""
     console.print(
         f"cases: {len(report.written)} written, {len(report.skipped)} there already{moved}, "
-        f"{len(report.rejected)} refused -> {store}"
+        f"{len(report.rejected)} refused -> {store}",
+        markup=False,
     )
     for refusal in report.rejected[:20]:
         console.print(f"  refused: {refusal.reason}", markup=False)
     if report.rejected:
-        console.print(f"  all refusals: {report.rejected_csv}")
+        console.print(f"  all refusals: {report.rejected_csv}", markup=False)
 
 
 def _print_splits(store: Path, named: Iterable[str] = ()) -> None:
@@ -108,7 +109,7 @@ def finalise(store: Annotated[Path, typer.Argument(help="The store whose parts a
     """
     from ldct_dist.store.ingest import finalise as run
 
-    console.print(f"cases: {run(store)} -> {store}")
+    console.print(f"cases: {run(store)} -> {store}", markup=False)
     _print_splits(store)
 
 
@@ -156,7 +157,7 @@ def simulate(
     with console.status("simulating"):
         low = simulate_low_dose(read_series(series), dose, seed_of(series.series_uid, seed))
     files = write_simulated(series, low.hu, out, dose)
-    console.print(f"{len(files)} slices -> {out}")
+    console.print(f"{len(files)} slices -> {out}", markup=False)
 
 
 @app.command()
@@ -187,4 +188,4 @@ def verify(
         console.print(fault, markup=False)
     if faults:
         raise typer.Exit(1)
-    console.print(f"{path}: every byte is as it was written")
+    console.print(f"{path}: every byte is as it was written", markup=False)

@@ -99,7 +99,7 @@ def check_format(path: Path) -> str | None:
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
         version = attributes[FORMAT]["version"]
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{path}: not a store (no zarr.json); make one with ldct-dist ingest") from e
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: a Zarr group, but not one that ldct-dist ingest made") from e

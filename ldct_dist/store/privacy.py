@@ -58,7 +58,7 @@ def load_key(path: Path) -> bytes:
         key = bytes.fromhex(path.read_text().strip())
     except (OSError, ValueError) as e:
         raise UserError(
-            f"patient key {path}: not readable as a key ({e}); name the right file with --key"
+            f"patient key {path}: not readable as a key ({e}); name the right file with key="
         ) from e
     if len(key) < KEY_BYTES:
         raise UserError(f"patient key {path}: holds {len(key)} bytes, at least {KEY_BYTES} are needed")

@@ -174,6 +174,12 @@ def test_what_is_not_a_whole_store_of_this_format_is_said(tmp_path, spoil, said)
         Store(store.path)
 
 
+def test_a_file_is_not_called_a_group(tmp_path):
+    (tmp_path / "pairs.csv").touch()
+    with pytest.raises(UserError, match=r"pairs\.csv: not a store"):
+        Store(tmp_path / "pairs.csv")
+
+
 def test_a_store_is_not_made_on_top_of_something_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
     with pytest.raises(UserError, match="exists and is not a store"):
