@@ -24,7 +24,7 @@ from ldct_dist.denoise.volumes import denoise_series
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.baselines import gaussian, tune
 from ldct_dist.evaluate.classify import classify
-from ldct_dist.evaluate.compare import Comparison, print_classification, print_comparison
+from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_classification, print_comparison
 from ldct_dist.evaluate.figures import three_planes
 from ldct_dist.evaluate.methods import network
 from ldct_dist.evaluate.metrics import evaluate_volume
@@ -157,15 +157,13 @@ def _compare(config: RunConfig, low: Volume, denoised: Volume, full: Volume) -> 
 def _write_result(
     folder: Path, comparison: Comparison, classified: dict[str, Any], resumed_at: int, seconds: float
 ) -> None:
-    low, denoised, filtered = (comparison.figures[k] for k in ("low dose", "denoised", "gaussian"))
+    names = {"low": "low dose", "denoised": "denoised", "gaussian": "gaussian"}
     result: dict[str, Any] = {
-        "rmse_low": low["rmse_hu"],
-        "rmse_denoised": denoised["rmse_hu"],
-        "rmse_gaussian": filtered["rmse_hu"],
-        "psnr_low": low["psnr_db"],
-        "psnr_denoised": denoised["psnr_db"],
-        "ssim_low": low["ssim"],
-        "ssim_denoised": denoised["ssim"],
+        **{
+            f"{key.partition('_')[0]}_{name}": comparison.figures[image][key]
+            for key in COLUMNS
+            for name, image in names.items()
+        },
         "protocol": comparison.protocol,
         "classification_auc": {image: row["auc"] for image, row in classified["images"].items()},
         "resumed_at_step": resumed_at,

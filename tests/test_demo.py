@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from ldct_dist import demo
 from ldct_dist.cli import app
 from ldct_dist.errors import UserError
+from ldct_dist.evaluate.compare import COLUMNS, Comparison
 from runs import write_config
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -64,3 +66,14 @@ def test_the_demo_makes_its_own_folder_anew_whatever_it_is_called(tmp_path, step
         assert [path.name for path in (tmp_path / "mine").iterdir()] == ["demo.key"]
         (tmp_path / "mine" / "left over").touch()
     assert steps == [tmp_path / "mine" / "demo.key"] * 2
+
+
+def test_every_figure_that_the_demo_prints_is_in_its_result(tmp_path):
+    images = ("low dose", "denoised", "gaussian")
+    figures = {image: {key: 10 * i + k for k, key in enumerate(COLUMNS)} for i, image in enumerate(images)}
+    comparison = Comparison("patient", "abdomen", figures)
+    demo._write_result(tmp_path, comparison, {"images": {}}, resumed_at=750, seconds=1.0)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [
+        result[f"{m}_{image}"] for image in ("low", "denoised", "gaussian") for m in ("rmse", "psnr", "ssim")
+    ] == [*(0, 1, 2, 10, 11, 12, 20, 21, 22)]
