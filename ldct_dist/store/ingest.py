@@ -237,7 +237,8 @@ def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal
         path.unlink(missing_ok=True)
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    # surrogateescape: names of files that are not UTF-8, as archives from elsewhere hold, are written as they are
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)
         rows.writerow(["where", "reason"])
         rows.writerows((r.where, r.reason) for r in rejected)

@@ -18,7 +18,7 @@ from ldct_dist.store.ingest import finalise, ingest
 from ldct_dist.store.parts import writing
 from ldct_dist.store.reader import Store
 from ldct_dist.store.verify import verify
-from sources import CONFIG, SHAPE, anatomy, content, write_pair
+from sources import CONFIG, SHAPE, anatomy, content, write_pair, write_patients
 from synthetic_dicom import Options, write_series
 
 
@@ -245,3 +245,14 @@ def test_a_full_disk_is_one_line_and_whole_cases_stay(source, out, threads, monk
         ingest(source, out, CONFIG.model_copy(update={"workers": 1}))
     assert len(layout.list_cases(out)) == 1
     assert not list((out / "cases").glob(f"{layout.TEMPORARY}*"))
+
+
+def test_a_refused_folder_whose_name_is_not_utf_8_is_listed_by_its_bytes(tmp_path, threads):
+    """As archives from other systems leave it; the ingest of all others ends well."""
+    source = write_patients(tmp_path / "in", 1)
+    folder = Path(os.fsdecode(os.fsencode(source) + b"/M\xfcller"))
+    write_series(folder, anatomy(1), Options(patient="B", tags={"GantryDetectorTilt": 12}))
+    report = ingest(source, tmp_path / "ct.zarr", CONFIG)
+    assert report.rejected_csv is not None
+    assert b"/M\xfcller: series" in report.rejected_csv.read_bytes()
+    assert len(Store(tmp_path / "ct.zarr").cases) == 1
