@@ -74,8 +74,8 @@ class Monitor(Mute):
     def rewind(self, step: int) -> None:
         self.close()
         _drop_from(self.folder, step)
-        self._losses = open(self.folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
         self._board = Board(self.folder.tensorboard, kept=step)
+        self._losses = open(self.folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
         self._since: list[StepFigures] = []
         self._start, self._first = time.monotonic(), step
 

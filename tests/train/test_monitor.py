@@ -24,3 +24,15 @@ def test_lines_of_later_steps_are_taken_back_and_a_damaged_one_takes_no_other_wi
     with Monitor(folder, CONFIG, World()) as monitor:
         monitor.rewind(5)
     assert [line["step"] for line in losses(folder.path)] == [1, 2, 4, 5]
+
+
+def test_where_tensorboard_has_no_room_to_begin_nothing_else_is_said(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr("ldct_dist.train.monitor.Board", full)
+    with (
+        pytest.raises(OSError, match="Disk quota exceeded"),
+        Monitor(RunFolder(tmp_path), CONFIG, World()) as m,
+    ):
+        m.rewind(0)
