@@ -69,7 +69,7 @@ def keyed_hash(key: bytes, *items: bytes | str) -> str:
     """HMAC-SHA256 of the items, 128 bits in hex; the items' borders count."""
     mac = hmac.new(key, digestmod=hashlib.sha256)
     for item in items:
-        raw = item.encode() if isinstance(item, str) else item
+        raw = item.encode(errors="surrogateescape") if isinstance(item, str) else item
         mac.update(len(raw).to_bytes(8, "little") + raw)
     return mac.hexdigest()[:32]
 

@@ -146,6 +146,10 @@ def test_a_file_that_is_no_key_is_refused(tmp_path, content, said):
         privacy.load_key(tmp_path / "key")
 
 
+def test_a_folder_whose_name_is_not_utf_8_has_a_hash_too():
+    assert privacy.keyed_hash(b"k", os.fsdecode(b"M\xfcller")) == privacy.keyed_hash(b"k", b"M\xfcller")
+
+
 def test_the_hash_keeps_its_items_apart():
     assert privacy.keyed_hash(b"k", "ab", "c") != privacy.keyed_hash(b"k", "a", "bc")
 
