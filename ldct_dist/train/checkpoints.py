@@ -53,8 +53,8 @@ class Checkpoints:
     def take_up(self, back: bool = False) -> TrainState:
         """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
 
-        back: the newest of those that a run without a break makes, too, if there is one: others were made by a stop,
-        maybe within the stretch that the run goes back from. All ranks end with a UserError if there are checkpoints, but none that is valid.
+        back: the newest regular one, if there is any: a stop makes others, maybe within the stretch that the run goes
+        back from, and where a run goes back to is not to depend on stops. All ranks end with a UserError if there are checkpoints, but none that is valid.
         """
         self.world.agree(lambda: retention.complete(self.folder.checkpoints))
         found = newest_valid(self.folder.checkpoints, self.world, self._is_regular) if back else Found()
