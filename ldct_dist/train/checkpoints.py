@@ -54,7 +54,8 @@ class Checkpoints:
         """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
 
         back: the newest regular one, if there is any: a stop makes others, maybe within the stretch that the run goes
-        back from, and where a run goes back to is not to depend on stops. All ranks end with a UserError if there are checkpoints, but none that is valid.
+        back from, and where a run goes back to is not to depend on stops.
+        All ranks end with a UserError if there are checkpoints, but none that is valid.
         """
         self.world.agree(lambda: retention.complete(self.folder.checkpoints))
         found = newest_valid(self.folder.checkpoints, self.world, self._is_regular) if back else Found()
