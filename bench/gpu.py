@@ -57,6 +57,9 @@ class Bench:
             return None
         start = time.monotonic()
         try:
+            torch.compiler.reset()  # what the parts before had on the device goes
+            gc.collect()
+            torch.cuda.empty_cache()
             result = act()
         except ModuleNotFoundError as e:
             self.skipped[name] = f"package {e.name} is missing"
@@ -68,10 +71,6 @@ class Bench:
             traceback.print_exc()
             self.failed[name] = f"{type(e).__name__}: {e}".splitlines()[0]
             return None
-        finally:
-            torch.compiler.reset()  # a part's networks leave their memory to the next
-            gc.collect()
-            torch.cuda.empty_cache()
         print(f"{name} ({time.monotonic() - start:.0f} s): {json.dumps(result)}", file=sys.stderr, flush=True)
         return result
 
@@ -105,6 +104,9 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
     )
     nafnet = {"nafnet3d-xs": crops} if tiny else {"nafnet3d-m": crops}
     shape = (6, 32, 32) if tiny else (300, 512, 512)
+    name = (
+        "CPU" if tiny else torch.cuda.get_device_name(device)
+    )  # now: after an error of CUDA's, it tells nothing
     peaks = bench.part("ceilings", lambda: ceilings(device, tiny))
     if peaks is None:
         sys.exit(f"bench/gpu.py: without ceilings nothing can be judged: {bench.failed or bench.skipped}")
@@ -127,7 +129,7 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
         bench.skipped["denoising against MONAI"] = f"package {denoising['skipped']} is missing"
     ours = [r["step_s"] for r in rows if r["size"] == main_size and r["variant"] in ("eager", "compiled")]
     return {
-        "device": "CPU" if tiny else torch.cuda.get_device_name(device),
+        "device": name,
         "commit": _commit(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
