@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +176,16 @@ def _files_below(
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not skip(name))
-        # A link to what is not there may be a slice that was not fetched: reading it will say so.
-        yield from (p for name in sorted(names) if (p := Path(parent, name)).is_file() or not p.exists())
+        yield from (path for name in sorted(names) if _to_be_read(path := Path(parent, name)))
+
+
+def _to_be_read(path: Path) -> bool:
+    """No pipe, which one would wait for. What cannot be looked at, such as a link to a slice that was not fetched, is:
+    reading it says why."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> str:

@@ -192,11 +192,17 @@ def test_a_compressed_slice_is_not_passed_over(tmp_path, name):
         one_series(tmp_path)
 
 
-def test_a_link_to_a_slice_that_is_not_there_is_not_passed_over(tmp_path):
+def test_a_pipe_is_not_waited_for(tmp_path):
+    write_series(tmp_path, phantom())
+    os.mkfifo(tmp_path / "pipe.dcm")
+    assert one_series(tmp_path).shape == phantom().shape
+
+
+@pytest.mark.parametrize("target", ["annex/objects/5", "000005", "5" * 300], ids=["gone", "loop", "no path"])
+def test_a_link_to_a_slice_that_is_not_there_is_not_passed_over(tmp_path, target):
     """As data managers leave for files that were not fetched, under whatever name."""
-    last = write_series(tmp_path, phantom())[-1]
-    last.unlink()
-    (tmp_path / "000005").symlink_to(tmp_path / "annex" / "objects" / "5")
+    write_series(tmp_path, phantom())[-1].unlink()
+    (tmp_path / "000005").symlink_to(target)
     with pytest.raises(UserError, match="000005: cannot be read"):
         one_series(tmp_path)
 
