@@ -113,11 +113,12 @@ def physics(study: Study) -> Table:
     caption = (
         "Noise: median standard deviation in windows of 6 mm about a fitted plane, in the patients' soft tissue; "
         "blotches wider than that do not show in it. TTF and d′: on a phantom with the kernel and the noise of "
-        f"{study.phantom_case or 'no case'}, in the same scans for every method. TTF 50 %: the frequency at which it is down to a half; > where it is not "
-        "up to the Nyquist frequency. d′, with its 95 % interval: of a channelised Hotelling observer who sees one slice "
-        f"and looks for lesions of {lesion}, balls, and rods across all slices,{counted}. Off: share of the body where "
-        "the difference from full dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise: what an image adds, "
-        f"loses or blurs, and also the noise that it keeps, which is all that the low dose is off by. {_means(estimates)}."
+        f"{study.phantom_case or 'no case'}, in the same scans for every method. TTF 50 %: the frequency at which it is "
+        "down to a half; > where it is not up to the Nyquist frequency. d′, with its 95 % interval: of a channelised "
+        "Hotelling observer without noise of its own, who sees one slice and looks for lesions of "
+        f"{lesion}, balls, and rods across all slices,{counted}. Off: share of the body where the difference from full "
+        "dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise: what an image adds, loses or blurs, and also "
+        f"the noise that it keeps, which is all that a simulated low dose is off by. {_means(estimates)}."
     )
     return Table(caption, columns, rows)
 
