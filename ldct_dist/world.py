@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from ldct_dist.errors import UserError
 
 T = TypeVar("T")
+NAMED = 4
+"""of many, those that a line names"""
 _LEAVE_S = 5.0
 _MEET_S = 600.0  # many ranks that import from one file system take minutes
 
@@ -182,6 +184,12 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any rank's `flag` is up, on every rank."""
         return bool(self.sum(torch.tensor(float(flag))).item())
+
+
+def few(told: Sequence[str]) -> str:
+    """What each of so many tells, in one line: the first of them, and how many more. A full disk is met by all ranks."""
+    rest = len(told) - NAMED
+    return "; ".join(told[:NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def _others_run() -> bool:

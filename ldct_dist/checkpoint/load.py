@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.manifest import NAME, Corrupt, Manifest
 from ldct_dist.errors import UserError
-from ldct_dist.world import World
+from ldct_dist.world import World, few
 
 WEIGHTS = "weights.safetensors"  # the moving average: what one denoises with
 
@@ -42,7 +42,7 @@ def newest_valid(root: Path, world: World, among: Callable[[Manifest], bool] = l
         faults = verify(path, manifest, world)
         if not faults:
             return Found(path, manifest, passed_over)
-        passed_over.append(f"{path.name}: {'; '.join(faults)}")
+        passed_over.append(f"{path.name}: {few(faults)}")
     return Found(passed_over=passed_over)
 
 

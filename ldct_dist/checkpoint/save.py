@@ -24,7 +24,7 @@ from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.checkpoint.pieces import Held, Part, Piece
 from ldct_dist.checkpoint.retention import CheckpointConfig
 from ldct_dist.files import TEMPORARY
-from ldct_dist.world import World
+from ldct_dist.world import World, few
 
 LOOK_S = 1.0
 """between two looks at the claims of other starts"""
@@ -202,7 +202,7 @@ class Saver:
         answers = self.world.gather((result, error, fenced), self._group)
         errors = [e for _, e, _ in answers if e is not None]
         if errors:
-            raise _Failed("; ".join(errors), any(f for _, _, f in answers))
+            raise _Failed(few(errors), any(f for _, _, f in answers))
         return [r for r, _, _ in answers]
 
 

@@ -28,12 +28,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from ldct_dist.train.ending import Ending
-from ldct_dist.world import World
+from ldct_dist.world import NAMED, World
 
 LOOKS = 10
 """Times that a rank is looked at within `hang_s`"""
-NAMED = 4
-"""ranks that the line names, where there are many, as when a host is gone"""
 BYTES = 256
 """A beat is always this long, so that rewriting it in place needs no room on a full disk."""
 LEFT = b" " * BYTES

@@ -238,6 +238,21 @@ def _disk_full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
+def test_what_many_ranks_or_files_tell_is_one_line_of_a_few(saver, monkeypatch):
+    path = save(saver, 1).path
+    manifest = Manifest.read(path)
+    many = {f"optimizer-{i:03d}": (1, "") for i in range(500)}
+    Manifest(manifest.generation, 1, many, manifest.state).write(path)
+    (line,) = newest_valid(saver.root, ALONE).passed_over
+    assert line.startswith("step-00000001: optimizer-000 is not readable")
+    assert line.endswith("; and 496 more")
+    monkeypatch.setattr("ldct_dist.checkpoint.pieces.write", _disk_full)
+    monkeypatch.setattr(World, "gather", lambda self, item, group=None: [item] * 500)
+    error = save(saver, 2).error
+    assert error.count("No space left on device") == 4
+    assert error.endswith("; and 496 more")
+
+
 def test_writes_are_spread_over_ranks():
     sizes = {"a": 100, "b": 60, "c": 40, "d": 30, "e": 30}
     given = {name: Part({"t": torch.zeros(n)}) for name, n in sizes.items()}
