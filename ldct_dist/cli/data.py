@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -174,16 +175,18 @@ def verify(
     from ldct_dist.models.weights import verify_weights
     from ldct_dist.store.verify import verify as verify_store
 
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's, os.path answers where nothing may be looked at
         faults = verify_weights(path)
-    elif (path / "checkpoints").is_dir():
+    elif os.path.isdir(path / "checkpoints"):
         faults = verify_run(path / "checkpoints")
-    elif (path / "cases").is_dir() or (path / "zarr.json").exists():
+    elif os.path.isdir(path / "cases") or os.path.exists(path / "zarr.json"):
         with progress() as bar:
             task = bar.add_task("verify", total=None)
             faults = verify_store(path, lambda done, total: bar.update(task, completed=done, total=total))
     else:
-        raise UserError(f"{path}: neither a store (zarr.json), a run (checkpoints/) nor a weights file")
+        raise UserError(
+            f"{path}: neither a store (zarr.json), a run (checkpoints/) nor a weights file that may be read"
+        )
     for fault in faults:
         console.print(fault, markup=False)
     if faults:

@@ -81,11 +81,12 @@ def write_derived(
     exists and is not empty, cannot be written, or when `hu`, `description` or `label` does not fit.
     """
     out = Path(out).absolute()
-    _check(series, hu, out, {"description": (description, LONGEST_TEXT), "label": (label, LONGEST_LABEL)})
+    said = {"description": (description, LONGEST_TEXT), "label": (label, LONGEST_LABEL)}
     series_uid = derived_uid(series.series_uid, description, hashlib.sha256(hu.tobytes()).hexdigest())
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     names = [f"{i:04d}.dcm" for i in range(1, len(hu) + 1)]
     try:
+        _check(series, hu, out, said)
         for left in out.parent.glob(f".{glob.escape(out.name)}.{'?' * 32}.partial"):
             shutil.rmtree(left)  # of a start that was killed
         partial.mkdir(parents=True)

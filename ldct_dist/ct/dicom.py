@@ -76,8 +76,8 @@ def find_series(
     Raises UserError if `folder` is no folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "no such folder"
+    if not os.path.isdir(folder):  # unlike Path's, this answers where nothing may be looked at
+        what = "a file" if os.path.exists(folder) else "no such folder, or none that may be read"
         raise UserError(f"{folder}: {what}; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []

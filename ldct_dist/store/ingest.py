@@ -205,8 +205,10 @@ def _survey(out: Path, tasks: Sequence[Task], empty: tuple[str, ...]) -> Survey:
 
 
 def _check_places(source: Path, out: Path) -> None:
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder; give the DICOM files' folder, or a manifest")
+    if not os.path.exists(source):  # unlike Path's, this answers where nothing may be looked at
+        raise UserError(
+            f"{source}: no such file or folder, or none that may be read; give the DICOM files' folder, or a manifest"
+        )
     if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out}: is the source or lies in it; put the store outside {source}")
     with _unwritable_as_user_error(out):

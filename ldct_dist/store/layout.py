@@ -101,7 +101,9 @@ def check_format(path: Path) -> str | None:
         version = attributes[FORMAT]["version"]
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{path}: not a store (no zarr.json); make one with ldct-dist ingest") from e
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); make it readable") from e
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: a Zarr group, but not one that ldct-dist ingest made") from e
     if version != FORMAT_VERSION:
         older = version in range(FORMAT_VERSION)

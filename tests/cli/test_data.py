@@ -19,3 +19,11 @@ def test_paths_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
             cli.main()
         assert not ended.value.code
         assert str(store) in capsys.readouterr().out
+
+
+def test_what_may_not_be_looked_at_cannot_be_verified(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "verify", str(tmp_path / ("n" * 300))])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "nor a weights file that may be read" in capsys.readouterr().err

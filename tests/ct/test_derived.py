@@ -349,7 +349,8 @@ def test_nothing_is_left_behind_by_a_failure(tmp_path, source):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_output_below_a_file(tmp_path, source):
+def test_output_where_nothing_can_be(tmp_path, source):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        write_derived(source, read_series(source).hu, tmp_path / "file" / "out", "no")
+    for out in (tmp_path / "file" / "out", tmp_path / ("n" * 300)):  # at the second, one may not even look
+        with pytest.raises(UserError, match="cannot be written"):
+            write_derived(source, read_series(source).hu, out, "no")

@@ -174,10 +174,12 @@ def test_what_is_not_a_whole_store_of_this_format_is_said(tmp_path, spoil, said)
         Store(store.path)
 
 
-def test_a_file_is_not_called_a_group(tmp_path):
+def test_a_file_or_what_cannot_be_read_is_not_called_a_group(tmp_path):
     (tmp_path / "pairs.csv").touch()
     with pytest.raises(UserError, match=r"pairs\.csv: not a store"):
         Store(tmp_path / "pairs.csv")
+    with pytest.raises(UserError, match=r"cannot be read \(File name too long\)"):
+        Store(tmp_path / ("n" * 300))
 
 
 def test_a_store_is_not_made_on_top_of_something_else(tmp_path):
