@@ -22,7 +22,7 @@ console = Console(soft_wrap=True)
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optim.lr=3e-4 data.crop=[32,96,96]"),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as optim.lr=3e-4 data.crop=[32,96,96]"),
 ]
 Site = Annotated[str | None, typer.Option(help="A profile in configs/sites, or a path to one")]
 

@@ -276,6 +276,12 @@ def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["classification"] == found
 
 
+def test_figures_of_the_training_split_are_told_as_such(equal_images, tmp_path):
+    equal_images.config = StudyConfig(split="train")
+    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    assert "Split train, on which networks are trained: 1 case" in (tmp_path / "index.html").read_text()
+
+
 def test_an_edge_that_stays_sharp_up_to_nyquist_sorts_above_those_that_do_not(equal_images):
     frequency = np.array([0.0, 0.2, 0.4])
     low = Row("case", "patient", "low dose", equal_images.rows[0].figures)
