@@ -199,7 +199,9 @@ def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> st
 
 def _series(headers: Sequence[Header]) -> Series:
     refuse_other_than_ct(headers)
-    _refuse_mixed(headers)
+    folder = os.path.commonpath([h.path.parent for h in headers])
+    names = [os.path.relpath(h.path, folder) for h in headers]  # files of two folders often share theirs
+    _refuse_mixed(headers, names)
     first = headers[0]
     for h in headers:
         _required(h.instance_uid, "SOPInstanceUID", h)  # which a series derived from this one refers to
@@ -230,10 +232,10 @@ def _series(headers: Sequence[Header]) -> Series:
     )
 
 
-def _refuse_mixed(headers: Sequence[Header]) -> None:
+def _refuse_mixed(headers: Sequence[Header], names: Sequence[str]) -> None:
     """The error names files, not values: lines like these end up in shared logs, and patients must not."""
     first = headers[0]
-    for h in headers:
+    for h, name in zip(headers, names, strict=True):
         for what, a, b in (
             ("patients", first.patient_id, h.patient_id),
             ("studies", first.study_uid, h.study_uid),
@@ -246,8 +248,7 @@ def _refuse_mixed(headers: Sequence[Header]) -> None:
         ):
             if a != b and not _rounding(a, b):
                 raise UserError(
-                    f"mixed {what}: {first.path.name} and {h.path.name} differ; "
-                    "separate them into series of their own"
+                    f"mixed {what}: {names[0]} and {name} differ; separate them into series of their own"
                 )
 
 

@@ -159,6 +159,8 @@ def test_the_same_slice_in_two_folders(tmp_path):
     write_series(tmp_path / "b", phantom())
     line = refusal(tmp_path)
     assert "5 duplicate slice(s), first a/slice-000.dcm (40.00 mm) and b/slice-000.dcm (40.00 mm)" in line
+    write_series(tmp_path / "b", phantom(), Options(tags={"PatientID": "other"}))
+    assert "mixed patients: a/slice-000.dcm and b/slice-000.dcm differ" in refusal(tmp_path)
 
 
 def test_single_slice(tmp_path):
