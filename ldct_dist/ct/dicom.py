@@ -199,8 +199,8 @@ def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> st
 
 def _series(headers: Sequence[Header]) -> Series:
     refuse_other_than_ct(headers)
-    folder = os.path.commonpath([h.path.parent for h in headers])
-    names = [os.path.relpath(h.path, folder) for h in headers]  # files of two folders often share theirs
+    folder = os.path.join(os.path.commonpath([h.path.parent for h in headers]), "")
+    names = [str(h.path).removeprefix(folder) for h in headers]  # files of two folders often share their own
     _refuse_mixed(headers, names)
     first = headers[0]
     for h in headers:
@@ -211,10 +211,6 @@ def _series(headers: Sequence[Header]) -> Series:
     rows, columns = _required(first.matrix, "Rows and Columns", first)
     if len(headers) == 1:
         raise NotAVolume("a single slice is no volume; give the whole series")
-    folder = os.path.commonpath([h.path.parent for h in headers])
-    names = [
-        os.path.relpath(h.path, folder) for h in headers
-    ]  # one slice twice often has one name in two folders
     grid = stack(positions, orientation, pixel_spacing, names)
     return Series(
         slices=tuple(headers[i].stored for i in grid.order),
