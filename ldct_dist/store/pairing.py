@@ -27,7 +27,10 @@ T = TypeVar("T")
 _THICKNESS_TOLERANCE_MM = 0.05
 _BATCH = 32  # headers that a process reads at a time
 _MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
-_SAYS_LOW = re.compile(r"(low|reduced|quarter)[ _-]?(dose|\d+mm)", re.IGNORECASE)
+_SAYS_LOW = re.compile(
+    r"(low|reduced|quarter)[ _-]?dose|(?<![a-z])(low|reduced|quarter)[ _-]?\d+mm",  # none is "Flow 5mm"
+    re.IGNORECASE,
+)
 
 
 class PairingConfig(Config):

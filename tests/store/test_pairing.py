@@ -113,13 +113,18 @@ def test_a_folder_that_says_low_dose_is_not_simulated_from_unasked(tmp_path, fol
     assert len(find_pairs(tmp_path / folder, PairingConfig())[0]) == 1  # named itself, it is what is meant
 
 
-@pytest.mark.parametrize("description", ["Low Dose 1.0 B30f", "quarter_1mm"])
+@pytest.mark.parametrize("description", ["UltraLowDose 1.0 B30f", "quarter_1mm"])
 def test_a_series_that_calls_itself_low_dose_is_not_simulated_from_unasked(tmp_path, description):
     """Many exports name folders by UIDs or numbers."""
     write_series(tmp_path / "1.2.3", anatomy(), Options(patient="A", description=description))
     with pytest.raises(UserError, match="says low dose, in no layout that is known; pair it by a manifest"):
         find_pairs(tmp_path, PairingConfig())
     assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 1
+
+
+def test_words_that_end_as_low_say_nothing_of_the_dose(tmp_path):
+    write_series(tmp_path / "1.2.3", anatomy(), Options(patient="A", description="Flow 5mm"))
+    assert len(find_pairs(tmp_path, PairingConfig())[0]) == 1
 
 
 def test_tcia_pairs_by_descriptions_where_its_folders_are_uids(tmp_path):
