@@ -53,16 +53,26 @@ def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Pa
     return sound, broken
 
 
+def is_regular(manifest: Manifest, config: CheckpointConfig) -> bool:
+    """Whether it is one of those that a run goes back to from steps that were skipped: a stop makes others, maybe
+    within such steps, and where a run goes back to is not to depend on stops."""
+    return manifest.step % config.every == 0 and not manifest.state.get("guard", {}).get("stretch")
+
+
 def prune(root: Path, config: CheckpointConfig) -> None:
     """Delete what the config does not keep, and what unfinished saves and deletions left behind.
 
-    The newest checkpoint stays whatever the config says, and so does the best by validation.
+    The newest checkpoint stays whatever the config says, and so do the best by validation and the newest regular one.
     """
     checkpoints, _ = newest_first(root)
-    best = best_of(checkpoints)
-    for i, (path, manifest) in enumerate(checkpoints):
+    newest = [path for path, _ in checkpoints[: max(1, config.keep_last)]]
+    regular = [path for path, manifest in checkpoints if is_regular(manifest, config)][:1]
+    if regular and regular[0] not in newest:  # stops made all of these: it takes the place of the oldest
+        newest[1:] = newest[1:-1] + regular
+    stay = {best_of(checkpoints), *newest}
+    for path, manifest in checkpoints:
         forever = config.keep_every is not None and manifest.step % config.keep_every == 0
-        if i >= max(1, config.keep_last) and not forever and path != best:
+        if path not in stay and not forever:
             discard(path)
     for leftover in [*root.glob(f"{TEMPORARY}*"), *root.glob(f"{DISCARDED}*")]:
         shutil.rmtree(leftover, ignore_errors=True)  # may be on its way out by another hand already

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import torch
 from ldct_dist.checkpoint import generation as generations
 from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.load import Found, newest_valid, read
-from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.checkpoint.save import Outcome, Saver
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import Denoiser, build
@@ -53,20 +53,20 @@ class Checkpoints:
     def take_up(self, back: bool = False) -> TrainState:
         """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
 
-        back: the newest regular one, if there is any: a stop makes others, maybe within the stretch that the run goes
-        back from, and where a run goes back to is not to depend on stops.
+        back: the newest regular one, if there is any (see retention).
         All ranks end with a UserError if there are checkpoints, but none that is valid.
         """
         self.world.agree(lambda: retention.complete(self.folder.checkpoints))
-        found = newest_valid(self.folder.checkpoints, self.world, self._is_regular) if back else Found()
+        root, regular = self.folder.checkpoints, partial(retention.is_regular, config=self.config.checkpoint)
+        found = newest_valid(root, self.world, regular) if back else Found()
         if found.path is None:
-            found = newest_valid(self.folder.checkpoints, self.world)
+            found = newest_valid(root, self.world)
         for line in found.passed_over:
             self._say(f"passed over checkpoint {line}")
         if found.path is None or found.manifest is None:
             if found.passed_over:  # to begin anew would in time delete what may only be away for now
                 self.world.refuse(
-                    f"no checkpoint in {self.folder.checkpoints} is sound: is a disk or a server away? Start again "
+                    f"no checkpoint in {root} is sound: is a disk or a server away? Start again "
                     "once it is back, or, to begin anew, remove that folder"
                 )
             self.strategy.begin(self.world.each(lambda: first_weights(self.config)))
@@ -90,9 +90,6 @@ class Checkpoints:
                 "on another store; patients that are held out now may be among those it was trained on"
             )
         return state
-
-    def _is_regular(self, manifest: Manifest) -> bool:
-        return manifest.step % self.config.checkpoint.every == 0 and not manifest.state["guard"]["stretch"]
 
     def _claim(self) -> int:
         """The next generation, which ends a start that is still running: so what is refused claims none.

@@ -114,6 +114,19 @@ def test_the_newest_the_best_and_every_nth_stay(saver):
     assert weights_of(saver.root.parent).parent.name == "step-00000020"
 
 
+def test_stops_do_not_push_out_what_a_run_goes_back_to(saver):
+    saver.config = CheckpointConfig(every=10, keep_last=3)
+    within = {"guard": {"stretch": ["a step that was skipped"]}}
+    for step in (10, 11, 12, 13):
+        save(saver, step)
+    assert steps(saver) == [10, 12, 13]
+    save(saver, 20, **within)
+    assert steps(saver) == [10, 13, 20]
+    for step in (30, 31, 32):
+        save(saver, step)
+    assert steps(saver) == [30, 31, 32]
+
+
 def test_a_copy_that_a_user_keeps_beside_checkpoints_is_none(saver):
     kept = save(saver, 10).path.rename(saver.root / "step-00000010-good")
     for step in (20, 30, 40):
