@@ -117,6 +117,8 @@ _MEASURES = {"rmse_hu": rmse_hu, "psnr_db": psnr_db, "ssim": ssim, "vif": vif}
 MEASURES = tuple(_MEASURES)
 LABELS = {"rmse_hu": "RMSE, HU", "psnr_db": "PSNR, dB", "ssim": "SSIM", "vif": "VIF"}
 """What tables call them."""
+LIMITS = {"rmse_hu": (0.0, math.inf), "ssim": (-1.0, 1.0), "vif": (0.0, math.inf)}
+"""The least and the most that they can be, of those that have such limits."""
 
 
 def _check_fits(measure: str, hu: np.ndarray, window: tuple[int, int]) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import ldct_dist
 from ldct_dist.evaluate.methods import FULL
-from ldct_dist.evaluate.metrics import MEASURES
+from ldct_dist.evaluate.metrics import LIMITS, MEASURES
 from ldct_dist.evaluate.physics.nps import NoisePower
 from ldct_dist.evaluate.physics.tissue import TISSUES
 from ldct_dist.evaluate.statistics import Estimate, Paired, estimate, paired_tests
 from ldct_dist.evaluate.study import Row, Study
 
 _MISSING = math.nan
+_ANY = (-math.inf, math.inf)
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-image")
 """Those that make the numbers."""
 
@@ -28,7 +29,11 @@ def summary(study: Study, protocol: str) -> dict[str, dict[str, Estimate]]:
     """method -> measure -> mean over patients with its interval, of the measures that any case has."""
     return {
         method: {
-            measure: _over_patients(rows, [row.figures[protocol].get(measure, _MISSING) for row in rows])
+            measure: _over_patients(
+                rows,
+                [row.figures[protocol].get(measure, _MISSING) for row in rows],
+                LIMITS.get(measure, _ANY),
+            )
             for measure in measured(study, protocol)
         }
         for method, rows in _by_method(study).items()
@@ -69,8 +74,8 @@ def physics(study: Study) -> dict[str, dict[str, Any]]:
     for method, rows in _by_method(study).items():
         seen = study.detection.get(method, {})
         found[method] = {
-            "noise_hu": asdict(_over_patients(rows, [_number(row.noise_hu) for row in rows])),
-            "conspicuous": asdict(_over_patients(rows, [_number(row.conspicuous) for row in rows])),
+            "noise_hu": asdict(_over_patients(rows, [_number(row.noise_hu) for row in rows], (0, math.inf))),
+            "conspicuous": asdict(_over_patients(rows, [_number(row.conspicuous) for row in rows], (0, 1))),
             **_noise_power(study.nps.get(method)),
             "detection": {shape: asdict(of) for shape, of in seen.items()},
             "ttf": [
@@ -155,8 +160,8 @@ def _by_method(study: Study) -> dict[str, list[Row]]:
     return {method: study.of(method) for method in study.methods}
 
 
-def _over_patients(rows: list[Row], values: list[float]) -> Estimate:
-    return estimate(values, [row.patient for row in rows])
+def _over_patients(rows: list[Row], values: list[float], within: tuple[float, float] = _ANY) -> Estimate:
+    return estimate(values, [row.patient for row in rows], within=within)
 
 
 def _number(value: float | None) -> float:

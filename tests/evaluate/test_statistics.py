@@ -34,6 +34,14 @@ def test_students_interval_by_hand():
     assert (found.low, found.high) == pytest.approx((1.5 - 12.706 / 2, 1.5 + 12.706 / 2), abs=1e-3)
 
 
+def test_an_interval_ends_where_its_mean_cannot_be():
+    """Three patients, one of them odd: Student's t would have an RMSE below 0."""
+    values, patients = [6.0, 7.0, 50.0], ["a", "b", "c"]
+    free, cut = estimate(values, patients), estimate(values, patients, within=(0, math.inf))
+    assert free.low < 0 == cut.low
+    assert (cut.mean, cut.high) == (free.mean, free.high)
+
+
 def test_patients_weigh_alike_however_many_cases_they_have():
     assert by_patient([1.0, 3.0, 10.0], ["a", "a", "b"]) == {"a": 2.0, "b": 10.0}
     assert estimate([1.0, 3.0, 10.0], ["a", "a", "b"]).mean == 6.0

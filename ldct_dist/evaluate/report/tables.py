@@ -240,8 +240,10 @@ def _number(value: float | None, digits: int, *, sign: bool = False) -> Cell:
 
 
 def _p(value: float | None) -> Cell:
-    """No p is 0."""
-    return Cell("< 0.0001", value) if value is not None and value < 1e-4 else _number(value, 4)
+    """Two digits: few patients leave few values that a p can have. And no p is 0."""
+    if value is None:
+        return Cell(_NONE, "")
+    return Cell(f"{value:.2g}" if value >= 1e-4 else "< 0.0001", value)
 
 
 def _digits(value: float, digits: int, sign: bool = False) -> str:

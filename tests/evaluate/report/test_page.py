@@ -145,7 +145,7 @@ def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
     )
     assert "ldctbench-abdomen, window [-150, 249] HU (RMSE, VIF: [-1024, 1900]), padding counted" in captions
     assert captions.count("Means over patients, with 95 % intervals (Student t).") == 6
-    assert "how far its curves part" in (report / "index.html").read_text()
+    assert "how far its curves are apart" in (report / "index.html").read_text()
     assert "looks for lesions of 12 mm and +15 HU, balls, and rods across all slices" in captions
     assert "fat −140 to −50, soft 0 to 120" in captions
     assert re.search(r"across all slices, in (\d+) patches with one and \1 without\.", captions)
@@ -266,16 +266,38 @@ def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
 def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
     row = {key: [0.875, 0.75, 0.95] for key in ("auc", "accuracy", "sensitivity", "specificity")}
     perfect = {**row, "auc": [1.0, None, None]}
-    ps = {"delong_p": 3e-7, "delong_p_holm": 9e-5, "mcnemar_p": 0.0321, "mcnemar_p_holm": 0.0963}
+    ps = {"delong_p": 3e-7, "delong_p_holm": 9e-5, "mcnemar_p": 0.0321, "mcnemar_p_holm": 1.0}
     found = {"folds": 5, "samples": 40, "patients": 20, "images": {"low dose": row, "full dose": perfect}}
     found["tests"] = [{"a": "low dose", "b": "full dose", "auc_difference": -0.125, **ps}]
     write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]), found)
     page = (tmp_path / "index.html").read_text()
-    for words in ("0.875 [0.750, 0.950]", ">1.000</td>", "−0.125", "0.0321", "40 samples of 20 patients"):
+    for words in (
+        "0.875 [0.750, 0.950]",
+        ">1.000</td>",
+        "−0.125",
+        ">0.032<",
+        ">1</td>",
+        "40 samples of 20 patients",
+    ):
         assert words in page
     assert page.count("&lt; 0.0001") == 2
     assert "0.0000" not in page
     assert json.loads((tmp_path / "results.json").read_text())["classification"] == found
+
+
+def test_no_interval_holds_an_rmse_below_0_or_an_ssim_above_1(equal_images, tmp_path):
+    figures = [{"rmse_hu": 6.0, "ssim": 0.99}, {"rmse_hu": 50.0, "ssim": 0.5}]
+    name = equal_images.protocols[0].name
+    equal_images.rows = [
+        Row(f"{i}", f"{i}", "method", {name: found}, conspicuous=0.03 * i, noise_hu=1 + 9.0 * i)
+        for i, found in enumerate(figures)
+    ]
+    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    found = json.loads((tmp_path / "results.json").read_text())
+    row, physics = found["summary"][name]["method"], found["physics"]["method"]
+    assert (row["rmse_hu"]["low"], row["ssim"]["high"]) == (0, 1)
+    assert physics["noise_hu"]["low"] == physics["conspicuous"]["low"] == 0
+    assert physics["conspicuous"]["high"] <= 1
 
 
 def test_figures_of_the_training_split_are_told_as_such(equal_images, tmp_path):
