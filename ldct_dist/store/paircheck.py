@@ -37,7 +37,10 @@ class PairCheckConfig(Config):
 def check_grid(full: Series, low: Series, limits: PairCheckConfig) -> None:
     """Raises UserError, with the measured number, unless both series have the same voxels. Reads no pixels."""
     if full.series_uid == low.series_uid:
-        raise UserError("full and low dose are one and the same series; name two")
+        raise UserError(
+            "full and low dose are one and the same series, by SeriesInstanceUID; name two, or give one of them a UID of "
+            "its own"
+        )
     if full.shape != low.shape:
         raise UserError(f"grids differ: {_size(full)} voxels at full dose, {_size(low)} at low dose")
     apart = np.abs(np.subtract(full.positions, low.positions))

@@ -208,7 +208,7 @@ def test_a_manifest_says_case_patient_dose_and_split(tmp_path, threads):
         ("x,anna,nowhere,a/low,,", "nowhere: no such folder"),
         ("x,anna,empty,a/low,,", "empty: no usable series"),
         ("x,anna,a,a/low,,", r"2 series to choose from, .*a/full \(kernel STANDARD, 2.5 mm\); .*a/low"),
-        ("x,anna,a/full,a/full,,", "full and low dose are one and the same series"),
+        ("x,anna,a/full,a/full,,", "one and the same series, by SeriesInstanceUID; name two, or"),
         ("x,anna,a/full,a/low,25,", "dose '25'; write a fraction"),
         ("x,,a/full,a/low,,", "no patient"),
         ("../x,anna,a/full,a/low,,", r"case '\.\./x'; use 1 to 64 letters"),
