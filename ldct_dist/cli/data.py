@@ -90,7 +90,8 @@ def _print_report(report: IngestReport, store: Path) -> None:
         markup=False,
     )
     for refusal in report.rejected[:20]:
-        console.print(f"  refused: {refusal.reason}", markup=False)
+        reason = os.fsencode(refusal.reason).decode(errors="replace")  # what is not UTF-8 cannot be printed
+        console.print(f"  refused: {reason}", markup=False)
     if report.rejected:
         console.print(f"  all refusals: {report.rejected_csv}", markup=False)
 

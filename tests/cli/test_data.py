@@ -1,19 +1,27 @@
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from ldct_dist import cli
-from sources import QUICK, write_patients
+from sources import QUICK, anatomy, write_patients
+from synthetic_dicom import Options, write_series
+
+SIMULATION = [f"simulation.{key}={value}" for key, value in QUICK.model_dump(exclude_defaults=True).items()]
 
 
 def test_paths_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
     """Words in brackets are a style to the console, unless it is told otherwise."""
     store = tmp_path / "[test]" / "ct.zarr"
-    quick = [f"simulation.{key}={value}" for key, value in QUICK.model_dump(exclude_defaults=True).items()]
     source = write_patients(tmp_path / "in", 1)
-    for words in (["ingest", source, store, "workers=1", *quick], ["finalise", store], ["verify", store]):
+    for words in (
+        ["ingest", source, store, "workers=1", *SIMULATION],
+        ["finalise", store],
+        ["verify", store],
+    ):
         monkeypatch.setattr(sys, "argv", ["ldct-dist", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -27,3 +35,17 @@ def test_what_may_not_be_looked_at_cannot_be_verified(tmp_path, monkeypatch, cap
         cli.main()
     assert ended.value.code == 2
     assert "nor a weights file that may be read" in capsys.readouterr().err
+
+
+def test_a_refused_folder_whose_name_is_not_utf_8_is_told_of(tmp_path, monkeypatch, capsys):
+    source = write_patients(tmp_path / "in", 1)
+    folder = Path(os.fsdecode(os.fsencode(source) + b"/M\xfcller"))
+    write_series(folder, anatomy(1), Options(patient="B", tags={"GantryDetectorTilt": 12}))
+    words = ["ingest", source, tmp_path / "ct.zarr", "workers=1", *SIMULATION]
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "/M\ufffdller: series" in said
+    assert "cases (patients) by split: train" in said
