@@ -39,6 +39,8 @@ NOT_FINITE = -32768
 """stands for an answer that is no number, among answers in HU"""
 FEW_ENOUGH = 2**31
 """numbers in one tensor: beyond, cuDNN takes other kernels, which are slower and had faults in several of its versions"""
+AT_ONCE = 2
+"""tensors as large as a network's widest that there are at the same time, at least: larger tiles need not be tried"""
 
 
 class NotFiniteError(UserError):
@@ -149,7 +151,7 @@ def denoised_tiles(
         sizes = (tile,) if tile is not None else TILES[weight.device.type]
         for size in sizes:
             cut = sorted(tiles(padded.shape, size, model.radius, model.stride), key=_voxels, reverse=True)
-            if weight.is_cuda and size != sizes[-1] and _voxels(cut[0]) * model.widest >= FEW_ENOUGH:
+            if weight.is_cuda and size != sizes[-1] and _too_large(cut[0], model, bf16):
                 continue
             with _memory_running_out():
                 return cut, start(cut[0])
@@ -183,6 +185,20 @@ def _memory_running_out() -> Iterator[None]:
     except RuntimeError as e:
         if "unable to find an engine" not in str(e):
             raise
+
+
+def _too_large(largest: Tile, model: Denoiser, bf16: bool) -> bool:
+    """Whether a GPU need not try it."""
+    weight = next(model.parameters())
+    numbers = _voxels(largest) * model.widest
+    needed = AT_ONCE * numbers * (2 if bf16 else weight.element_size())
+    return numbers >= FEW_ENOUGH or needed > _room(weight.device)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of a GPU that are free, or that torch has taken and not used."""
+    taken = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + taken
 
 
 def _voxels(t: Tile) -> int:

@@ -213,16 +213,21 @@ def test_cudnn_without_room_is_memory_running_out_and_other_errors_are_not(monke
         denoise_volume(model, hu)
 
 
-def test_a_gpu_is_given_no_tile_whose_tensors_outgrow_32_bits():
-    on_gpu(_tiles_for_32_bits)
+@pytest.mark.parametrize("bound", ["32 bits", "memory"])
+def test_a_gpu_is_given_no_tile_whose_tensors_outgrow_32_bits_or_its_memory(bound):
+    on_gpu(_tiles_within, bound)
 
 
-def _tiles_for_32_bits():
+def _tiles_within(bound):
     model, hu, given = MODELS["unet3d", True], noise((6, 24, 120)), []
     model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].numel()))
+    widest = model.widest * 6 * 24 * 120
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TILES, "cuda", ((6, 24, 120), (6, 24, 64), (6, 24, 8)))
-        patch.setattr(tiles_module, "FEW_ENOUGH", model.widest * 6 * 24 * 120)
+        if bound == "memory":
+            patch.setattr(tiles_module, "_room", lambda device: 2 * 4 * widest - 1)
+        else:
+            patch.setattr(tiles_module, "FEW_ENOUGH", widest)
         denoise_volume(model, hu, device=torch.device("cuda", 0))
     assert max(given) == 6 * 24 * (64 + 48)
 

@@ -33,7 +33,8 @@ def install(values: bool) -> None:
     cuda.get_device_name = lambda *_: "simulated"
     cuda.get_device_properties = lambda *_: SimpleNamespace(uuid="simulated", name="simulated")
     cuda.set_device = cuda.empty_cache = lambda *_: None
-    cuda.memory_allocated = lambda *_: streams.Allocated.now
+    cuda.memory_allocated = cuda.memory_reserved = lambda *_: streams.Allocated.now
+    cuda.mem_get_info = lambda *_: (80 << 30, 80 << 30)
     cuda.max_memory_allocated = lambda *_: streams.Allocated.peak
     cuda.reset_peak_memory_stats = lambda *_: setattr(streams.Allocated, "peak", streams.Allocated.now)
     cuda.Stream, cuda.Event = streams.Stream, streams.Event
