@@ -19,7 +19,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -147,8 +147,9 @@ class Copier:
         """Delete copies of what the store at `path` was before, as far as no run uses them."""
         name, _, _ = self.copies.name.rpartition("-")
         for origin in self.copies.parent.glob(f"{name}-*/{ORIGIN}"):
-            if origin.parent == self.copies or origin.read_text() != path:
-                continue
+            with suppress(FileNotFoundError):  # another run on the node has just deleted it
+                if origin.parent == self.copies or origin.read_text() != path:
+                    continue
             with _lock(origin) as unused:
                 if unused:
                     shutil.rmtree(origin.parent, ignore_errors=True)

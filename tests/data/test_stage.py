@@ -216,6 +216,26 @@ def test_copies_of_what_the_store_was_before_are_deleted_unless_in_use(store, tm
     assert same(batches(after), batches(Store(store)))
 
 
+def test_copies_that_another_run_deletes_at_the_same_time_are_no_reason_to_copy_nothing(
+    store, tmp_path, monkeypatch
+):
+    before, _ = copied(store, tmp_path)
+    shutil.rmtree(store)
+    make_store(store, SHAPES, noise=50.0)
+    read_text = Path.read_text
+
+    def too_late(path, *given, **options):
+        if path.parent == before.copies:
+            shutil.rmtree(before.copies)
+        return read_text(path, *given, **options)
+
+    monkeypatch.setattr(Path, "read_text", too_late)
+    after, lines = copied(store, tmp_path)
+    assert list(tmp_path.glob("ldct_dist-*")) == [after.copies]
+    (line,) = lines
+    assert "has all; 6 arrays" in line
+
+
 COPY_ALL = """
 import os, signal, sys, time
 from pathlib import Path
