@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -81,7 +81,7 @@ def classify(samples: Samples, training: Training | None = None) -> dict[str, An
     scores = {kind: _out_of_fold(images, labels, fold, training) for kind, images in samples.images.items()}
     drawn, beyond = _resamples(labels, patients, training.seed), tail(len(set(samples.patients)))
     return {
-        "folds": training.folds,
+        "training": asdict(training),
         "samples": len(labels),
         "patients": len(set(samples.patients)),
         "images": {kind: _performance(labels, s, drawn, beyond) for kind, s in scores.items()},

@@ -35,6 +35,7 @@ def test_the_intervals_of_low_and_full_dose_part(found):
         assert interval == [None, None] or interval[0] <= value <= interval[1]
     pair = next(t for t in found["tests"] if (t["a"], t["b"]) == ("low dose", "full dose"))
     assert pair["delong_p_holm"] < 0.01
+    assert found["training"] == {"folds": 4, "epochs": 14, "lr": 3e-3, "seed": 0}
     assert pair["delong_p"] <= pair["delong_p_holm"]
 
 

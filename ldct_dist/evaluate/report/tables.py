@@ -111,14 +111,15 @@ def physics(study: Study) -> Table:
     patches = next((s for seen in study.detection.values() for s in seen.values()), None)
     counted = f" in {patches.present} patches with one and {patches.absent} without" if patches else ""
     caption = (
-        "Noise: median standard deviation in windows of 6 mm about a fitted plane, in the patients' soft tissue; "
-        "blotches wider than that do not show in it. TTF and d′: on a phantom with the kernel and the noise of "
-        f"{study.phantom_case or 'no case'}, in the same scans for every method. TTF 50 %: the frequency at which it is "
-        "down to a half; > where it is not up to the Nyquist frequency. d′, with its 95 % interval: of a channelised "
+        "Noise: median standard deviation in windows of 6 mm, at least 5 voxels, about a fitted plane, in the patients' "
+        "soft tissue; blotches wider than that do not show in it. TTF and d′: on a phantom with the kernel and the noise "
+        f"of {study.phantom_case or 'no case'}, in the same scans for every method. TTF 50 %: the frequency at which it "
+        "is down to a half; > where it is not up to the Nyquist frequency. d′, with its 95 % interval: of a channelised "
         "Hotelling observer without noise of its own, who sees one slice and looks for lesions of "
-        f"{lesion}, balls, and rods across all slices,{counted}. Off: share of the body where the difference from full "
-        "dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise: what an image adds, loses or blurs, and also "
-        f"the noise that it keeps, which is all that a simulated low dose is off by. {_means(estimates)}."
+        f"{lesion}, balls, and rods across all slices,{counted}. Off (conspicuous in cases.csv): share of the body where "
+        "the difference from full dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise: what an image adds, "
+        "loses or blurs, and also the noise that it keeps, which is all that a simulated low dose is off by. "
+        f"{_means(estimates)}."
     )
     return Table(caption, columns, rows)
 
@@ -127,7 +128,9 @@ def _falls_to_half(ttf: dict[str, Any]) -> Cell:
     """What stays above a half is the sharpest, and sorted as such."""
     if math.isfinite(ttf["f50_per_mm"]):
         return _number(ttf["f50_per_mm"], 2)
-    last = ttf["curve"][-1][0]
+    last, at_last = ttf["curve"][-1]
+    if math.isnan(at_last):  # there is no edge left
+        return Cell(_NONE, "")
     return Cell(f"> {_digits(last, 2)}", last)
 
 
@@ -185,7 +188,7 @@ def classification(found: dict[str, Any]) -> list[Table]:
         [Cell(name, name), *(_interval(row[k]) for k in measures)] for name, row in found["images"].items()
     ]
     caption = (
-        f"The same CNN trained on each kind of image, patients kept apart over {found['folds']} folds; "
+        f"The same CNN trained on each kind of image, patients kept apart over {found['training']['folds']} folds; "
         f"{found['samples']} samples of {found['patients']} patients, 95 % intervals over patients (expanded percentile "
         "bootstrap; none where no draw differs). Scores of all folds are pooled, and how they would vary with the training "
         "is in no interval or test."

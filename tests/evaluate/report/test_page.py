@@ -267,7 +267,12 @@ def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
     row = {key: [0.875, 0.75, 0.95] for key in ("auc", "accuracy", "sensitivity", "specificity")}
     perfect = {**row, "auc": [1.0, None, None]}
     ps = {"delong_p": 3e-7, "delong_p_holm": 9e-5, "mcnemar_p": 0.0321, "mcnemar_p_holm": 1.0}
-    found = {"folds": 5, "samples": 40, "patients": 20, "images": {"low dose": row, "full dose": perfect}}
+    found = {
+        "training": {"folds": 5},
+        "samples": 40,
+        "patients": 20,
+        "images": {"low dose": row, "full dose": perfect},
+    }
     found["tests"] = [{"a": "low dose", "b": "full dose", "auc_difference": -0.125, **ps}]
     write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]), found)
     page = (tmp_path / "index.html").read_text()
@@ -314,8 +319,10 @@ def test_an_edge_that_stays_sharp_up_to_nyquist_sorts_above_those_that_do_not(eq
         "oracle": [Transfer(frequency, np.array([1, 0.9, 0.8]), 100.0)],
         "low dose": [Transfer(frequency, np.array([1, 0.7, 0.3]), 100.0)],
     }
-    sharp, dull = (row[3] for row in tables.physics(equal_images).rows)
-    assert (sharp.text, dull.text) == ("> 0.40", "0.30")
+    equal_images.rows.append(Row("case", "patient", "eraser", low.figures))
+    equal_images.transfers["eraser"] = [Transfer(frequency, np.full(3, np.nan), 0.0)]
+    sharp, dull, none = (row[3] for row in tables.physics(equal_images).rows)
+    assert (sharp.text, dull.text, none.text) == ("> 0.40", "0.30", "–")
     assert sharp.value > dull.value
 
 
