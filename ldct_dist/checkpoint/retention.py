@@ -62,13 +62,14 @@ def is_regular(manifest: Manifest, config: CheckpointConfig) -> bool:
 def prune(root: Path, config: CheckpointConfig) -> None:
     """Delete what the config does not keep, and what unfinished saves and deletions left behind.
 
-    The newest checkpoint stays whatever the config says, and so do the best by validation and the newest regular one.
+    The newest checkpoint stays whatever the config says, and so does the best by validation. Among those that
+    `keep_last` keeps, if more than one, is always the newest regular one.
     """
     checkpoints, _ = newest_first(root)
     newest = [path for path, _ in checkpoints[: max(1, config.keep_last)]]
     regular = [path for path, manifest in checkpoints if is_regular(manifest, config)][:1]
-    if regular and regular[0] not in newest:  # stops made all of these: it takes the place of the oldest
-        newest[1:] = newest[1:-1] + regular
+    if len(newest) > 1 and regular and regular[0] not in newest:  # stops made all of these
+        newest[-1:] = regular
     stay = {best_of(checkpoints), *newest}
     for path, manifest in checkpoints:
         forever = config.keep_every is not None and manifest.step % config.keep_every == 0

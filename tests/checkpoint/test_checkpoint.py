@@ -125,6 +125,9 @@ def test_stops_do_not_push_out_what_a_run_goes_back_to(saver):
     for step in (30, 31, 32):
         save(saver, step)
     assert steps(saver) == [30, 31, 32]
+    saver.config = CheckpointConfig(every=10, keep_last=1)
+    save(saver, 33)
+    assert steps(saver) == [33]
 
 
 def test_a_copy_that_a_user_keeps_beside_checkpoints_is_none(saver):
