@@ -57,7 +57,8 @@ class Row:
     """One method on one case. figures: protocol -> measure -> value. bias_hu: tissue -> HU.
 
     conspicuous: share of the body's voxels where the image is off from full dose by more than the noise of full dose
-    makes likely; None where that cannot be told. noise_hu: standard deviation in soft tissue; None where there is too little of it.
+    makes likely; None where that cannot be told. noise_hu: standard deviation in soft tissue; None where there is too
+    little of it.
     """
 
     case: str
