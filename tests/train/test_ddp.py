@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from forked import fork
-from ldct_dist.models.registry import build
+from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.strategy.ddp import DDPStrategy
+from ldct_dist.train.strategy.parts import MOMENTS, parts_of
 from ldct_dist.world import World
 from runs import write_config
 from stores import make_store
@@ -27,6 +28,15 @@ def test_the_first_pass_takes_no_more_memory_than_a_step(monkeypatch, micro_batc
     monkeypatch.setattr(DDPStrategy, "__call__", lambda self, hu: seen.append(len(hu)) or forward(self, hu))
     strategy.warm_up()
     assert seen == [crops]
+
+
+def test_more_ranks_than_moments_write_no_file_that_is_empty():
+    model = build(ModelConfig(size="xs"))
+    weights = dict(model.named_parameters())
+    moments = {f"{name}/{moment}": values for name, values in weights.items() for moment in MOMENTS}
+    parts = parts_of(weights, weights, moments, model.config, step=1, files=10_000)
+    assert len(parts) == 2 + len(moments)
+    assert all(part.tensors for part in parts.values())
 
 
 def test_ranks_say_nothing_of_strides_that_move_no_byte(tmp_path):

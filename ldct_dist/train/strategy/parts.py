@@ -24,13 +24,14 @@ def parts_of(
     step: int,
     files: int,
 ) -> dict[str, Part]:
-    """Weights as people use them, and the optimizer's state in so many files.
+    """Weights as people use them, and the optimizer's state in so many files, of which none is empty.
 
     average, raw: by parameter. moments: by parameter/moment.
     """
     facts = weights_facts(model, step=str(step))
     parts = {WEIGHTS: Part(dict(average), facts), RAW_WEIGHTS: Part(dict(raw), facts)}
     names = sorted(moments)
+    files = min(files, len(names))
     for i in range(files):
         share = {name: moments[name] for name in names[i::files]}
         parts[f"optimizer-{i + 1:05d}-of-{files:05d}.safetensors"] = Part(share)
