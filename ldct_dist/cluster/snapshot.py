@@ -11,8 +11,9 @@ from pathlib import Path
 
 import ldct_dist
 from ldct_dist.errors import UserError
+from ldct_dist.provenance import COMMIT, commit
 
-_LEFT_OUT = ("__pycache__", "demo_data")
+_LEFT_OUT = ("__pycache__", "demo_data", COMMIT)
 
 
 def snapshot_code(into: Path) -> Path:
@@ -35,6 +36,8 @@ def snapshot_code(into: Path) -> Path:
             copy = partial / package.name / path.relative_to(package)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+        if (known := commit()) is not None:
+            (partial / package.name / COMMIT).write_text(known)
         os.chmod(partial, 0o755)
         partial.rename(target)
     except OSError as e:

@@ -8,7 +8,6 @@ import json
 import math
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import ldct_dist
@@ -18,6 +17,7 @@ from ldct_dist.evaluate.physics.nps import NoisePower
 from ldct_dist.evaluate.physics.tissue import TISSUES
 from ldct_dist.evaluate.statistics import Estimate, Paired, estimate, paired_tests
 from ldct_dist.evaluate.study import Row, Study
+from ldct_dist.provenance import commit, versions
 
 _MISSING = math.nan
 _ANY = (-math.inf, math.inf)
@@ -102,8 +102,9 @@ def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
     plain = {
         "versions": {
             "ldct_dist": ldct_dist.__version__,
+            "commit": commit(),
             "python": platform.python_version(),
-            **{package: version(package) for package in _PACKAGES},
+            **versions(_PACKAGES),
         },
         "config": study.config.model_dump(),
         "store": study.store,

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-import ldct_dist
 from ldct_dist.checkpoint import retention
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.files import replace
+from ldct_dist.provenance import commit, versions
 from ldct_dist.train.config import RunConfig
 from ldct_dist.world import World
 
@@ -93,8 +91,8 @@ class RunFolder:
             "python": platform.python_version(),
             "host": platform.node(),
             "pid": os.getpid(),
-            "packages": {name: _version(name) for name in CODE_PACKAGES},
-            "commit": _commit(),
+            "packages": versions(CODE_PACKAGES),
+            "commit": commit(),
             "world_size": world.size,
             "device": str(world.device),
             "threads": torch.get_num_threads(),
@@ -141,25 +139,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit this code was checked out at; None outside a checkout."""
-    root = Path(ldct_dist.__file__).parent.parent
-    try:
-        git = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return git.stdout.strip()
