@@ -107,7 +107,10 @@ def denoise(
             part_of(part),
             progress=lambda case: console.print(f"{case}: denoised", markup=False),
         )
-        console.print(f"cases: {len(report.written)} denoised, {len(report.skipped)} there already -> {out}")
+        console.print(
+            f"cases: {len(report.written)} denoised, {len(report.skipped)} there already -> {out}",
+            markup=False,
+        )
         for refusal in report.refused:
             console.print(f"  refused: {refusal}", markup=False)
         raise typer.Exit(1 if report.refused else 0)
@@ -122,7 +125,7 @@ def denoise(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             notice=notice,
         )
-    console.print(f"{len(files)} slices -> {out}")
+    console.print(f"{len(files)} slices -> {out}", markup=False)
 
 
 @app.command()
