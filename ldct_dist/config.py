@@ -122,11 +122,15 @@ def _said(schema: type[Config], key: str, fault: ErrorDetails) -> str:
         every = list(settings(schema))
         sections = {name.partition(".")[0] for name in every}
         last = {name.rpartition(".")[2]: name for name in every}  # lr is optim.lr
-        known = {name: name for name in (*every, *sections)} | last
+        known = last | {name: name for name in (*every, *sections)}
         close = get_close_matches(key, known)
         return "no such setting" + (f"; did you mean {known[close[0]]}?" if close else "")
     if fault["input"] is None:
         return "a space is missing after the colon" if ":" in str(fault["loc"][-1]) else "it has no value"
+    within_list = isinstance(fault["loc"][-1], int)
+    if fault["type"] in ("tuple_type", "too_long") or (fault["type"] == "missing" and within_list):
+        default = _default(schema, fault["loc"][:-1] if within_list else fault["loc"])
+        return "give all its values as a list" + (f", such as {list(default)}" if default else "")
     within = [name for name in settings(schema) if name.startswith(f"{key}.")]
     if fault["type"] == "model_type" and within:
         return f"has settings of its own, such as {within[0]}"
@@ -135,6 +139,17 @@ def _said(schema: type[Config], key: str, fault: ErrorDetails) -> str:
         if fault["type"] == "path_type"
         else fault["msg"].removeprefix("Value error, ")
     )
+
+
+def _default(schema: type[Config], path: Sequence[int | str]) -> Any:
+    """Of a setting that has one; else None."""
+    *sections, name = map(str, path)
+    for section in sections:
+        schema = getattr(schema.model_fields.get(section), "annotation", Config)
+        if not (isinstance(schema, type) and issubclass(schema, Config)):
+            return None
+    field = schema.model_fields.get(name)
+    return field.default if field is not None and not field.is_required() else None
 
 
 def _load(path: Path | None) -> DictConfig:

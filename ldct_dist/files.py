@@ -48,8 +48,12 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises UserError where `folder` is there and holds something, or is a file."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raises UserError where `folder` is there and holds something, or is a file, and where one may not look."""
+    try:
+        free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as e:
+        raise UserError(f"{folder}: {e.strerror}; choose another folder") from e
+    if not free:
         raise UserError(f"{folder}: exists already; choose another folder or remove it")
 
 

@@ -53,6 +53,13 @@ def test_a_key_within_a_list_is_refused(tmp_path):
         ("dsoe=1", "override dsoe=1: dsoe: no such setting; did you mean data.dose?"),
         ("modle.size=m", "override modle.size=m: modle: no such setting; did you mean model?"),
         ("lr=3", "override lr=3: lr: no such setting; did you mean optim.lr?"),
+        (
+            "data.crop=8",
+            "override data.crop=8: data.crop: give all its values as a list, such as [32, 96, 96]",
+        ),
+        ("data.crop=[8,48]", "override data.crop=[8,48]: data.crop.2: give all its values as a list"),
+        ("data.crop=[8,9,9,9]", "override data.crop=[8,9,9,9]: data.crop: give all its values as a list"),
+        ("loss.margin=3", "override loss.margin=3: loss.margin: give all its values as a list"),
         ("store=", "override store=: store: it has no value"),
         (
             "data.augment.lesions=24",
@@ -79,6 +86,11 @@ def test_a_mistake_in_the_file_is_the_files(tmp_path):
     path.write_text("data: {dsoe: 0.25}")
     with pytest.raises(UserError, match=rf"override steps=x: steps: .*; {path}: data\.dsoe: .*data\.dose\?"):
         read(RunConfig, path, ["name=run", "store=ct.zarr", "steps=x"])
+
+
+def test_a_setting_goes_before_another_sections_of_its_name():
+    with pytest.raises(UserError, match=r"doze: no such setting; did you mean dose\?"):
+        read(IngestConfig, None, ["doze=0.25"])
 
 
 def test_a_colon_without_its_space_is_said():

@@ -22,6 +22,11 @@ def test_the_bytes_are_on_disk_before_the_name_is_and_the_name_before_it_returns
     assert (tmp_path / "config.yaml").read_text() == "steps: 8\n"
 
 
+def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="File name too long; choose another folder"):
+        files.refuse_taken(tmp_path / ("x" * 300))
+
+
 def test_after_an_error_the_old_file_stands_alone(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text("old")

@@ -192,6 +192,11 @@ def test_an_output_that_exists_is_refused_before_any_work(identity, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+def test_an_output_that_cannot_be_looked_at_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="File name too long; choose another folder"):
+        denoise_series("no-weights", "no-source", tmp_path / ("x" * 300))
+
+
 def test_a_series_that_cannot_be_used_stops_all_and_is_named(identity, tmp_path):
     write_series(tmp_path / "in" / "good", phantom())
     write_series(tmp_path / "in" / "holed", phantom(), Options(seed="holed"))[2].unlink()
