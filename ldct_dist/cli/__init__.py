@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 from ldct_dist.cli import data, runs, slurm  # noqa: F401  they register their verbs
 from ldct_dist.cli.common import app
@@ -13,6 +14,8 @@ INTERRUPTED = 130  # what Typer makes of Ctrl-C, as shells do
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    if isinstance(sys.stdout, TextIOWrapper):  # as on stderr: names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as e:

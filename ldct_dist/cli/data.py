@@ -25,7 +25,7 @@ def ingest(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Overrides, such as pairing.kernel='B30*' split_of='{L067: test}'"
+            metavar="KEY=VALUE", help="Overrides, such as pairing.kernel='B30*' split_of='{L067: test}'"
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with these settings")] = None,
@@ -90,8 +90,7 @@ def _print_report(report: IngestReport, store: Path) -> None:
         markup=False,
     )
     for refusal in report.rejected[:20]:
-        reason = os.fsencode(refusal.reason).decode(errors="replace")  # what is not UTF-8 cannot be printed
-        console.print(f"  refused: {reason}", markup=False)
+        console.print(f"  refused: {refusal.reason}", markup=False)
     if report.rejected:
         console.print(f"  all refusals: {report.rejected_csv}", markup=False)
 

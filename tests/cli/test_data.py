@@ -47,5 +47,5 @@ def test_a_refused_folder_whose_name_is_not_utf_8_is_told_of(tmp_path, monkeypat
         cli.main()
     assert ended.value.code == 1
     said = capsys.readouterr().out
-    assert "/M\ufffdller: series" in said
+    assert "/M\\udcfcller: series" in said
     assert "cases (patients) by split: train" in said
