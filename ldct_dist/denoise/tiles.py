@@ -137,11 +137,10 @@ def denoised_tiles(
     model.eval()
 
     def start(t: Tile) -> _Answer:
-        given = torch.from_numpy(padded[t.read])
-        if weight.is_cuda:
-            # One piece of memory, or the copy would go by way of another one that is not pinned.
-            pinned = torch.empty(given.shape, dtype=given.dtype, pin_memory=True)
-            given = pinned.copy_(given).to(weight.device, non_blocking=True)
+        # One piece of memory, or a GPU's copy would go by way of another one that is not pinned.
+        given = torch.empty(padded[t.read].shape, dtype=torch.int16, pin_memory=weight.is_cuda)
+        given.numpy()[:] = padded[t.read]
+        given = given.to(weight.device, non_blocking=True)
         with torch.inference_mode(), precision:
             given = given.to(weight.dtype)
             return _Answer(finish(given[t.keep], model(given[None, None])[0, 0][t.keep]))

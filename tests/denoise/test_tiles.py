@@ -96,6 +96,13 @@ def test_answers_are_rounded_and_padding_stays():
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_is_read_only_is_denoised_without_a_warning():
+    hu = np.zeros((4, 16, 16), np.int16)
+    hu.setflags(write=False)  # as a file mapped into memory is
+    assert np.array_equal(denoise_volume(build(ModelConfig(size="xs")), hu), hu)
+
+
 def test_air_whose_noise_is_cut_off_is_denoised():
     """Specks at AIR_HU are a scan's, in whichever tile they lie."""
     model = build(ModelConfig(name="redcnn3d", size="xs"))
