@@ -52,7 +52,7 @@ def refuse_taken(folder: Path) -> None:
     try:
         free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     except OSError as e:
-        raise UserError(f"{folder}: {e.strerror}; choose another folder") from e
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another folder") from e
     if not free:
         raise UserError(f"{folder}: exists already; choose another folder or remove it")
 

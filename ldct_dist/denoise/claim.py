@@ -16,7 +16,7 @@ def refuse_foreign(out: Path) -> None:
     try:
         claimed = (out / MADE_BY).exists()
     except OSError as e:
-        raise UserError(f"{out}: {e.strerror}; choose another folder") from e
+        raise UserError(f"{out}: cannot be written ({e.strerror}); choose another folder") from e
     if not claimed:
         refuse_taken(out)
 
