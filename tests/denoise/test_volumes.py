@@ -193,7 +193,7 @@ def test_an_output_that_exists_is_refused_before_any_work(identity, tmp_path):
 
 
 def test_an_output_that_cannot_be_looked_at_is_refused_before_any_work(tmp_path):
-    with pytest.raises(UserError, match="cannot be written .File name too long.; choose"):
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\); choose"):
         denoise_series("no-weights", "no-source", tmp_path / ("x" * 300))
 
 
