@@ -99,7 +99,10 @@ def overrides_of(key: str, value: str) -> list[str]:
 
 
 def dotted(key: str) -> str:
-    """The full name of a run's setting. Raises UserError if several, or none, end with `key`."""
+    """The full name of a run's setting; `key` itself if there is none, for the config to refuse it.
+
+    Raises UserError if several settings end with `key`, or it is the name of a section.
+    """
     every = list(configs.settings(RunConfig))
     if key in every:
         return key
@@ -109,9 +112,9 @@ def dotted(key: str) -> str:
     if meant:
         raise UserError(f"{key}: which one, {', '.join(meant)}?")
     inside = [leaf for leaf in every if leaf.startswith(f"{key}.")]
-    raise UserError(
-        f"{key}: " + (f"name one of {', '.join(inside)}" if inside else "a run has no such setting")
-    )
+    if inside:
+        raise UserError(f"{key}: name one of {', '.join(inside)}")
+    return key
 
 
 def write_hparams(sweep: Sweep) -> None:
