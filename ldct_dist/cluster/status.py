@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ HEADINGS = ("run", "state", "step", "loss", "crops/s", "wait", "saved", "ETA")
 
 @dataclass(frozen=True)
 class Row:
-    """One run. state: new, pending, running, done, stopped, cancelled, failed or unreadable."""
+    """One run. name: as `find_runs` gives it. state: new, pending, running, done, stopped, cancelled, failed or unreadable."""
 
     name: str
     folder: Path
@@ -55,22 +56,26 @@ def status(paths: Sequence[Path], now: float | None = None) -> tuple[list[Row], 
     Slurm is asked once for all runs. Raises UserError for a path that holds no run.
     """
     now = time.time() if now is None else now
-    looks = [_look(folder) for folder in find_runs(paths)]
-    known, fault = jobs.ask({look.job for look in looks if look.job is not None})
-    return [_row(look, known.get(look.job or ""), now) for look in looks], fault
+    looks = [(name, _look(folder)) for folder, name in find_runs(paths).items()]
+    known, fault = jobs.ask({look.job for _, look in looks if look.job is not None})
+    return [_row(name, look, known.get(look.job or ""), now) for name, look in looks], fault
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run folders that `paths` are, or hold at most two levels down, each once."""
-    found: dict[Path, None] = {}
+def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
+    """The run folders that `paths` are, or hold at most two levels down, each once.
+
+    Each with its name: the way to it from the folder that was asked for, or from the one that holds all that were.
+    """
+    found: list[Path] = []
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; name a run, or a folder of runs")
         here = list(_runs_in(path, depth=2))
         if not here:
             raise UserError(f"{path}: no run in this folder; name a run, or a folder of runs")
-        found.update(dict.fromkeys(here))
-    return list(found)
+        found += here
+    start = os.path.commonpath([os.path.abspath(path / ".." if is_run(path) else path) for path in paths])
+    return {run: os.path.relpath(run, start) for run in found}
 
 
 def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
@@ -98,16 +103,16 @@ def _look(folder: Path) -> _Look:
         return _Look(folder, Progress(), None, str(e))
 
 
-def _row(look: _Look, job: Job | None, now: float) -> Row:
+def _row(name: str, look: _Look, job: Job | None, now: float) -> Row:
     folder, progress = look.folder, look.progress
     if look.fault is not None:
-        return Row(folder.name, folder, "unreadable", progress, notes=[look.fault])
+        return Row(name, folder, "unreadable", progress, notes=[look.fault])
     if job is not None and job.active and not _at_work(look, job, now):
         job = None
     if look.job is not None and not (job and job.active) and was_cancelled(folder, look.job):
         job = Job(look.job, "CANCELLED", requeues=job.requeues if job else 0)
     state = state_of(progress, job, now)
-    return Row(folder.name, folder, state, progress, job, list(_notes(folder, state, progress, job)))
+    return Row(name, folder, state, progress, job, list(_notes(folder, state, progress, job)))
 
 
 def in_queue(runs: Iterable[Path]) -> dict[Path, Job]:

@@ -296,6 +296,22 @@ def test_a_path_without_a_run_is_a_mistake(tmp_path):
             status([path])
 
 
+def test_runs_of_two_sweeps_are_told_apart_whatever_folders_are_asked_for(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / "runs" / way) for way in ("a-sweep/lr-0.1", "b-sweep/lr-0.1", "mayo")]
+    monkeypatch.chdir(tmp_path / "runs" / "mayo")
+    for paths, names in (
+        (["runs"], ["a-sweep/lr-0.1", "b-sweep/lr-0.1", "mayo"]),
+        (["runs/b-sweep", "runs/a-sweep"], ["b-sweep/lr-0.1", "a-sweep/lr-0.1"]),
+        (["runs/mayo", "runs/a-sweep"], ["mayo", "a-sweep/lr-0.1"]),
+        (["runs/a-sweep"], ["lr-0.1"]),
+        (["runs/mayo"], ["mayo"]),
+    ):
+        rows, _ = status([tmp_path / path for path in paths])
+        assert [row.name for row in rows] == names
+        assert {row.folder for row in rows} <= set(runs)
+    assert [row.name for row in status([Path()])[0]] == ["mayo"]
+
+
 def test_the_table_fits_eighty_columns():
     now = 1_000_000.0
     running = Progress(3200, 50000, 3.21456, 812.4, 0.41, 0.16, 3000, now - 250, now)
