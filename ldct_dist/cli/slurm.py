@@ -17,12 +17,15 @@ def submit(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="CONFIG|ingest ...|denoise ... [KEY=VALUE]... [--SBATCH-OPTION VALUE]...",
+            metavar="CONFIG|ingest|denoise|KEY=VALUE|--SBATCH-OPTION=VALUE",
             help="The run's YAML, overrides, and options of sbatch: --nodes 2 --gpus-per-node 4 --time 24:00:00",
         ),
     ],
     cluster: Annotated[
-        str, typer.Option(help="slurm; local: here, in the background; debug: here, in this process")
+        str,
+        typer.Option(
+            help="slurm; for a run also local: here, in the background; debug: here, in this process"
+        ),
     ] = "slurm",
     site: Site = None,
     allow_new_data: Annotated[bool, typer.Option("--allow-new-data", help="See train")] = False,
@@ -44,7 +47,7 @@ def submit(
     --time 24:00:00 --partition gpu
     """
     if arguments[0] in ("ingest", "denoise"):
-        _submit_array(arguments, site, parts, at_once, dry_run)
+        _submit_array(arguments, cluster, site, parts, at_once, dry_run)
         return
     from ldct_dist.cluster.command import announce, parse
     from ldct_dist.cluster.submit import dry_run as render
@@ -62,13 +65,20 @@ def submit(
 
 
 def _submit_array(
-    arguments: list[str], site: str | None, parts: int | None, at_once: int | None, dry_run: bool
+    arguments: list[str],
+    cluster: str,
+    site: str | None,
+    parts: int | None,
+    at_once: int | None,
+    dry_run: bool,
 ) -> None:
     from ldct_dist.cluster.command import parse_parts
     from ldct_dist.cluster.parts import submit_parts
     from ldct_dist.cluster.sbatch import render
 
     array = parse_parts(arguments, site, parts, at_once)
+    if cluster != "slurm":
+        raise UserError(f"--cluster {cluster}: an array is Slurm's alone; on this machine: {array.here}")
     if dry_run:
         print(render(array.script), end="")
         return
@@ -123,7 +133,7 @@ def doctor(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG] [--SRUN-OPTION VALUE]...",
+            metavar="CONFIG|--SRUN-OPTION=VALUE",
             help="The run's YAML, to check the time to save and the room it needs; for --nodes, options of srun",
         ),
     ] = None,
@@ -188,7 +198,7 @@ def sweep(
     axes: Annotated[
         list[str],
         typer.Argument(
-            metavar="KEY=VALUE[,VALUE]... [--SBATCH-OPTION=VALUE]...",
+            metavar="KEY=VALUE,...|--SBATCH-OPTION=VALUE",
             help="Such as lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --partition=gpu",
         ),
     ],

@@ -30,13 +30,13 @@ def submit_array(
 
     options: of sbatch, by their long names, for each run. Raises UserError if Slurm does not answer or refuses.
     """
+    folder = sweep.folder.resolve() / JOB.parent
+    render(_script(folder, [], options, site))  # a mistake is said before anything is written
+    jobs.refuse_without_slurm("with --cluster local")
     points = _missing(sweep, say)
     if not points:
         return None
-    folder = sweep.folder.resolve() / JOB.parent
     configs = [point.folder.resolve() / CONFIG for point in points]
-    script = _script(folder, configs, options, site)
-    render(script)  # a mistake is said before anything is written
     write_hparams(sweep)
     for point, config in zip(points, configs, strict=True):
         config.parent.mkdir(exist_ok=True)

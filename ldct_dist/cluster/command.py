@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,15 +47,16 @@ def parse_parts(
     jobs = out.with_name(f"{out.name}.jobs")
     if verb == "ingest":
         script = array_script(verb, [verb, *words], jobs, parts or 8, options, site, at_once)
-        return Parts(script, then=["finalise", folders[-1]])
+        return Parts(script, shlex.join(["ldct-dist", verb, *words]), then=["finalise", folders[-1]])
     cases = cases_of(Path(folders[1]))
     # What a run's best weights are may change before the last task starts: all take this copy.
     weights = weights_of(Path(folders[0]))
     copy = jobs / f"{weights_hash(weights)}.safetensors"
-    words = [verb, str(copy), *folders[1:], *_manner(options)]
+    words = [*folders[1:], *_manner(options)]
+    here = shlex.join(["ldct-dist", verb, folders[0], *words, "--part=0/1"])  # a cohort is denoised by parts
     parts = parts or min(len(cases), MOST_PARTS)
-    script = array_script(verb, words, jobs, parts, options, site, at_once)
-    return Parts(script, pinned=(weights, copy))
+    script = array_script(verb, [verb, str(copy), *words], jobs, parts, options, site, at_once)
+    return Parts(script, here, pinned=(weights, copy))
 
 
 def _manner(options: dict[str, str | bool]) -> list[str]:

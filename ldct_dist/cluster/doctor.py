@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ldct_dist
+from ldct_dist.cluster import jobs
 from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.cluster.rank import name_interface
@@ -42,10 +43,7 @@ def launch_job(arguments: Sequence[str], runs: Path, site: str | None, options: 
     options: of srun, by their long names, nodes among them. Waits for the nodes, as srun does.
     """
     command = job_command(arguments, runs, site, options)
-    if shutil.which("srun") is None:
-        raise UserError(
-            f"--nodes={options['nodes']}: there is no srun on this machine; leave it out to check this machine alone"
-        )
+    jobs.refuse_without_slurm("without --nodes, which checks this machine alone")
     _quieten()
     return int(subprocess.run(command, check=False).returncode != 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -62,14 +63,22 @@ def ask(ids: Collection[str], timeout_s: float = 10.0) -> tuple[dict[str, Job], 
     return jobs, fault
 
 
+def refuse_without_slurm(instead: str) -> None:
+    """Raises UserError where no Slurm answers, with what to do `instead`: before anything is written for a job."""
+    missing = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
+    if missing:
+        fault: str | None = f"{missing[0]} is not on the PATH of this machine"
+    else:
+        _, fault = _lines(["squeue", "--noheader", "--me"], timeout_s=30.0)
+    if fault is not None:
+        raise UserError(f"no Slurm answers here: do this on a login node, or {instead} ({fault})")
+
+
 def sbatch(script: Path, *options: str) -> str:
-    """Submit a job script; the job's id, an array's own. Raises UserError if Slurm is not here, or refuses."""
+    """Submit a job script; the job's id, an array's own. Raises UserError if Slurm refuses."""
     command = ["sbatch", "--parsable", *options, str(script)]
     environment = outside(script.read_text())
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    except FileNotFoundError as e:
-        raise UserError("no sbatch on the PATH of this machine: submit from a login node") from e
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
     return done.stdout.strip().split(";")[0]  # job id, and on some sites the cluster's name
@@ -112,7 +121,9 @@ def _exit(code: str) -> str:
     return f"exit code {status}" if number == "0" else f"killed by signal {number}"
 
 
-def _lines(command: Sequence[str], timeout_s: float, harmless: str) -> tuple[list[str], str | None]:
+def _lines(
+    command: Sequence[str], timeout_s: float, harmless: str | None = None
+) -> tuple[list[str], str | None]:
     """(lines of the command's output; why there are none). An error that says `harmless` gives no lines."""
     try:
         done = subprocess.run(
@@ -122,6 +133,7 @@ def _lines(command: Sequence[str], timeout_s: float, harmless: str) -> tuple[lis
         return [], f"{command[0]} is not on the PATH of this machine"
     except subprocess.TimeoutExpired:
         return [], f"{command[0]} got no answer from Slurm within {timeout_s:g} s"
-    if done.returncode != 0 and harmless not in done.stderr:
-        return [], f"{command[0]}: {' '.join(done.stderr.split())}"
+    if done.returncode != 0 and not (harmless and harmless in done.stderr):
+        summary = done.stderr.strip().rpartition("\n")[2]  # after a line for each step that went wrong
+        return [], f"{command[0]}: {summary.removeprefix(f'{command[0]}: ')}"
     return done.stdout.splitlines(), None

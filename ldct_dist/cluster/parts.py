@@ -19,10 +19,11 @@ from ldct_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Parts:
-    """The script of the array; the words of the `ldct-dist` that ends it; and a file to copy before it is submitted:
-    (from, to)."""
+    """The script of the array; the command that does the same on one machine, without Slurm; the words of the
+    `ldct-dist` that ends the array; and a file to copy before it is submitted: (from, to)."""
 
     script: Script
+    here: str
     then: Sequence[str] | None = None
     pinned: tuple[Path, Path] | None = None
 
@@ -63,10 +64,11 @@ def array_script(
 def submit_parts(parts: Parts) -> list[str]:
     """Submit the array, and after it, once all tasks have ended, what ends it as a job of its own.
 
-    Returns the job ids. Raises UserError if Slurm refuses.
+    Returns the job ids. Raises UserError if Slurm does not answer, or refuses.
     """
     script = parts.script
     render(script)  # a mistake is said before anything is written
+    jobs.refuse_without_slurm(f"on this machine by {parts.here}")
     try:
         script.folder.mkdir(parents=True, exist_ok=True)
         if parts.pinned is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -115,11 +114,9 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
         raise UserError(f"--cluster {cluster}: one of {', '.join(CLUSTERS)}")
     tasks, _ = request.tasks, dry_run(request)  # a mistake is said before anything is written
     RunFolder(request.run).check(request.config)
+    if cluster == "slurm":
+        jobs.refuse_without_slurm("with --cluster local")
     _refuse_twice(request)
-    if cluster == "slurm" and shutil.which("srun") is None:
-        raise UserError(
-            "no srun on the PATH of this machine: submit from a login node, or with --cluster local"
-        )
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
         config = request.run / CONFIG

@@ -186,7 +186,7 @@ def test_words_of_the_command_line_are_told_apart():
 
 
 def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7"))
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7", srun="", squeue=""))
     for case in ("a", "b"):
         (tmp_path / "in" / case).mkdir(parents=True)
     weights, out = tmp_path / "w.safetensors", tmp_path / "out"

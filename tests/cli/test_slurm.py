@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import commands_on_path
+from ldct_dist import cli
+from ldct_dist.models.registry import ModelConfig, build
+from ldct_dist.models.weights import save_weights
+from runs import write_config
+
+VERBS = {
+    "submit": ["submit", "run.yaml"],
+    "sweep": ["sweep", "run.yaml", "lr=1e-4,3e-4"],
+    "ingest": ["submit", "ingest", "in", "my ct.zarr", "dose=0.25"],
+    "denoise": ["submit", "denoise", "w.safetensors", "in", "out", "--strength=0.8"],
+    "doctor": ["doctor", "run.yaml", "--nodes=2"],
+}
+HERE = {
+    "ingest": "ldct-dist ingest in 'my ct.zarr' dose=0.25",
+    "denoise": "ldct-dist denoise w.safetensors in out --strength=0.8 --part=0/1",
+}
+UNREACHABLE = """\
+echo 'error: fetch_config: DNS SRV lookup failed' >&2
+echo "$(basename "$0"): fatal: Could not establish a configuration source" >&2
+exit 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with what the verbs are given, and a Slurm whose commands find no controller."""
+    slurm = dict.fromkeys(("sbatch", "srun", "squeue", "sacct"), UNREACHABLE)
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", **slurm))
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, tmp_path / "ct.zarr")
+    (tmp_path / "in" / "case").mkdir(parents=True)
+    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
+    return tmp_path
+
+
+def refused(folder: Path, monkeypatch, capfd, *words: str) -> str:
+    """The one line in which these words are refused, which leaves every file as it was."""
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert sorted(folder.rglob("*")) == before
+    return line
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+@pytest.mark.parametrize("verb", HERE)
+def test_an_array_on_this_machine_is_refused_with_the_command_to_give(
+    folder, monkeypatch, capfd, verb, cluster
+):
+    line = refused(folder, monkeypatch, capfd, *VERBS[verb], "--cluster", cluster)
+    assert line.startswith(f"error: --cluster {cluster}: ")
+    assert line.endswith(f"; on this machine: {HERE[verb]}")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_where_slurm_cannot_be_reached_one_line_says_what_to_do_and_nothing_is_written(
+    folder, monkeypatch, capfd, verb
+):
+    line = refused(folder, monkeypatch, capfd, *VERBS[verb])
+    instead = {"submit": "with --cluster local", "sweep": "with --cluster local", "doctor": "without --nodes"}
+    assert (
+        f"on a login node, or {(instead | {v: f'on this machine by {HERE[v]}' for v in HERE})[verb]}" in line
+    )
+    assert line.endswith("(squeue: fatal: Could not establish a configuration source)")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_so_does_it_where_there_is_no_slurm(folder, monkeypatch, capfd, verb):
+    monkeypatch.setenv("PATH", str(folder / "in"))
+    line = refused(folder, monkeypatch, capfd, *VERBS[verb])
+    assert "on a login node, or " in line
+    assert line.endswith("(sbatch is not on the PATH of this machine)")
+
+
+def test_what_an_earlier_submission_left_stays_where_slurm_cannot_be_reached(folder, monkeypatch, capfd):
+    kept = folder / "runs" / "run" / "slurm" / "job.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"job": "7"}')
+    assert "on a login node, or with --cluster local" in refused(folder, monkeypatch, capfd, *VERBS["submit"])
+    assert kept.read_text() == '{"job": "7"}'
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("ingest", "{source} {store} [KEY=VALUE]..."),
+        ("submit", "[OPTIONS] {CONFIG|ingest|denoise|KEY=VALUE|--SBATCH-OPTION=VALUE}..."),
+        ("sweep", "{config} {KEY=VALUE,...|--SBATCH-OPTION=VALUE}..."),
+        ("doctor", "[OPTIONS] [CONFIG|--SRUN-OPTION=VALUE]..."),
+    ],
+)
+def test_usage_says_once_what_may_be_given_again_and_again(monkeypatch, capsys, verb, words):
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", verb, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    usage = capsys.readouterr().out.partition("╭")[0]
+    assert words.replace(" ", "") in "".join(usage.split())  # lines may be broken anywhere
