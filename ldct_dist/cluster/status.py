@@ -120,7 +120,10 @@ def in_queue(runs: Iterable[Path]) -> dict[Path, Job]:
     now, ids = time.time(), {run: job_of(run) for run in runs}
     known, fault = jobs.ask({job for job in ids.values() if job is not None})
     if fault is not None:
-        raise UserError(f"{fault}; nothing was submitted")
+        raise UserError(
+            f"an earlier job may still be there, which could not be asked ({fault}); nothing was submitted: do this on a "
+            "login node, or, if you know of none, go on with `ldct-dist train`"
+        )
     found = {run: known[job] for run, job in ids.items() if job is not None and job in known}
     return {run: job for run, job in found.items() if job.active and _at_work(_look(run), job, now)}
 
