@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -189,6 +191,12 @@ def test_a_missing_config_is_one_line(tmp_path):
     assert refused.returncode == 2
     assert "no such config file" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_on_a_login_node_torch_is_not_asked_where_cudas_compiler_is():
+    """It would print a warning, with every command, where there is one but no GPU."""
+    code = "import ldct_dist.train.trainer, sys; sys.exit('torch.utils.cpp_extension' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_help_tells_every_exit_code():

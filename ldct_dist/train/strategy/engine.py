@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.cpp_extension import _get_build_directory
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.execution import autocast
@@ -153,6 +152,9 @@ def _await_compiler(world: World) -> None:
 
     torch itself would wait for ever, without a word, for one that was killed at it. Raises UserError for such a one.
     """
+    # Not above: with CUDA's compiler, but no GPU, as on login nodes, importing it prints a warning.
+    from torch.utils.cpp_extension import _get_build_directory
+
     folder = Path(_get_build_directory("cpu_adam", verbose=False))
     lock = folder / "lock"
     if world.is_main and not (folder / "cpu_adam.so").exists():
