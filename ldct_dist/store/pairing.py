@@ -165,30 +165,34 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
             f"{source}: none of its {len(series)} series has that pairing.kernel and thickness_mm"
         )
     if layout == "simulate":
-        return [Pair(s, s.patient_id) for s in wanted], refused
+        pairs = []
+        for one in wanted:
+            if config.layout == "auto" and _SAYS_LOW.search(one.description or ""):
+                refused.append(Refusal(_folder(one), _not_full(one, "its description says low dose")))
+            else:
+                pairs.append(Pair(one, one.patient_id))
+        return pairs, refused
     pairs, unpaired = _by_patient(wanted, _FOLDERS[layout])
     return pairs, refused + unpaired
 
 
 def _recognised(series: Sequence[Series], source: Path) -> str:
-    """A series that says low dose, by its folder or its description, decides: it must not be taken for a full dose to
-    simulate from, nor must one that was simulated or denoised here."""
+    """A folder that says low dose decides: it must not be taken for a full dose to simulate from, nor must a series
+    that was simulated or denoised here."""
     for name, folders in _FOLDERS.items():
         places = (folders.place(s) for s in series)
         if any(place and place[0] == "low" for place in places):
             return name
     for one in series:
-        folder = one.paths[0].parent
-        says_low = _SAYS_LOW.search(f"{folder.relative_to(source)} {one.description or ''}")
-        if says_low or one.is_own_output:
-            what = (
-                "says low dose, in no layout that is known" if says_low else "made by ldct_dist, no full dose"
-            )
-            raise UserError(
-                f"{one.name}: {what}; pair it by a manifest, or set pairing.layout=simulate to take every series for "
-                "full dose"
-            )
+        if _SAYS_LOW.search(str(one.paths[0].parent.relative_to(source))):
+            raise UserError(_not_full(one, "its folder says low dose, in no layout that is known"))
+        if one.is_own_output:
+            raise UserError(_not_full(one, "made by ldct_dist, no full dose"))
     return "simulate"
+
+
+def _not_full(series: Series, why: str) -> str:
+    return f"{series.name}: {why}; pair it by a manifest, or set pairing.layout=simulate to take every series for full dose"
 
 
 def _by_patient(series: Sequence[Series], folders: _Folders) -> tuple[list[Pair], list[Refusal]]:
