@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
 import sys
 import time
 import traceback
@@ -37,6 +36,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as it lies here, installed or not
 from gpus.ceilings import ceilings  # noqa: E402
+
+from ldct_dist.provenance import commit  # noqa: E402
 
 
 class Bench:
@@ -104,9 +105,8 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
     )
     nafnet = {"nafnet3d-xs": crops} if tiny else {"nafnet3d-m": crops}
     shape = (6, 32, 32) if tiny else (300, 512, 512)
-    name = (
-        "CPU" if tiny else torch.cuda.get_device_name(device)
-    )  # now: after an error of CUDA's, it tells nothing
+    # Asked now: after an error of CUDA's, it tells nothing.
+    name = "CPU" if tiny else torch.cuda.get_device_name(device)
     peaks = bench.part("ceilings", lambda: ceilings(device, tiny))
     if peaks is None:
         sys.exit(f"bench/gpu.py: without ceilings nothing can be judged: {bench.failed or bench.skipped}")
@@ -130,7 +130,7 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
     ours = [r["step_s"] for r in rows if r["size"] == main_size and r["variant"] in ("eager", "compiled")]
     return {
         "device": name,
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "matmul_tflops": peaks["matmul_flops"] / 1e12,
@@ -174,14 +174,6 @@ def _import(name: str) -> Any:
     from importlib import import_module
 
     return import_module(f"gpus.{name}")
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

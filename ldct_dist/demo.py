@@ -118,7 +118,8 @@ def _train_with_a_kill(config: RunConfig, arguments: list[str], folder: Path, co
         ranks.signal(signal.SIGKILL)
         ranks.wait()
     console.print(
-        f"[bold red]SIGKILL[/] to all {RANKS} processes at step {_steps_done(folder)}; the same command again:"
+        f"[bold red]SIGKILL[/] to all {RANKS} processes at step {_steps_done(folder)}; the same command again:",
+        markup=True,
     )
     with LocalRanks(["train", *arguments], RANKS) as ranks:
         if (code := ranks.wait()) != 0:

@@ -186,10 +186,10 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))).item())
 
 
-def few(told: Sequence[str]) -> str:
+def few(told: Sequence[str], between: str = "; ") -> str:
     """What each of so many tells, in one line: the first of them, and how many more. A full disk is met by all ranks."""
     rest = len(told) - NAMED
-    return "; ".join(told[:NAMED]) + (f"; and {rest} more" if rest > 0 else "")
+    return between.join((*told[:NAMED], *([f"and {rest} more"] if rest > 0 else [])))
 
 
 def _others_run() -> bool:

@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Low-dose CT to full-dose quality with 3-D CNNs: DICOM in, training on any number of nodes, DICOM out.",
 )
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False)  # words in brackets may be part of a path
 
 Overrides = Annotated[
     list[str] | None,

@@ -87,12 +87,11 @@ def _print_report(report: IngestReport, store: Path) -> None:
     console.print(
         f"cases: {len(report.written)} written, {len(report.skipped)} there already{moved}, "
         f"{len(report.rejected)} refused -> {store}",
-        markup=False,
     )
     for refusal in report.rejected[:20]:
-        console.print(f"  refused: {refusal.reason}", markup=False)
+        console.print(f"  refused: {refusal.reason}")
     if report.rejected:
-        console.print(f"  all refusals: {report.rejected_csv}", markup=False)
+        console.print(f"  all refusals: {report.rejected_csv}")
 
 
 def _print_splits(store: Path, named: Iterable[str] = ()) -> None:
@@ -110,7 +109,7 @@ def finalise(store: Annotated[Path, typer.Argument(help="The store whose parts a
     """
     from ldct_dist.store.ingest import finalise as run
 
-    console.print(f"cases: {run(store)} -> {store}", markup=False)
+    console.print(f"cases: {run(store)} -> {store}")
     _print_splits(store)
 
 
@@ -129,13 +128,13 @@ def info(
     opened = Store(store)
     with console.status("adding up files"):
         found = rows(opened)
-    console.print(f"{store}, fingerprint {opened.fingerprint[:16]}", markup=False)
+    console.print(f"{store}, fingerprint {opened.fingerprint[:16]}")
     console.print(summary(found))
     console.print("noise: standard deviation in soft tissue at full dose, HU; spacing in mm")
     if cases:
         console.print(listing(found))
     else:
-        console.print(f"each case: ldct-dist info {store} --cases", markup=False)
+        console.print(f"each case: ldct-dist info {store} --cases")
 
 
 @app.command()
@@ -158,7 +157,7 @@ def simulate(
     with console.status("simulating"):
         low = simulate_low_dose(read_series(series), dose, seed_of(series.series_uid, seed))
     files = write_simulated(series, low.hu, out, dose)
-    console.print(f"{len(files)} slices -> {out}", markup=False)
+    console.print(f"{len(files)} slices -> {out}")
 
 
 @app.command()
@@ -188,7 +187,7 @@ def verify(
             f"{path}: neither a store (zarr.json), a run (checkpoints/) nor a weights file that may be read"
         )
     for fault in faults:
-        console.print(fault, markup=False)
+        console.print(fault)
     if faults:
         raise typer.Exit(1)
-    console.print(f"{path}: every byte is as it was written", markup=False)
+    console.print(f"{path}: every byte is as it was written")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -105,14 +106,13 @@ def denoise(
             source,
             out,
             part_of(part),
-            progress=lambda case: console.print(f"{case}: denoised", markup=False),
+            progress=lambda case: console.print(f"{case}: denoised"),
         )
         console.print(
             f"cases: {len(report.written)} denoised, {len(report.skipped)} there already -> {out}",
-            markup=False,
         )
         for refusal in report.refused:
-            console.print(f"  refused: {refusal}", markup=False)
+            console.print(f"  refused: {refusal}")
         raise typer.Exit(1 if report.refused else 0)
     with progress() as bar:
         task = bar.add_task("denoise", total=1.0)
@@ -125,7 +125,7 @@ def denoise(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             notice=notice,
         )
-    console.print(f"{len(files)} slices -> {out}", markup=False)
+    console.print(f"{len(files)} slices -> {out}")
 
 
 @app.command()
@@ -171,8 +171,10 @@ def evaluate(
     from ldct_dist.evaluate.run import evaluate as run
 
     *weights, store = paths
-    if not (store / "zarr.json").exists():
-        raise UserError(f"{store}: not a store (no zarr.json); evaluate takes weights and, last, a store")
+    if not os.path.exists(store / "zarr.json"):  # unlike Path's, this answers where nothing may be looked at
+        raise UserError(
+            f"{store}: not a store (no zarr.json that may be read); evaluate takes weights and, last, a store"
+        )
     manner = (" in bf16" if bf16 else "") + (f" at strength {strength:g}" if strength < 1 else "")
     named = {_name_of(path, weights) + manner: path for path in weights}
     options = {

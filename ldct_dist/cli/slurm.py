@@ -59,7 +59,7 @@ def submit(
         return
     job = start(request, cluster)
     for line in announce(request, job, cluster):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, highlight=False)
     if cluster == "debug":
         job.results()
 
@@ -84,7 +84,7 @@ def _submit_array(
         return
     for number in submit_parts(array):
         console.print(f"job      {number}", highlight=False)
-    console.print(f"logs     {array.script.folder}", markup=False, highlight=False)
+    console.print(f"logs     {array.script.folder}", highlight=False)
 
 
 @app.command()
@@ -125,7 +125,7 @@ def cancel(
     """
     from ldct_dist.cluster.cancel import cancel as run_cancel
 
-    run_cancel(run, grace, say=lambda line: console.print(line, markup=False))
+    run_cancel(run, grace, say=lambda line: console.print(line))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -186,7 +186,7 @@ def doctor_rank(
     def report(finding: Finding) -> None:
         mark, colour = ("ok", "green") if finding.ok else ("BAD", "red")
         console.print(f"{mark:<5}", style=colour, end="")
-        console.print(f"{finding.name:<14}  {finding.text}", markup=False, highlight=False)
+        console.print(f"{finding.name:<14}  {finding.text}", highlight=False)
 
     run = configs.read(RunConfig, config) if config is not None else None
     raise typer.Exit(0 if rank(runs, run, grace, write_mib, report) else 1)
@@ -223,7 +223,7 @@ def sweep(
     from ldct_dist.cluster.sweep import plan, run_here
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, highlight=False)
 
     words, options = split(axes)
     planned = plan(config, words)

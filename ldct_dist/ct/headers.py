@@ -95,9 +95,8 @@ _LONGEST = 1024  # bytes of a value that is worth keeping for the next slice
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
-_APPLE_DOUBLE = (
-    b"\0\5\x16\7"  # how macOS begins the ._NAME that it lays beside each NAME on other systems' disks
-)
+_APPLE_DOUBLE = b"\0\5\x16\7"
+"""how macOS begins the ._NAME that it lays beside each NAME on other systems' disks"""
 
 
 def read_header(path: Path) -> Header | None:

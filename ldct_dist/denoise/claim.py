@@ -5,20 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldct_dist.errors import UserError
-from ldct_dist.files import refuse_taken, replace
+from ldct_dist.files import replace
 
 MADE_BY = ".denoised-by"
 """beside what was denoised: by what all of it was"""
-
-
-def refuse_foreign(out: Path) -> None:
-    """Raises UserError where `out` holds what nobody claimed, or may not be looked at: before all work, maybe an hour's."""
-    try:
-        claimed = (out / MADE_BY).exists()
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); choose another folder") from e
-    if not claimed:
-        refuse_taken(out)
 
 
 def claim(out: Path, maker: str) -> None:

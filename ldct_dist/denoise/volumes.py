@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import ldct_dist
 from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import Series, read_series, sound_series
-from ldct_dist.denoise.claim import claim, refuse_foreign
+from ldct_dist.denoise.claim import MADE_BY, claim
 from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume, refuse_strength
 from ldct_dist.files import refuse_taken, refuse_unwritable
 from ldct_dist.models.registry import Denoiser
@@ -112,5 +113,6 @@ def denoise_series(
     weights was stopped. Returns the files. Raises UserError for weights or series that cannot be used, for an `out`
     that cannot be written, and for one that holds something else.
     """
-    refuse_foreign(Path(out))
+    if not os.path.exists(Path(out) / MADE_BY):  # unlike Path's, this answers where nothing may be looked at
+        refuse_taken(Path(out))  # before all work, which may be an hour's
     return SeriesDenoiser.load(weights, device, bf16, strength)(source, out, tile, progress, notice)

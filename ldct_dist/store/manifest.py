@@ -46,9 +46,8 @@ def read_manifest(path: Path) -> tuple[list[Row], list[UserError]]:
         with open(path, newline="", encoding="utf-8-sig") as f:  # Excel begins its CSVs with a BOM
             lines = csv.DictReader(f)
             _check_columns(path, lines.fieldnames or [])
-            numbered = [
-                (lines.line_num, line) for line in lines if any(line.values())
-            ]  # spreadsheets add empty ones
+            # Spreadsheets add empty ones.
+            numbered = [(lines.line_num, line) for line in lines if any(line.values())]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path}: not readable as a CSV ({e}); save it as CSV in UTF-8") from e
     rows: list[Row] = []

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ldct_dist.train.ending import Ending
-from ldct_dist.world import NAMED, World
+from ldct_dist.world import World, few
 
 LOOKS = 10
 """Times that a rank is looked at within `hang_s`"""
@@ -182,9 +182,7 @@ class Watch:
         return None
 
     def _where(self, ranks: list[int], seen: dict[int, Seen]) -> str:
-        told = [f"{self._names[r]} ({seen[r].beat.where})" for r in ranks[:NAMED]]
-        rest = len(ranks) - NAMED
-        return ", ".join(told) + (f" and {rest} more ranks" if rest > 0 else "")
+        return few([f"{self._names[r]} ({seen[r].beat.where})" for r in ranks], ", ")
 
     def _leave(self, fault: str) -> NoReturn:
         faulthandler.dump_traceback(self._file)

@@ -34,7 +34,7 @@ def test_evaluate_names_its_protocols_and_says_that_the_store_comes_last(monkeyp
     with pytest.raises(SystemExit):
         cli.main()
     assert (
-        "runs/mayo: not a store (no zarr.json); evaluate takes weights and, last, a store"
+        "runs/mayo: not a store (no zarr.json that may be read); evaluate takes weights and, last, a store"
         in capsys.readouterr().err
     )
 

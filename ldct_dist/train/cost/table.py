@@ -26,7 +26,8 @@ assert tuple(PARTS) == tuple(Memory.__dataclass_fields__)
 def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"[bold]{plan.model}[/]  {_si(plan.parameters)} parameters, {_si(plan.flops_per_step)}FLOPs a step, sees "
-        f"{_size(plan.radius)} voxels (z, y, x) to each side"
+        f"{_size(plan.radius)} voxels (z, y, x) to each side",
+        markup=True,
     )
     console.print(
         f"crops of {_size(plan.crop)}: {100 * plan.counted:.0f} % of the voxels inside a volume count in the loss"
@@ -38,12 +39,12 @@ def print_plan(plan: Plan, console: Console) -> None:
         title = f"{gpus} x {plan.gpu}: batch {first.batch}, {first.steps} steps"
         console.print()
         if first.changed:
-            console.print(f"[yellow]not the config's run: {first.changed}[/]")
+            console.print(f"[yellow]not the config's run: {first.changed}[/]", markup=True)
         _print_table(_memory_table(title, rows, plan.usable), console)
         _print_table(_time_table(title, rows), console)
         console.print(_nodes(rows))
     console.print()
-    console.print(_assumptions(plan))
+    console.print(_assumptions(plan), markup=True)
 
 
 def _print_table(table: Table, console: Console) -> None:
