@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import product
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from ldct_dist.store.reader import Store
+from ldct_dist.store.reader import Case, Store
 
 Triple = tuple[int, int, int]
 Region = tuple[slice, slice, slice]
@@ -76,24 +77,42 @@ class Blocks:
         voxels = np.minimum(span * chunk, shape).prod(axis=1)
         self.mean_voxels, self.largest = float(voxels.mean()), int(voxels.max())
         self.mean_used = float(np.minimum(crop, shape).prod(axis=1).mean())
-        self.of = lru_cache(4096)(self._of)
 
-    def _of(self, case: int) -> list[Block]:
+    def of(self, case: int) -> CaseBlocks:
+        """Those of one case: worked out each time, as kept for ten thousand cases they would take hundreds of MiB."""
         c = self._store.cases[case]
         grid = [-(-size // n) for size, n in zip(c.shape, c.chunk, strict=True)]
-        span = [min(g, -(-crop // n) + 1) for g, crop, n in zip(grid, self._crop, c.chunk, strict=True)]
-        count = [g - s + 1 for g, s in zip(grid, span, strict=True)]
+        z, y, x = (min(g, -(-crop // n) + 1) for g, crop, n in zip(grid, self._crop, c.chunk, strict=True))
         body = np.frombuffer(self._store.body(case), np.uint8).reshape(grid) / 255.0
-        blocks, shares = [], []
-        for corner in product(*map(range, count)):
-            region = tuple(
-                slice(i * n, min((i + s) * n, size))
-                for i, s, n, size in zip(corner, span, c.chunk, c.shape, strict=True)
-            )
-            blocks.append(Block(c.name, c.shape, c.chunk, region, body))  # type: ignore[arg-type]
-            shares.append(body[tuple(slice(i, i + s) for i, s in zip(corner, span, strict=True))].mean())
-        wanted = [b for b, share in zip(blocks, shares, strict=True) if share >= self._min_body]
-        return wanted or [blocks[int(np.argmax(shares))]]
+        shares = sliding_window_view(body, (z, y, x)).mean(axis=(-3, -2, -1))
+        wanted = np.argwhere(shares >= self._min_body)
+        if not len(wanted):
+            wanted = np.argwhere(shares == shares.max())[:1]
+        return CaseBlocks(c, body, (z, y, x), wanted)
+
+
+@dataclass(frozen=True)
+class CaseBlocks:
+    """The blocks of a case, each made when it is asked for.
+
+    span: a block's chunks along (z, y, x); corners: the first of them, for each block (n, 3).
+    """
+
+    case: Case
+    body: np.ndarray
+    span: Triple
+    corners: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def __getitem__(self, i: int) -> Block:
+        c = self.case
+        z, y, x = (
+            slice(first * n, min((first + s) * n, size))
+            for first, s, n, size in zip(self.corners[i].tolist(), self.span, c.chunk, c.shape, strict=True)
+        )
+        return Block(c.name, c.shape, c.chunk, (z, y, x), self.body)
 
 
 def place(u: np.ndarray, crop: Triple, block: Block) -> np.ndarray:
