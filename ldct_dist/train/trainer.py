@@ -193,14 +193,15 @@ class Trainer:
             return self.loader.air(), str(e)
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor, damage: str | None) -> Agreed:
-        """In one all-reduce, what the ranks must not differ in; flags count the ranks that raise them."""
-        flags = (self._to_stop, damage is not None)
+        """In one all-reduce and one wait for the GPU, what the ranks must not differ in; flags count who raises them."""
         finite = losses.isfinite().all() & norm.isfinite()
-        mine = torch.stack((losses.double().mean(), finite.double(), *losses.new_tensor(flags).double()))
-        loss, finite_ranks, wishes, damaged = self.world.sum(mine).tolist()
+        flags = (losses.new_full((), flag) for flag in (self._to_stop, damage is not None))
+        mine = torch.stack([n.double() for n in (losses.double().mean(), finite, *flags)])
+        told = torch.cat((self.world.sum(mine), norm.to(mine).view(1)))
+        loss, finite_ranks, wishes, damaged, gradient = told.tolist()
         if damaged:
             self._end_on(damage)
-        return Agreed(loss / self.world.size, norm.item(), finite_ranks == self.world.size, int(wishes))
+        return Agreed(loss / self.world.size, gradient, finite_ranks == self.world.size, int(wishes))
 
     @property
     def _to_stop(self) -> bool:

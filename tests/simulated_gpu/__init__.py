@@ -5,6 +5,7 @@ What an operation on it raises, in a process that called `start`:
 - a tensor made on one stream and used on another that has not waited for it, or that its memory does not know of
   (`Tensor.record_stream`);
 - an asynchronous copy from memory that is not pinned.
+`torch.cuda.set_sync_debug_mode("warn")` tells of the operations that the CPU waits for.
 An asynchronous copy to the CPU arrives when its event is waited for, not before. `torch.cuda.max_memory_allocated` is
 the bytes of the tensors that were there at once.
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from simulated_gpu import streams
-from simulated_gpu.tensors import FACTORIES, Values, run
+from simulated_gpu.tensors import FACTORIES, Values, Waits, run
 
 _libraries: list[torch.library.Library] = []  # they take back what they registered when they go
 
@@ -39,6 +39,7 @@ def install(values: bool) -> None:
     cuda.reset_peak_memory_stats = lambda *_: setattr(streams.Allocated, "peak", streams.Allocated.now)
     cuda.Stream, cuda.Event = streams.Stream, streams.Event
     cuda.stream, cuda.current_stream = streams.stream, streams.current_stream
+    cuda.set_sync_debug_mode = lambda mode: setattr(Waits, "told", mode == "warn")
     cuda.synchronize = lambda *_: streams.DEFAULT.synchronize()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,17 @@ FACTORIES = ("arange", "arange.start", "arange.start_step", "full", "randn", "sc
 _CROSSING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
 
 
+_WAITING = ("aten::_local_scalar_dense", "aten::nonzero")
+
+
 class Values:
     unknown = False
     """whether nothing is computed but shapes, types and memory"""
+
+
+class Waits:
+    told = False
+    """whether a warning comes with each operation that waits for the GPU"""
 
 
 class OnGpu(torch.Tensor):
@@ -72,6 +81,8 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
                 )
         for tensor in ours:
             tensor.memory.used(name)
+        if Waits.told and _waits(name, args, kwargs, ours):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
         if name == "aten::copy_" and _asynchronous(args, kwargs):
             to, source = args[:2]
             if isinstance(source, OnGpu) and not isinstance(to, OnGpu):
@@ -84,6 +95,17 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
                     f"an asynchronous copy of memory that is not pinned: {tuple(source.shape)}"
                 )
         return _computed(func, args, kwargs, ours)
+
+
+def _waits(name: str, args: tuple, kwargs: dict[str, Any], ours: list[OnGpu]) -> bool:
+    """Whether the CPU goes on only once the operation is done."""
+    if name not in _CROSSING:
+        return name in _WAITING and bool(ours)
+    target = args[0].device if name == "aten::copy_" else kwargs.get("device")
+    source = args[1] if name == "aten::copy_" else args[0]
+    if target is None or torch.device(target).type == source.device.type:
+        return False
+    return not (kwargs.get("non_blocking") if name == "aten::_to_copy" else _asynchronous(args, kwargs))
 
 
 def _asynchronous(args: tuple, kwargs: dict[str, Any]) -> bool:

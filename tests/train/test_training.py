@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -239,6 +242,36 @@ def _same_training(store, folder, precision):
     for mine, theirs, expected in zip(stopped, unbroken, cpu, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=near / 10)
         assert mine["loss"] == pytest.approx(expected["loss"], rel=near)
+
+
+def test_a_step_waits_once_for_the_gpu(store, tmp_path):
+    """Each wait leaves the GPU without work until the next operations have reached it."""
+    on_gpu(_one_wait_a_step, store, tmp_path)
+
+
+def _one_wait_a_step(store, folder):
+    waits, step, main = [], Trainer.train_step, threading.current_thread()
+
+    def heard(*_):
+        if threading.current_thread() is main:
+            waits[-1].append("".join(traceback.format_stack()))
+
+    def listened_to(trainer, *batch):
+        waits.append([])
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return step(trainer, *batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    options = {"steps": 4, "precision": "bf16", "micro_batch": 2}
+    config = configs.read(RunConfig, write_config(Path(folder), Path(store), **options))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        patch.setattr(warnings, "showwarning", heard)
+        patch.setattr(Trainer, "train_step", listened_to)
+        assert train(config) is Ending.DONE
+    assert [len(stacks) for stacks in waits] == [1] * 4, "\n".join(waits[-1])
 
 
 def _stopping(step, at):
