@@ -5,6 +5,7 @@ Formulas: ICRU Report 87 (2012), 5.3; the mean frequency as AAPM Report 233 (201
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +39,16 @@ class NoisePower:
         f = np.hypot(self.fy[:, None], self.fx)
         step = max(self.fy[1], self.fx[1])
         ring = np.rint(f / step).astype(int)
-        rings = min(len(self.fy), len(self.fx)) // 2 + 1
+        rings = round(min(self.fy.max(), self.fx.max()) / step) + 1
         counts = np.bincount(ring.ravel())[:rings]
         sums = np.bincount(ring.ravel(), self.spectrum.ravel())[:rings]
         return np.arange(rings) * step, sums / counts
 
     @property
     def mean_frequency(self) -> float:
-        """Of the radial spectrum, cycles/mm: low where a denoiser leaves only blotches."""
+        """Of the radial spectrum, cycles/mm: low where a denoiser leaves only blotches. nan where there is no noise."""
         f, power = self.radial()
-        return float((f * power).sum() / power.sum())
+        return float((f * power).sum() / power.sum()) if power.any() else math.nan
 
 
 def noise_power(regions: np.ndarray, spacing: tuple[float, float], detrend: bool = True) -> NoisePower:

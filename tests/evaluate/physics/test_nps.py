@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
@@ -29,7 +31,7 @@ def test_white_noise_is_flat_and_its_integral_the_variance():
     k = np.arange(3, len(power))
     off = power[3:] / (144 * SPACING[0] * SPACING[1]) - 1
     assert (np.abs(off) < 4 / np.sqrt(np.pi * k * 200)).all()
-    assert f[-1] == pytest.approx(32 / (64 * 0.5))
+    assert f[-1] == pytest.approx(1 / (2 * 0.8))  # the Nyquist frequency of the coarser axis
 
 
 def test_coloured_noise_has_its_known_spectrum_variance_and_mean_frequency():
@@ -48,6 +50,21 @@ def test_smoothing_moves_the_mean_frequency_down():
     regions = np.random.default_rng(0).normal(0, 10, (50, 32, 32))
     smooth = gaussian_filter(regions, (0, 1.5, 1.5), mode="wrap")
     assert noise_power(smooth, SPACING).mean_frequency < 0.5 * noise_power(regions, SPACING).mean_frequency
+
+
+def test_rings_end_where_the_coarser_axis_does():
+    """Beyond, a ring would be what one direction alone shows."""
+    noise = np.random.default_rng(0).normal(0, 20, (400, 32, 32))
+    for spacing in ((1.0, 0.5), (0.5, 1.0)):
+        nps = noise_power(noise, spacing)
+        f, power = nps.radial()
+        assert f[-1] == pytest.approx(0.5)
+        np.testing.assert_allclose(power[1:], 20**2 * 0.5, rtol=0.1)
+        assert nps.mean_frequency == pytest.approx(0.25, rel=0.15)
+
+
+def test_no_noise_has_no_mean_frequency():
+    assert math.isnan(noise_power(np.full((4, 16, 16), 50), (1.0, 1.0)).mean_frequency)
 
 
 def test_a_slope_across_regions_is_not_noise():
