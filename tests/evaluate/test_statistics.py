@@ -97,6 +97,13 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+def test_patients_on_whom_methods_do_not_differ_leave_the_p_exact():
+    """Four of twenty differ, all one way: 2 of the 16 ways to sign them are as far from none."""
+    a = [1.0, 2.0, 3.0, 4.0] + [0.0] * 16
+    (pair,) = paired_tests({"a": a, "b": [0.0] * 20}, [f"p{i}" for i in range(20)])
+    assert pair.p == pytest.approx(2 / 16)
+
+
 def test_equal_methods_do_not_differ():
     found = paired_tests({"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]}, ["p", "q", "r"])[0]
     assert (found.difference.mean, found.p, found.p_holm) == (0, 1, 1)
