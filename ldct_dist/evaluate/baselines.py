@@ -88,9 +88,15 @@ def baseline_named(name: str) -> Baseline:
 
 def tune(name: str, pairs: Sequence[tuple[Volume, Volume]]) -> float:
     """The strength of the named baseline, up to its strongest, that leaves least of the mean square error, on average
-    over `pairs` of low and full dose, in a few middle slices of each; voxels of padding do not count."""
+    over `pairs` of low and full dose, in a few middle slices of each; voxels of padding do not count, nor do pairs whose
+    doses are equal there. Raises UserError where no pair is left."""
     baseline = baseline_named(name)
     parts = [(_middle(low), _middle(full)) for low, full in pairs]
+    parts = [(low, full) for low, full in parts if (low.hu != full.hu)[~padding_of(full.hu)].any()]
+    if not parts:
+        raise UserError(
+            f"baseline {name}: low and full dose are equal in all cases to tune it on; do without: --baselines ''"
+        )
 
     def left(value: float) -> float:
         return sum(

@@ -223,7 +223,7 @@ def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Stu
 class _Ground:
     """What every method on a case is measured on, worked out of its low and full dose once.
 
-    soft: None where there is too little soft tissue to measure noise; std is None then, too.
+    soft: None where there is too little soft tissue to measure noise. std: None where `unknown` says why.
     """
 
     def __init__(self, low: Volume, full: Volume) -> None:
@@ -231,21 +231,29 @@ class _Ground:
         self.moments = noise.local_moments(full.hu, full.spacing)
         self.tissues = tissues(full, self.moments)
         self.soft = self.moments.homogeneous
-        self.std = None if self.soft is None else smoothed_noise(low, full, self.moments)
+        self.std: np.ndarray | None = None
+        try:
+            self.std = smoothed_noise(low, full, self.moments)
+        except UserError as e:
+            self.unknown = str(e)
 
 
 def _with_physics(row: Row, image: np.ndarray, ground: _Ground, study: Study) -> Row:
     full = ground.full
     bias = {tissue: found.hu for tissue, found in tissue_bias(image, full, ground.tissues).items()}
-    if ground.soft is None or ground.std is None:
+    if ground.soft is None:
         study.note(f"{row.case}: too little soft tissue to measure noise")
         return replace(row, bias_hu=bias)
-    body = ground.moments.mean > BODY_HU
-    conspicuous = float((np.abs(hallucination_map(image, full, ground.std))[body] > CONSPICUOUS).mean())
     # In the full dose's flat windows: smooth images have others, which would leave out what is left of their noise.
     variance = noise.local_moments(image, full.spacing).variance[ground.soft & ground.moments.flat]
     level = float(np.sqrt(np.median(variance)))
-    return replace(row, bias_hu=bias, conspicuous=conspicuous, noise_hu=level)
+    row = replace(row, bias_hu=bias, noise_hu=level)
+    if ground.std is None:
+        study.note(f"{row.case}: {ground.unknown}")
+        return row
+    body = ground.moments.mean > BODY_HU
+    conspicuous = float((np.abs(hallucination_map(image, full, ground.std))[body] > CONSPICUOUS).mean())
+    return replace(row, conspicuous=conspicuous)
 
 
 def _noise_powers(study: Study, case: str, ground: _Ground, images: Mapping[str, np.ndarray]) -> None:

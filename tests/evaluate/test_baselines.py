@@ -5,6 +5,7 @@ import pytest
 
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.errors import UserError
 from ldct_dist.evaluate.baselines import BASELINES, gaussian, tune
 
 
@@ -71,3 +72,13 @@ def test_one_pair_that_is_noisier_does_not_outvote_another(full):
     low = [(with_noise(full, std), full) for std in (20, 150)]
     alone = [tune("gaussian", [pair]) for pair in low]
     assert alone[0] + 0.1 < tune("gaussian", low) < alone[1] - 0.1
+
+
+def test_a_pair_in_which_nothing_differs_takes_no_part(full):
+    """Its share of the error that is left is 0 / 0, and one such pair would tune the filter to nothing."""
+    noisy = with_noise(full, 20)
+    nothing = replace(full, hu=np.full_like(full.hu, AIR_HU))
+    alone = tune("gaussian", [(noisy, full)])
+    assert tune("gaussian", [(full, full), (noisy, full), (nothing, nothing)]) == alone
+    with pytest.raises(UserError, match="equal in all cases"):
+        tune("gaussian", [(full, full)])

@@ -31,18 +31,22 @@ def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np
     """What the full dose's own noise leaves of itself under 2 mm of smoothing: standard deviation in HU, (z, y, x).
 
     Where the noise is high and low is told by low - full, which holds no anatomy; how high it is, by the full dose's
-    soft tissue, from its `moments`. Raises UserError where there is too little of it.
+    soft tissue, from its `moments`. Raises UserError where there is too little of it, or no noise in it.
     """
     soft = moments.homogeneous
     if soft is None:
         raise UserError("hallucination map: too little soft tissue to measure the full dose's noise")
     added = low.hu.astype(np.float32) - full.hu
-    left = float(_smooth(added, full.spacing)[soft].std() / added[soft].std())
+    spread, level = float(added[soft].std()), noise.noise_std(moments, soft)
+    if spread == 0 or level == 0:
+        whose = "the full dose shows no noise" if level == 0 else "the low dose adds no noise"
+        raise UserError(f"hallucination map: {whose} in soft tissue")
+    left = float(_smooth(added, full.spacing)[soft].std()) / spread
     blur = [0, *(3 * STRUCTURE_MM / mm for mm in full.spacing[1:])]
     where = gaussian_filter(noise_map(added, full.spacing), blur)
     middle = float(np.median(where[soft]))
     # Outside the body the low dose adds next to nothing, and a quotient of nothings means nothing.
-    return np.maximum(where, 0.2 * middle) * (noise.noise_std(moments, soft) * left / middle)
+    return np.maximum(where, 0.2 * middle) * (level * left / middle)
 
 
 def _smooth(hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:

@@ -128,7 +128,9 @@ def _noise(volume: Volume) -> float:
     soft = moments.homogeneous
     if soft is None:
         raise UserError("phantom trial: too little soft tissue to measure the low dose's noise")
-    return noise.noise_std(moments, soft)
+    if (std := noise.noise_std(moments, soft)) == 0:
+        raise UserError("phantom trial: the low dose shows no noise")
+    return std
 
 
 def _as_sharp(hu: np.ndarray, spacing: tuple[float, float, float], config: DoseConfig) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ldct_dist.ct import noise
 from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import UserError
 from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, planes, round_up
 from ldct_dist.evaluate.methods import FULL
 from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map, smoothed_noise
@@ -65,7 +67,7 @@ def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.nd
     label = f"local standard deviation, of noise and of edges, 0 to {limit:g} HU"
     views[label] = {name: _planes_as_png(hu, box, _HEAT, Normalize(0, limit)) for name, hu in noises.items()}
 
-    if moments.homogeneous is not None:
+    with suppress(UserError):  # that there is no noise to measure it by stands among the notes
         std = smoothed_noise(low, full, moments)
         scale = Normalize(-_STRUCTURE_LIMIT, _STRUCTURE_LIMIT)
         label = f"structure added or lost, ±{_STRUCTURE_LIMIT:g} standard deviations of full dose's noise"

@@ -60,3 +60,12 @@ def test_without_soft_tissue_there_is_no_measure():
     air = Volume(np.full((2, 64, 64), -1000, np.int16), SPACING)
     with pytest.raises(UserError, match="too little soft tissue"):
         hallucinated(air.hu, air, air)
+
+
+def test_where_a_dose_has_no_noise_there_is_no_measure(scan):
+    """A phantom as the full dose, or a low dose that is the full dose."""
+    truth, full, low = scan
+    with pytest.raises(UserError, match="full dose shows no noise"):
+        hallucinated(low.hu, low, volume(truth))
+    with pytest.raises(UserError, match="low dose adds no noise"):
+        hallucinated(low.hu, full, full)

@@ -1,4 +1,5 @@
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,12 @@ def test_images_without_noise_are_told_of(trial):
 
     with pytest.raises(UserError, match="no noise of their own"):
         trial.detection(constant)
+
+
+def test_a_low_dose_without_noise_is_refused(case):
+    full, low = case
+    with pytest.raises(UserError, match="low dose shows no noise"):
+        make_trial(full, replace(low, hu=np.full_like(low.hu, 50)), lesion_mm=7.0, lesion_hu=25.0, seed=0)
 
 
 def test_lesions_too_small_or_too_wide_are_refused(case):
