@@ -70,21 +70,19 @@ class Classifier(nn.Module):
 def classify(samples: Samples, training: Training | None = None) -> dict[str, Any]:
     """Cross-validated performance on each kind of image, and paired tests between the kinds, ready for JSON.
 
-    auc, accuracy, sensitivity and specificity are (value, low, high): 95 % intervals, the expanded percentiles of a
-    bootstrap over patients; low and high are None where all draws agree, as where no sample is mistaken, because that
-    does not make it certain.
+    auc, accuracy, sensitivity and specificity are (value, low, high), as `performance` has them.
     Raises UserError where a class has too few patients for the folds.
     """
     training = training or Training()
     labels, patients = np.asarray(samples.labels), np.asarray(samples.patients)
     fold = patient_folds(labels, patients, training.folds, training.seed)
     scores = {kind: _out_of_fold(images, labels, fold, training) for kind, images in samples.images.items()}
-    drawn, beyond = _resamples(labels, patients, training.seed), tail(len(set(samples.patients)))
+    drawn = resamples(labels, patients, training.seed)
     return {
         "training": asdict(training),
         "samples": len(labels),
         "patients": len(set(samples.patients)),
-        "images": {kind: _performance(labels, s, drawn, beyond) for kind, s in scores.items()},
+        "images": {kind: performance(labels, s, patients, drawn) for kind, s in scores.items()},
         "tests": _tests(labels, scores, patients),
     }
 
@@ -111,6 +109,46 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     positive = labels == 1
     n1, n0 = positive.sum(), (~positive).sum()
     return float((rankdata(scores)[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def performance(
+    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, drawn: list[np.ndarray]
+) -> dict[str, list[float | None]]:
+    """auc, accuracy, sensitivity and specificity of the scores as (value, low, high), with 95 % intervals: the expanded
+    percentiles over `drawn`, of `resamples`.
+
+    They are expanded for as many patients as a measure rests on: of the class that has fewer, for an AUC, which is no
+    more certain than that class leaves it. low and high are None where all draws agree, as where no sample is mistaken,
+    because that does not make it certain.
+    """
+    positive, negative = (len(np.unique(patients[labels == label])) for label in (1, 0))
+    measures = {
+        "auc": (auc, min(positive, negative)),
+        "accuracy": (_accuracy, len(np.unique(patients))),
+        "sensitivity": (_sensitivity, positive),
+        "specificity": (_specificity, negative),
+    }
+    found: dict[str, list[float | None]] = {}
+    for name, (measure, rests_on) in measures.items():
+        again = [measure(labels[sample], scores[sample]) for sample in drawn]
+        beyond = tail(rests_on)
+        interval = (
+            map(float, np.quantile(again, [beyond, 1 - beyond])) if min(again) < max(again) else (None, None)
+        )
+        found[name] = [measure(labels, scores), *interval]
+    return found
+
+
+def resamples(labels: np.ndarray, patients: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Samples of patients drawn with replacement, as indices; draws that miss a class are drawn again."""
+    rng = np.random.default_rng(seed)
+    of = [np.flatnonzero(patients == name) for name in np.unique(patients)]
+    drawn: list[np.ndarray] = []
+    while len(drawn) < _RESAMPLES:
+        sample = np.concatenate([of[i] for i in rng.integers(0, len(of), len(of))])
+        if 0 < labels[sample].mean() < 1:
+            drawn.append(sample)
+    return drawn
 
 
 def delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarray) -> float:
@@ -184,20 +222,6 @@ def _fit(data: torch.Tensor, target: torch.Tensor, training: Training, seed: int
     return model.eval()
 
 
-def _performance(
-    labels: np.ndarray, scores: np.ndarray, drawn: list[np.ndarray], beyond: float
-) -> dict[str, list[float | None]]:
-    measures = {"auc": auc, "accuracy": _accuracy, "sensitivity": _sensitivity, "specificity": _specificity}
-    found: dict[str, list[float | None]] = {}
-    for name, measure in measures.items():
-        again = [measure(labels[sample], scores[sample]) for sample in drawn]
-        interval = (
-            map(float, np.quantile(again, [beyond, 1 - beyond])) if min(again) < max(again) else (None, None)
-        )
-        found[name] = [measure(labels, scores), *interval]
-    return found
-
-
 def _accuracy(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(((scores > 0) == (labels == 1)).mean())
 
@@ -208,18 +232,6 @@ def _sensitivity(labels: np.ndarray, scores: np.ndarray) -> float:
 
 def _specificity(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((scores[labels == 0] <= 0).mean())
-
-
-def _resamples(labels: np.ndarray, patients: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Samples of patients drawn with replacement, as indices; draws that miss a class are drawn again."""
-    rng = np.random.default_rng(seed)
-    of = [np.flatnonzero(patients == name) for name in np.unique(patients)]
-    drawn: list[np.ndarray] = []
-    while len(drawn) < _RESAMPLES:
-        sample = np.concatenate([of[i] for i in rng.integers(0, len(of), len(of))])
-        if 0 < labels[sample].mean() < 1:
-            drawn.append(sample)
-    return drawn
 
 
 def _tests(

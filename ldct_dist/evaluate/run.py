@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ldct_dist.evaluate.tasks import Cohort, read_labels
 from ldct_dist.files import refuse_unwritable
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.reader import Store
+from ldct_dist.world import few
 
 
 def evaluate(
@@ -66,6 +67,8 @@ def evaluate(
         study = measure(opened, config, methods, physics=out is not None, show=show, say=say)
         study.weights = {name: weights_hash(path) for name, path in weights.items()}
         if cohort:
+            for words in _unmatched(opened, cohort):
+                study.note(words)
             say("classifying", "each kind of image")
         classified = classify(cohort.samples()) if cohort else None
     print_comparison(_comparison(study), console)
@@ -92,13 +95,26 @@ def _say(console: Console, status: Status) -> Say:
 
 
 def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:
-    patients = {store.cases[int(i)].name: store.cases[int(i)].patient for i in store.split(config.split)}
-    given = read_labels(labels)
-    own = [(patients[case], label) for case in given if case in patients for label in given[case].values()]
-    if own:  # too few patients: better told before all is denoised than after
-        whose, what = map(np.array, zip(*own, strict=True))
-        patient_folds(what, whose, Training().folds, Training().seed)
-    return Cohort(given, protocol_named(config.protocol).window, patients)
+    """What is refused is refused here: better told before all is denoised than after."""
+    cases = [store.cases[int(i)] for i in store.split(config.split)]
+    cohort = Cohort(
+        read_labels(labels),
+        protocol_named(config.protocol).window,
+        {case.name: case.patient for case in cases},
+    )
+    own = [(case.patient, label) for case in cases for _, label in cohort.chosen(case.name, case.shape[0])]
+    whose, what = map(np.array, zip(*own, strict=True))
+    patient_folds(what, whose, Training().folds, Training().seed)
+    return cohort
+
+
+def _unmatched(store: Store, cohort: Cohort) -> Iterator[str]:
+    """Labels without a case, and cases without a label: a slip of the pen shows in nothing else."""
+    there = {case.name for case in store.cases}
+    if lost := [name for name in cohort.labels if name not in there]:
+        yield f"labels of what is not in {store.path.name}: {few(lost, ', ')}"
+    if bare := [name for name in cohort.patients if name not in cohort.labels]:
+        yield f"classification of cases without a label: {few(bare, ', ')}"
 
 
 def _comparison(study: Study) -> Comparison:

@@ -18,6 +18,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.classify import Samples, Training
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply
 from ldct_dist.evaluate.protocols import Range
+from ldct_dist.world import few
 
 SIDE = 64  # of the images that the classifier is given
 _SLICES_A_CASE = 8
@@ -43,20 +44,31 @@ def read_labels(path: Path) -> Labels:
                 raise UserError(
                     f"{path}: no column {' and '.join(sorted(missing))}; write case,label or case,slice,label"
                 )
-            for number, line in enumerate(lines, start=2):
-                if line["label"] not in ("0", "1") or not (line.get("slice") or "0").isdigit():
-                    raise UserError(
-                        f"{path}, line {number}: labels are 0 or 1, and slices whole numbers from 0 up"
-                    )
-                at = int(line["slice"]) if line.get("slice") else None
-                labels.setdefault(line["case"], {})[at] = int(line["label"])
+            for line in lines:
+                if fault := _add(labels, line["case"], line.get("slice"), line["label"]):
+                    raise UserError(f"{path}, line {lines.line_num}: {fault}")
     except FileNotFoundError as e:
         raise UserError(
             f"{path}: no such file; give a CSV with the columns case,label or case,slice,label"
         ) from e
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path}: cannot be read as CSV ({e})") from e
     return labels
+
+
+def _add(labels: Labels, case: str | None, at: str | None, label: str | None) -> str | None:
+    """Take in what a line says, or answer what is wrong with it."""
+    if not case:
+        return "it names no case"
+    if label not in ("0", "1") or not (not at or (at.isascii() and at.isdigit())):
+        return "labels are 0 or 1, and slices whole numbers from 0 up"
+    own, where = labels.setdefault(case, {}), int(at) if at else None
+    if own.get(where, int(label)) != int(label):
+        return f"case {case} is labelled {own[where]} further up; give it one label"
+    if own and (None in own) != (where is None):
+        return f"case {case} has a label as a whole and one of a slice; give one or the other"
+    own[where] = int(label)
+    return None
 
 
 @dataclass
@@ -77,11 +89,11 @@ class Cohort:
     def __post_init__(self) -> None:
         if self.labels.keys().isdisjoint(self.patients):
             raise UserError(
-                f"labels: none of them is of a case that is evaluated; theirs are {', '.join(self.labels)}"
+                f"labels: none of them is of a case that is evaluated; theirs are {few(list(self.labels), ', ')}"
             )
 
     def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
-        for at, label in self._slices(name, len(full.hu)):
+        for at, label in self.chosen(name, len(full.hu)):
             for kind, hu in {**images, FULL: full.hu}.items():
                 self._images.setdefault(kind, []).append(shown(hu[at], self.window))
             self._labels.append(label)
@@ -91,8 +103,8 @@ class Cohort:
         images = {kind: np.stack(gathered) for kind, gathered in self._images.items()}
         return Samples(images, np.array(self._labels), tuple(self._patients))
 
-    def _slices(self, name: str, count: int) -> list[tuple[int, int]]:
-        """(slice, label) of the case's samples."""
+    def chosen(self, name: str, count: int) -> list[tuple[int, int]]:
+        """(slice, label) of the samples of a case of `count` slices. Raises UserError where a labelled one is not there."""
         chosen = []
         for at, label in self.labels.get(name, {}).items():
             if at is None:

@@ -15,6 +15,8 @@ from ldct_dist.evaluate.classify import (
     delong,
     mcnemar,
     patient_folds,
+    performance,
+    resamples,
 )
 from ldct_dist.evaluate.tasks import LESION_TRAINING, SIDE, Cohort, lesion_samples, read_labels, shown
 
@@ -60,6 +62,22 @@ def test_a_bootstrap_whose_draws_agree_gives_no_interval():
     samples = Samples({"plain": images}, labels, tuple(f"p{i // 2}" for i in range(40)))
     row = classify(samples, Training(folds=3, epochs=4))["images"]["plain"]
     assert row["auc"] == row["accuracy"] == [1.0, None, None]
+
+
+@pytest.mark.parametrize("positive", [5, 10])
+def test_intervals_hold_the_truth_where_one_class_has_few_patients(positive, monkeypatch):
+    """Then its patients are what an AUC is uncertain by, however many the other class has."""
+    monkeypatch.setattr("ldct_dist.evaluate.classify._RESAMPLES", 300)
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), 2)
+    labels = (patients < positive).astype(int)
+    truth = norm.cdf(1 / np.sqrt(2))
+    held = 0
+    for seed in range(300):
+        scores = labels + rng.normal(0, np.sqrt(0.5), 40)[patients] + rng.normal(0, np.sqrt(0.5), 80)
+        _, low, high = performance(labels, scores, patients, resamples(labels, patients, seed))["auc"]
+        held += low <= truth <= high
+    assert held / 300 == pytest.approx(0.95, abs=0.03)
 
 
 def test_a_patient_is_in_one_fold_and_classes_in_all():
@@ -171,6 +189,11 @@ def test_images_are_averaged_before_the_window_cuts_them():
         ("name,label\na,1\n", "no column case"),
         ("case,label\na,covid\n", "line 2: labels are 0 or 1"),
         ("case,slice,label\na,0,1\na,-1,0\n", "line 3"),
+        ("case,slice,label\n\na,²,1\n", "line 3: labels are 0 or 1, and slices whole numbers"),
+        ("label,case\n1\n", "line 2: it names no case"),
+        ("case,label\na,1\na,1\na,0\n", "line 4: case a is labelled 1 further up"),
+        ("case,slice,label\na,,1\na,3,0\n", "line 3: case a has a label as a whole and one of a slice"),
+        ("case,label\n" + "a" * 200_000 + ",1\n", "cannot be read as CSV"),
     ],
 )
 def test_mistakes_in_labels_name_the_line(tmp_path, text, told):
@@ -184,6 +207,7 @@ def test_labels_of_nothing_evaluated_are_refused(tmp_path):
         read_labels(tmp_path / "none.csv")
     with pytest.raises(UserError, match="none of them is of a case"):
         Cohort({"x": {None: 1}}, WINDOW, {"y": "p"})
-    volume = Volume(np.zeros((3, 16, 16), np.int16), (5.0, 1.0, 1.0))
+    with pytest.raises(UserError, match="theirs are x0, x1, x2, x3, and 996 more"):
+        Cohort({f"x{i}": {None: 1} for i in range(1000)}, WINDOW, {"y": "p"})
     with pytest.raises(UserError, match="slices 0 to 2, not 7"):
-        Cohort({"x": {7: 1}}, WINDOW, {"x": "p"}).add("x", volume, volume, {})
+        Cohort({"x": {7: 1}}, WINDOW, {"x": "p"}).chosen("x", 3)

@@ -41,3 +41,41 @@ def test_the_terminal_shows_means_over_patients_as_the_report_does(command):
     words = " ".join(done.output.split())
     assert "3 cases of 2 patients in test, means over patients, against full dose: abdomen, window" in words
     assert float(re.search(r"low dose\s*│\s*([\d.]+)", done.output)[1]) == (15 + 40) / 2
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """`evaluate` with a report, on a case of each of ten patients, and where its labels are."""
+    layout.create(tmp_path / "ct.zarr")
+    hu = np.random.default_rng(0).integers(0, 100, (2, 24, 24), dtype=np.int16)
+    low, full = (Volume(hu + off, (3.0, 1.0, 1.0)) for off in (np.int16(9), np.int16(0)))
+    for i in range(11):
+        layout.write_case(
+            tmp_path / "ct.zarr", f"c{i}", {1.0: full, 0.25: low}, patient=f"p{i}", split="test"
+        )
+    layout.finalise(tmp_path / "ct.zarr")
+    save_weights(tmp_path / "net.safetensors", random_network("unet3d"))
+    words = ["evaluate", str(tmp_path / "net.safetensors"), str(tmp_path / "ct.zarr"), "--baselines", ""]
+    words += ["--out", str(tmp_path / "report"), "--labels", str(tmp_path / "labels.csv")]
+    return words, tmp_path / "labels.csv"
+
+
+def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled):
+    command, labels = labelled
+    labels.write_text("case,label\nC3,1\n" + "".join(f"c{i},{i % 2}\n" for i in range(10)))
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "not measured: labels of what is not in ct.zarr: C3" in words
+    assert "not measured: classification of cases without a label: c10" in words
+    assert "classified: 20 images of 10 patients" in words
+
+
+def test_a_label_of_a_slice_that_is_not_there_is_refused_before_any_work(labelled):
+    command, labels = labelled
+    labels.write_text(
+        "case,slice,label\nc9,2,1\n" + "".join(f"c{i},{z},{z}\n" for i in range(9) for z in (0, 1))
+    )
+    done = CliRunner().invoke(app, command)
+    assert "labels: case c9 has slices 0 to 1, not 2" in str(done.exception)
+    assert done.output == ""
