@@ -160,7 +160,7 @@ def measure(
     dose = _dose(store, config)
     protocols = (protocol, protocol.in_3d()) if physics and protocol.dims == 2 else (protocol,)
     study = Study(store.path.name, store.fingerprint, dose, protocols, config)
-    chosen = store.split(config.split)
+    chosen, no_phantom = store.split(config.split), []
     for number, i in enumerate(chosen, start=1):
         case = store.cases[int(i)]
         low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
@@ -177,7 +177,13 @@ def measure(
             _noise_powers(study, case.name, ground, images)
         show(case.name, low, full, images)
         if physics and study.phantom_case is None:
-            _try_phantom(study, config, methods, case.name, low, full, say)
+            no_phantom += _try_phantom(study, config, methods, case.name, low, full, say)
+    # What one case lacked, another may have had.
+    if physics and not study.nps:
+        study.note(f"noise power: no case has {_ENOUGH_REGIONS} flat regions of soft tissue")
+    if study.phantom_case is None:
+        for words in no_phantom:
+            study.note(words)
     return study
 
 
@@ -262,14 +268,10 @@ def _noise_powers(study: Study, case: str, ground: _Ground, images: Mapping[str,
         return
     full = ground.full
     regions = flat_regions(full, ground.moments)
-    if len(regions) < _ENOUGH_REGIONS:
-        study.note(
-            f"{case}: only {len(regions)} flat regions of soft tissue, too few for a noise power spectrum"
-        )
-        return
-    study.nps_case = case
-    for name, hu in {**images, FULL: full.hu}.items():
-        study.nps[name] = noise_power(np.stack([hu[region] for region in regions]), full.spacing[1:])
+    if len(regions) >= _ENOUGH_REGIONS:
+        study.nps_case = case
+        for name, hu in {**images, FULL: full.hu}.items():
+            study.nps[name] = noise_power(np.stack([hu[region] for region in regions]), full.spacing[1:])
 
 
 def _try_phantom(
@@ -280,13 +282,12 @@ def _try_phantom(
     low: Volume,
     full: Volume,
     say: Say,
-) -> None:
-    """From the first case that has the tissue for it."""
+) -> list[str]:
+    """From the first case that has the tissue for it; what this one lacks, if anything."""
     try:
         trial = make_trial(full, low, config.lesion_mm, config.lesion_hu, seed=seed_of(case, 0))
     except UserError as e:
-        study.note(f"phantom: {e}")
-        return
+        return [f"phantom: {e}"]
     study.phantom_case = case
     for name, method in methods.items():
         say("phantom", name)
@@ -296,3 +297,4 @@ def _try_phantom(
             study.detection[name] = trial.detection(denoise)
         except UserError as e:
             study.note(f"phantom, {name}: {e}")
+    return []

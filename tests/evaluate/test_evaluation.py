@@ -5,9 +5,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ldct_dist.cli import app
+from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
+from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import Volume
+from ldct_dist.evaluate.study import StudyConfig, measure
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
+from ldct_dist.store.reader import Store
 from networks import random_network
 
 
@@ -47,7 +51,7 @@ def test_the_terminal_shows_means_over_patients_as_the_report_does(command):
 def labelled(tmp_path):
     """`evaluate` with a report, on a case of each of ten patients, and where its labels are."""
     layout.create(tmp_path / "ct.zarr")
-    hu = np.random.default_rng(0).integers(0, 100, (2, 24, 24), dtype=np.int16)
+    hu = np.random.default_rng(0).integers(0, 100, (1, 16, 16), dtype=np.int16)
     low, full = (Volume(hu + off, (3.0, 1.0, 1.0)) for off in (np.int16(9), np.int16(0)))
     for i in range(11):
         layout.write_case(
@@ -68,14 +72,34 @@ def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled):
     words = " ".join(done.output.split())
     assert "not measured: labels of what is not in ct.zarr: C3" in words
     assert "not measured: classification of cases without a label: c10" in words
-    assert "classified: 20 images of 10 patients" in words
+    assert "classified: 10 images of 10 patients" in words
 
 
 def test_a_label_of_a_slice_that_is_not_there_is_refused_before_any_work(labelled):
     command, labels = labelled
-    labels.write_text(
-        "case,slice,label\nc9,2,1\n" + "".join(f"c{i},{z},{z}\n" for i in range(9) for z in (0, 1))
-    )
+    labels.write_text("case,slice,label\nc9,1,1\n" + "".join(f"c{i},0,{i % 2}\n" for i in range(11)))
     done = CliRunner().invoke(app, command)
-    assert "labels: case c9 has slices 0 to 1, not 2" in str(done.exception)
+    assert "labels: case c9 has slices 0 to 0, not 1" in str(done.exception)
     assert done.output == ""
+
+
+def test_what_one_case_lacks_and_another_has_is_measured(tmp_path):
+    """The first is air: neither noise power nor a phantom comes of it."""
+    scanner = DoseConfig(photons=3e5, cutoff_per_mm=0.2)
+    full = simulate_full_dose(body((8, 160, 160), (4.0, 2.0, 2.0), seed=0), 0, scanner)
+    low = simulate_low_dose(full, 0.25, 1, scanner)
+    air = Volume(np.full((2, 48, 48), -1000, np.int16), (4.0, 3.0, 3.0))
+    config = StudyConfig(lesion_mm=12)
+    told = {}
+    for name, cases in {"air": [(air, air)], "both": [(air, air), (full, low)]}.items():
+        layout.create(tmp_path / name)
+        for i, pair in enumerate(cases):
+            doses = dict(zip((1.0, 0.25), pair, strict=True))
+            layout.write_case(tmp_path / name, f"c{i}", doses, patient=f"p{i}", split="test")
+        layout.finalise(tmp_path / name)
+        told[name] = measure(Store(tmp_path / name), config, {"low dose": lambda low: low.hu})
+    assert (told["both"].nps_case, told["both"].phantom_case) == ("c1", "c1")
+    absent = {"noise power: no case has 4 flat", "phantom: simulated dose: too little soft tissue"}
+    for name, expected in (("air", absent), ("both", set())):
+        assert {a for a in absent if any(note.startswith(a) for note in told[name].notes)} == expected
+    assert not any("flat regions" in note for note in told["both"].notes)
