@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
@@ -71,13 +71,19 @@ def read(schema: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C
     except (OmegaConfBaseException, YAMLError) as e:
         raise UserError(f"override {' '.join(overrides)}: not readable as YAML: {e}") from e
     try:
-        plain = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True)
-    except OmegaConfBaseException as e:
-        raise UserError(f"{path or 'overrides'}: {e}") from e
+        merged = OmegaConf.merge(tree, given)
     except TypeError as e:  # how a key within a list is told
         raise UserError(
-            f"{path}: {', '.join(overrides)} does not fit it ({e}); give lists whole, such as data.crop=[32,96,96]"
+            f"{path}: {', '.join(overrides)} does not fit it ({_first_line(e)}); give lists whole, such as "
+            "data.crop=[32,96,96]"
         ) from e
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as e:
+        advice = (
+            "; for a path's environment variable write $NAME" if isinstance(e, InterpolationKeyError) else ""
+        )
+        raise UserError(f"{path or 'overrides'}: {_first_line(e)}{advice}") from e
     return validate(schema, plain, str(path or "config"), overrides)
 
 
@@ -106,6 +112,12 @@ def settings(schema: type[Config], prefix: str = "") -> Iterator[str]:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, in the order its fields are declared."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _first_line(e: Exception) -> str:
+    """Of OmegaConf's words; the others are notes, of which one names the key."""
+    key, line = getattr(e, "full_key", None), str(e).splitlines()[0]
+    return f"{key}: {line}" if key else line
 
 
 def _override_of(key: str, overrides: Sequence[str]) -> str | None:
@@ -161,6 +173,8 @@ def _load(path: Path | None) -> DictConfig:
         raise UserError(f"{path}: no such config file; see configs/ for examples") from e
     except (OSError, YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not readable as YAML: {e}") from e
+    except OmegaConfBaseException as e:
+        raise UserError(f"{path}: {_first_line(e)}; is a ${{ without its }}?") from e
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: a config is a mapping of keys to values, this is a list or a single value")
     return tree

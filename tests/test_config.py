@@ -88,6 +88,20 @@ def test_a_mistake_in_the_file_is_the_files(tmp_path):
         read(RunConfig, path, ["name=run", "store=ct.zarr", "steps=x"])
 
 
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [
+        ("${SCRATCH}/ct.zarr", "store: Interpolation key 'SCRATCH' not found; .* write \\$NAME$"),
+        ("${SCRATCH/ct.zarr", r"store: .*; is a \$\{ without its \}\?$"),
+    ],
+)
+def test_what_is_wrong_with_braces_is_one_line_with_the_key(tmp_path, store, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: run\nsteps: 8\nstore: {store}\n")
+    with pytest.raises(UserError, match=f"^{path}: {words}"):
+        read(RunConfig, path)
+
+
 def test_a_setting_goes_before_another_sections_of_its_name():
     with pytest.raises(UserError, match=r"doze: no such setting; did you mean dose\?"):
         read(IngestConfig, None, ["doze=0.25"])
