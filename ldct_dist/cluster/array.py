@@ -32,10 +32,15 @@ def submit_array(
     """
     folder = sweep.folder.resolve() / JOB.parent
     render(_script(folder, [], options, site))  # a mistake is said before anything is written
-    jobs.refuse_without_slurm("with --cluster local")
     points = _missing(sweep, say)
     if not points:
         return None
+    with jobs.undone_if_refused(sweep.folder.resolve()):
+        return _submit(sweep, points, options, site)
+
+
+def _submit(sweep: Sweep, points: Sequence[Point], options: Options, site: str | None) -> str:
+    folder = sweep.folder.resolve() / JOB.parent
     configs = [point.folder.resolve() / CONFIG for point in points]
     write_hparams(sweep)
     for point, config in zip(points, configs, strict=True):
@@ -82,15 +87,18 @@ def _script(
 
 
 def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[Point]:
-    queued = in_queue(point.folder for point in sweep.points)
-
-    def wanted(point: Point) -> bool:
-        if point.folder in queued:
-            say(f"{point.config.name}: in the queue already, job {queued[point.folder].id}")
-            return False
+    """The runs that are neither done nor queued. Slurm has to answer only if some are not done."""
+    left = []
+    for point in sweep.points:
         if point.done:
             say(f"{point.config.name}: done already")
-            return False
-        return True
-
-    return [point for point in sweep.points if wanted(point)]
+        else:
+            left.append(point)
+    if not left:
+        return []
+    jobs.refuse_without_slurm("with --cluster local")
+    queued = in_queue(point.folder for point in left)
+    for point in left:
+        if point.folder in queued:
+            say(f"{point.config.name}: in the queue already, job {queued[point.folder].id}")
+    return [point for point in left if point.folder not in queued]

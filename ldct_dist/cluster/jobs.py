@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,24 @@ def sbatch(script: Path, *options: str) -> str:
     if done.returncode != 0:
         raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
     return done.stdout.strip().split(";")[0]  # job id, and on some sites the cluster's name
+
+
+@contextmanager
+def undone_if_refused(folder: Path) -> Iterator[None]:
+    """After a UserError in this block, remove `folder` and the way to it as far as the block made them.
+
+    What an earlier job left in `folder` stays.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except UserError:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another run has come to stand there meanwhile
+            for path in made[1:]:
+                path.rmdir()
+        raise
 
 
 def parse_squeue(lines: Sequence[str]) -> dict[str, Job]:

@@ -69,16 +69,9 @@ def submit_parts(parts: Parts) -> list[str]:
     script = parts.script
     render(script)  # a mistake is said before anything is written
     jobs.refuse_without_slurm(f"on this machine by {parts.here}")
-    try:
-        script.folder.mkdir(parents=True, exist_ok=True)
-        if parts.pinned is not None:
-            source, copy = parts.pinned
-            with files.replacing(copy) as temporary:
-                shutil.copyfile(source, temporary)
-    except OSError as e:
-        raise UserError(f"{script.folder}: {e.strerror}; choose a place that can be written") from e
-    script = replace(script, code=snapshot_code(script.folder / "code"))
-    ids = [_submit(script, "array.sbatch")]
+    with jobs.undone_if_refused(script.folder):
+        script = _prepared(parts)
+        ids = [_submit(script, "array.sbatch")]
     if parts.then is not None:
         last = replace(
             script,
@@ -89,6 +82,20 @@ def submit_parts(parts: Parts) -> list[str]:
         )
         ids.append(_submit(last, "end.sbatch", f"--dependency=afterany:{ids[0]}"))
     return ids
+
+
+def _prepared(parts: Parts) -> Script:
+    """The array's script once what it needs is in its folder."""
+    script = parts.script
+    try:
+        script.folder.mkdir(parents=True, exist_ok=True)
+        if parts.pinned is not None:
+            source, copy = parts.pinned
+            with files.replacing(copy) as temporary:
+                shutil.copyfile(source, temporary)
+    except OSError as e:
+        raise UserError(f"{script.folder}: {e.strerror}; choose a place that can be written") from e
+    return replace(script, code=snapshot_code(script.folder / "code"))
 
 
 def _submit(script: Script, name: str, *options: str) -> str:

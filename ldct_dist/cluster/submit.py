@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +120,15 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
         jobs.refuse_without_slurm("with --cluster local")
     _refuse_twice(request)
     try:
+        with jobs.undone_if_refused(request.run):
+            return _submit(request, cluster, tasks)
+    except FailedSubmissionError as e:
+        # Not within the block: sbatch took the job, though its answer names none, and the job needs its folder.
+        raise UserError(f"sbatch: {_last_words(e)}") from e
+
+
+def _submit(request: Request, cluster: str, tasks: int) -> AnyJob[int]:
+    try:
         request.folder.mkdir(parents=True, exist_ok=True)
         config = request.run / CONFIG
         replace(config, to_yaml(request.config))
@@ -129,8 +140,9 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
     text = render(request.script(snapshot_code(request.folder / "code")))
     replace(request.folder / SCRIPT, text)
     try:
-        job = Executor(request.folder, text, tasks).submit(function)
-    except (FailedJobError, FailedSubmissionError) as e:
+        with redirect_stderr(io.StringIO()):  # submitit prints there what it raises
+            job = Executor(request.folder, text, tasks).submit(function)
+    except FailedJobError as e:
         raise UserError(f"sbatch: {_last_words(e)}") from e
     replace(request.run / JOB, json.dumps({"job": job.job_id}))
     return job

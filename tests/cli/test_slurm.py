@@ -22,6 +22,12 @@ HERE = {
     "ingest": "ldct-dist ingest in 'my ct.zarr' dose=0.25",
     "denoise": "ldct-dist denoise w.safetensors in out --strength=0.8 --part=0/1",
 }
+KEPT = {
+    "submit": "runs/run",
+    "sweep": "runs/run-sweep",
+    "ingest": "my ct.zarr.jobs",
+    "denoise": "out.jobs",
+}
 UNREACHABLE = """\
 echo 'error: fetch_config: DNS SRV lookup failed' >&2
 echo "$(basename "$0"): fatal: Could not establish a configuration source" >&2
@@ -81,6 +87,29 @@ def test_so_does_it_where_there_is_no_slurm(folder, monkeypatch, capfd, verb):
     line = refused(folder, monkeypatch, capfd, *VERBS[verb])
     assert "on a login node, or " in line
     assert line.endswith("(sbatch is not on the PATH of this machine)")
+
+
+@pytest.mark.parametrize("verb", KEPT)
+def test_what_sbatch_refuses_leaves_nothing_new_behind(folder, monkeypatch, capfd, verb):
+    (folder / "bin" / "squeue").write_text("#!/bin/sh\n")
+    sbatch, kept = folder / "bin" / "sbatch", folder / KEPT[verb]
+    refusing = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n"
+    sbatch.write_text(refusing)
+    line = refused(folder, monkeypatch, capfd, *VERBS[verb], "--partition=x")
+    assert line.endswith("error: invalid partition specified: x")
+    sbatch.write_text(f"#!/bin/sh\necho {'Submitted batch job ' if verb == 'submit' else ''}7\n")
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *VERBS[verb]])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    capfd.readouterr()
+    there = {path for path in kept.rglob("*") if path.is_file()}
+    sbatch.write_text(refusing)
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *VERBS[verb], "--partition=x"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert there
+    assert all(path.is_file() for path in there)  # what an earlier submission left stays
 
 
 def test_what_an_earlier_submission_left_stays_where_slurm_cannot_be_reached(folder, monkeypatch, capfd):

@@ -160,12 +160,16 @@ def finish(point: Point) -> None:
 
 
 def test_runs_are_done_when_they_have_the_steps_that_are_asked_for_now(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7", srun="", squeue=""))
+    path = commands_on_path(tmp_path / "bin", sbatch="echo 7", srun="", squeue="")
+    monkeypatch.setenv("PATH", path)
     for point in plan(config, ["seed=1,2", "steps=4"]).points:
         finish(point)
     said: list[str] = []
     assert submit_array(plan(config, ["seed=1,2", "steps=4"]), {}, None, said.append) is None
     assert said == ["seed-1: done already", "seed-2: done already"]
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Slurm
+    assert submit_array(plan(config, ["seed=1,2", "steps=4"]), {}, None, said.append) is None
+    monkeypatch.setenv("PATH", path)
     assert submit_array(plan(config, ["seed=1,2", "steps=9"]), {}, None, said.append) == "7"
 
 
