@@ -12,7 +12,7 @@ from ldct_dist.models.registry import Denoiser
 class Ema:
     """`module` follows a network with `decay`, and faster at first, as `decay_after` says.
 
-    decay 0 makes it a copy. `updates` belongs into a checkpoint beside the module's weights.
+    decay 0 makes it a copy. `updates` belongs in a checkpoint beside the module's weights.
     """
 
     def __init__(self, model: Denoiser, decay: float) -> None:

@@ -23,5 +23,5 @@ def lay_out(model: Denoiser, channels_last: bool) -> None:
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
-    """Around a forward pass on `device`, may be entered again and again; without bf16 it changes nothing."""
+    """Around a forward pass on `device`; may be entered repeatedly. Without bf16 it changes nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
