@@ -82,7 +82,7 @@ def _gate(x: torch.Tensor) -> torch.Tensor:
     return a * b
 
 
-# About one of each is a usual difference between neighbouring voxels, and between tissues.
+# Usual differences between neighbouring voxels, and between tissues: what the network sees is then about 1.
 DETAIL_HU, MEAN_HU = 30.0, 300.0
 
 

@@ -26,8 +26,8 @@ Row = dict[str, Any]
 
 
 def rows(store: Store) -> list[Row]:
-    """The catalogue's FACTS of each case, `low_dose` as in CaseRecord; `bytes`, the size of its voxels on disk, for which each of their files
-    is looked at; and `voxel_bytes`, their size as int16. Sorted by split, then by name."""
+    """The catalogue's FACTS of each case, `low_dose` as in CaseRecord; `bytes`, the size of its voxels on disk, for
+    which each of their files is looked at; and `voxel_bytes`, their size as int16. Sorted by split, then by name."""
     cases = store.table.select(FACTS).to_pylist()
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as threads:
         sizes = threads.map(_bytes_in, (store.path / CASES / row["name"] for row in cases))
