@@ -35,7 +35,7 @@ def submit_array(
     points = _missing(sweep, say)
     if not points:
         return None
-    with jobs.undone_if_refused(sweep.folder.resolve()):
+    with jobs.undone_if_refused(sweep.folder.resolve(), *(point.folder.resolve() for point in points)):
         return _submit(sweep, points, options, site)
 
 

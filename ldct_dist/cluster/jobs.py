@@ -86,19 +86,19 @@ def sbatch(script: Path, *options: str) -> str:
 
 
 @contextmanager
-def undone_if_refused(folder: Path) -> Iterator[None]:
-    """After a UserError in this block, remove `folder` and the way to it as far as the block made them.
+def undone_if_refused(*folders: Path) -> Iterator[None]:
+    """After a UserError in this block, remove the folders, and the way to them, that were not there before it.
 
-    What an earlier job left in `folder` stays.
+    A folder that was there stays, with what an earlier job left in it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except UserError:
-        if made:
+        for folder in set(folders).intersection(new):
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another run has come to stand there meanwhile
-            for path in made[1:]:
+        for path in new:
+            with suppress(OSError):  # gone with the folder, or another run has come to stand there meanwhile
                 path.rmdir()
         raise
 

@@ -173,6 +173,19 @@ def test_runs_are_done_when_they_have_the_steps_that_are_asked_for_now(config, t
     assert submit_array(plan(config, ["seed=1,2", "steps=9"]), {}, None, said.append) == "7"
 
 
+def test_a_run_that_a_sweep_is_to_gain_is_not_left_where_sbatch_refuses(config, tmp_path, monkeypatch):
+    squeue = "echo '7|7_0|CANCELLED|None|0|N/A|'; echo '7|7_1|CANCELLED|None|0|N/A|'"
+    path = commands_on_path(tmp_path / "bin", sbatch="echo 7", srun="", squeue=squeue)
+    monkeypatch.setenv("PATH", path)
+    sweep = plan(config, ["seed=1,2"])
+    submit_array(sweep, {}, None)
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'error: no such partition' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="no such partition"):
+        submit_array(plan(config, ["seed=1,2,3"]), {}, None)
+    assert sorted(folder.name for folder in sweep.folder.glob("seed-*")) == ["seed-1", "seed-2"]
+    assert [job_of(point.folder) for point in sweep.points] == ["7_0", "7_1"]
+
+
 def test_runs_that_were_trained_with_other_settings_are_not_passed_over_as_done(config):
     finish(plan(config, ["seed=1,2"]).points[1])
     with pytest.raises(UserError, match=r"seed-2 holds another run: data\.batch was 4, now 2"):
