@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,6 +86,9 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple)
         full = torch.empty_like(hu)
         box = torch.empty(crops, 3, 2, dtype=torch.int64)
         parameters = sum(p.numel() for p in model.parameters())
+        for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+            # as autocast does on CUDA, and does not on the CPU, whose kernels are counted here
+            norm.register_forward_pre_hook(lambda _, given: (given[0].float(),))
         counter = _Counter()
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(counter.gradient)
