@@ -6,7 +6,8 @@ import copy
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -128,3 +129,17 @@ def together(*plants_and_rank) -> None:
     *plants, rank = plants_and_rank
     for plant in plants:
         plant(rank)
+
+
+def gradients_places(rank: int) -> None:
+    """Each rank prints, after each micro-batch, in how many pieces of memory its gradients lie, and which."""
+    accumulating = DDPStrategy.accumulating
+
+    @contextmanager
+    def noting(self: DDPStrategy, last: bool) -> Iterator[None]:
+        with accumulating(self, last):
+            yield
+        places = {p.grad.untyped_storage().data_ptr() for p in self.model.parameters()}
+        print(f"gradients of rank {rank} at {sorted(places)}", flush=True)
+
+    DDPStrategy.accumulating = noting

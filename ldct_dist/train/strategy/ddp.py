@@ -52,18 +52,20 @@ class DDPStrategy:
         self.optimizer.state.clear()
 
     def warm_up(self) -> None:
-        """One backward whose gradients are thrown away.
+        """Two backwards whose gradients are thrown away.
 
         DDP sorts its buckets anew after the first backward, which changes the order of summation over
         the ranks. Without this, the first step after a resume would add in another order than the
-        unbroken run did.
+        unbroken run did. The second one lays the gradients into the new buckets.
         """
         if self.world.size > 1:
             share = self.config.data.batch // self.world.size
             size = min(self.config.micro_batch or share, share)
-            restored = self(torch.zeros((size, 1, *self.config.data.crop), device=self.world.device))
-            restored.float().sum().mul(0.0).backward()
-            self.model.zero_grad()
+            hu = torch.zeros((size, 1, *self.config.data.crop), device=self.world.device)
+            for _ in range(2):
+                self.optimizer.zero_grad()
+                self(hu).float().sum().mul(0.0).backward()
+            self.forget_gradients()
 
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
         """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
@@ -94,7 +96,8 @@ class DDPStrategy:
         self.ema.update(self.model)
 
     def forget_gradients(self) -> None:
-        self.optimizer.zero_grad()
+        # DDP's lie in its buckets for good: others would come to lie beside those until ranks talk to each other.
+        self.optimizer.zero_grad(set_to_none=self.world.size == 1)
 
     @property
     def averaged(self) -> Denoiser:
