@@ -24,7 +24,9 @@ def main() -> None:
     figures: dict[str, float | int] = {"threads": torch.get_num_threads()}
     for matrix in (256, 512):
         clean = body((SLICES, matrix, matrix), (5.0, 400 / matrix, 400 / matrix), seed=0)
-        scan = simulate_full_dose(clean, seed=0, config=DoseConfig(photons=4e5, cutoff_per_mm=0.5))
+        scan = simulate_full_dose(
+            clean.hu, clean.spacing, seed=0, config=DoseConfig(photons=4e5, cutoff_per_mm=0.5)
+        )
         start = time.perf_counter()
         config = matched(scan, DoseConfig())
         between = time.perf_counter()

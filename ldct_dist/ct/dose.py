@@ -86,8 +86,9 @@ def simulate_low_doses(
             "simulated dose: its slices are not axial, and a scanner's fan turns in axial ones; give the axial series"
         )
     config = matched(volume, config, device)
-    simulated = iter(_with_noise(volume, [_missing(dose, config) for dose in lower], seed, config, device))
-    return [volume if dose == 1 else next(simulated) for dose in doses]
+    missing = [_missing(dose, config) for dose in lower]
+    simulated = iter(_with_noise(volume.hu, scan_of(volume, config), missing, seed, config, device))
+    return [volume if dose == 1 else replace(volume, hu=next(simulated)) for dose in doses]
 
 
 def _missing(dose: float, config: DoseConfig) -> Variance:
@@ -102,10 +103,15 @@ def _missing(dose: float, config: DoseConfig) -> Variance:
 
 
 def simulate_full_dose(
-    volume: Volume, seed: int, config: DoseConfig, device: torch.device | str = "cpu"
+    hu: np.ndarray,
+    spacing: tuple[float, float, float],
+    seed: int,
+    config: DoseConfig,
+    device: torch.device | str = "cpu",
 ) -> Volume:
     """A noise-free phantom as a scan with `config.photons` would show it: all the noise, 1/L + electronic^2/L^2.
 
+    hu: (z, y, x), which need not be whole: rounded with the noise in it, HU keep their mean, and a faint lesion its rim.
     There is no noise to match either: without a cutoff_per_mm the kernel is the bare ramp.
     """
     if config.photons is None:
@@ -114,7 +120,9 @@ def simulate_full_dose(
     def whole(counts: torch.Tensor) -> torch.Tensor:
         return 1 / counts + (config.electronic_noise / counts).square()
 
-    return _with_noise(volume, [whole], seed, config, device)[0]
+    blank = Volume(np.empty(hu.shape, np.int16), spacing)
+    (noisy,) = _with_noise(hu, scan_of(blank, config), [whole], seed, config, device)
+    return replace(blank, hu=noisy)
 
 
 def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cpu") -> DoseConfig:
@@ -165,18 +173,18 @@ def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cp
 
 
 def _with_noise(
-    volume: Volume,
+    clean: np.ndarray,
+    scan: Scan,
     variances: Sequence[Variance],
     seed: int,
     config: DoseConfig,
     device: torch.device | str,
-) -> list[Volume]:
-    """For each of `variances`, `volume` plus noise whose line integrals have that variance."""
+) -> list[np.ndarray]:
+    """For each of `variances`, `clean` HU (z, y, x) plus noise whose line integrals have that variance; int16."""
     assert config.photons is not None
-    scan = scan_of(volume, config)
-    noisy = [np.empty_like(volume.hu) for _ in variances]
-    for start in range(0, len(volume.hu), _BATCH):
-        batch = volume.hu[start : start + _BATCH]
+    noisy = [np.empty(clean.shape, np.int16) for _ in variances]
+    for start in range(0, len(clean), _BATCH):
+        batch = clean[start : start + _BATCH]
         counts = config.photons * transmission(line_integrals(batch, scan, config, device), scan, config)
         drawn = white((seed,), range(start, start + len(batch)), scan, device)
         padding = padding_of(batch)
@@ -187,7 +195,7 @@ def _with_noise(
             hu[start : start + _BATCH] = np.where(
                 padding, AIR_HU, np.rint(added).clip(AIR_HU, np.iinfo(np.int16).max)
             )
-    return [replace(volume, hu=hu) for hu in noisy]
+    return noisy
 
 
 def _matching_cutoff(

@@ -14,15 +14,16 @@ import numpy as np
 from ldct_dist.ct.volume import AIR_HU, Volume
 
 _AIR = -1000.0
-_BALL_SUBSAMPLES = 9  # along each axis
-_SUBSAMPLES = 3  # along each in-plane axis, so that edges are partial volumes as in a scan
+_BALL_CUTS = 8  # in each slice
+_SUBSAMPLES = 3  # of organs, along each in-plane axis, so that edges are partial volumes as in a scan
 
 
 def water_cylinder(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], radius_mm: float
 ) -> Volume:
     """A cylinder of water (0 HU) in air (-1000 HU) along z, around the centre of the slice."""
-    return discs(shape, spacing, [Disc(0, 0, radius_mm, 0)])
+    hu = discs(shape, spacing, [Disc(0, 0, radius_mm, 0)])
+    return Volume(np.rint(hu).astype(np.int16), spacing)
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,37 @@ class Disc:
     hu: float
 
 
-def discs(shape: tuple[int, int, int], spacing: tuple[float, float, float], filled: Sequence[Disc]) -> Volume:
-    """Discs in air (-1000 HU), each laid over those before it; all slices alike."""
-    hu = np.full(shape[1:], _AIR, np.float32)
-    x, y = _in_plane(shape, spacing)
+def discs(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], filled: Sequence[Disc]
+) -> np.ndarray:
+    """HU (z, y, x), float64, of discs in air (-1000 HU), each laid over those before it; all slices alike.
+
+    Each voxel's share of a disc is exact. HU are not rounded: of faint lesions, the rims would be lost.
+    """
+    hu = np.full(shape[1:], _AIR)
+    y, x = (_borders(n, mm) for n, mm in zip(shape[1:], spacing[1:], strict=True))
     for disc in filled:
-        part = _mean_of_subsamples((x - disc.x_mm) ** 2 + (y - disc.y_mm) ** 2 < disc.radius_mm**2)
-        hu += (disc.hu - hu) * part
-    return Volume(np.repeat(np.rint(hu).astype(np.int16)[None], shape[0], axis=0), spacing)
+        hu += (disc.hu - hu) * _share_of_disc(y - disc.y_mm, x - disc.x_mm, disc.radius_mm)
+    return np.repeat(hu[None], shape[0], axis=0)
 
 
 def ball(diameter_mm: float, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Share of each voxel that lies in a ball around the middle of the middle voxel: float (z, y, x), odd sizes."""
-    halves = [math.ceil(diameter_mm / 2 / mm) for mm in spacing]
-    z, y, x = (
-        (np.arange((2 * n + 1) * _BALL_SUBSAMPLES) + 0.5) / _BALL_SUBSAMPLES * mm - (n + 0.5) * mm
-        for n, mm in zip(halves, spacing, strict=True)
-    )
-    inside = z[:, None, None] ** 2 + y[:, None] ** 2 + x**2 < (diameter_mm / 2) ** 2
-    fine = np.stack(np.split(inside, 2 * halves[0] + 1)).mean(1)
-    blocks = fine.reshape(len(fine), 2 * halves[1] + 1, _BALL_SUBSAMPLES, 2 * halves[2] + 1, _BALL_SUBSAMPLES)
-    return blocks.mean((2, 4))
+    """Share of each voxel that lies in a ball around the middle of the middle voxel: float (z, y, x), odd sizes.
+
+    Exact in plane; along z the sum of Gauss and Legendre's rule, which is exact for the area of a ball's cuts.
+    """
+    radius = diameter_mm / 2
+    z, y, x = (_borders(2 * math.ceil(radius / mm) + 1, mm) for mm in spacing)
+    at, weight = np.polynomial.legendre.leggauss(_BALL_CUTS)
+    share = np.zeros((len(z) - 1, len(y) - 1, len(x) - 1))
+    reached = z.clip(-radius, radius)
+    for slice_, bottom, top in zip(share, reached[:-1], reached[1:], strict=True):
+        half = (top - bottom) / 2
+        for height, length in zip((bottom + top) / 2 + half * at, half * weight, strict=True):
+            if length > 0:
+                cut = math.sqrt(radius**2 - height**2)
+                slice_ += length / spacing[0] * _share_of_disc(y, x, cut)
+    return share
 
 
 def body(shape: tuple[int, int, int], spacing: tuple[float, float, float], seed: int) -> Volume:
@@ -112,6 +123,31 @@ def body(shape: tuple[int, int, int], spacing: tuple[float, float, float], seed:
     outside = _mean_of_subsamples(x * x + y * y < (min(height, width) / 2) ** 2) < 0.5
     hu[:, outside] = AIR_HU
     return Volume(np.rint(hu).astype(np.int16), spacing)
+
+
+def _borders(count: int, mm: float) -> np.ndarray:
+    """(count + 1,) of voxels along an axis, mm from its middle."""
+    return (np.arange(count + 1) - count / 2) * mm
+
+
+def _share_of_disc(y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
+    """Share of each voxel between borders y (Y + 1,) and x (X + 1,) that a disc around (0, 0) covers: (Y, X), exact.
+
+    From the disc's area below and left of each corner: the integral, along x, of its chord's length below y.
+    """
+    voxel = np.diff(y)[:, None] * np.diff(x)
+    y, x = y.clip(-radius, radius)[:, None], x.clip(-radius, radius)
+    width = np.sqrt(radius**2 - y**2)  # beyond it, the chord is all below y, or none of it
+
+    def under_arc(u: np.ndarray) -> np.ndarray:
+        """The integral of half a chord from 0 to u."""
+        return (u * np.sqrt(radius**2 - u**2) + radius**2 * np.arcsin(u / radius)) / 2
+
+    inner = x.clip(-width, width)
+    area = y * (inner + width) + under_arc(inner) + under_arc(width)
+    beyond = under_arc(x) - under_arc(inner) + under_arc(np.array(radius)) - under_arc(width)
+    area += np.where(y > 0, 2 * beyond, 0)
+    return np.diff(np.diff(area, axis=0), axis=1) / voxel
 
 
 def _in_plane(

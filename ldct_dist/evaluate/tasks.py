@@ -140,9 +140,9 @@ def lesion_task(count: int, dose: float, seed: int = 0) -> tuple[Volume, Volume,
         if label:
             x, y = rng.uniform(-6, 6, 2)
             filled.append(Disc(x, y, rng.uniform(5, 8), 20.0))
-        slices.append(discs((1, side, side), spacing, filled).hu)
+        slices.append(discs((1, side, side), spacing, filled))
     scanner = DoseConfig(photons=1e5, cutoff_per_mm=0.17)
-    full = simulate_full_dose(Volume(np.concatenate(slices), spacing), seed, scanner)
+    full = simulate_full_dose(np.concatenate(slices), spacing, seed, scanner)
     low = simulate_low_dose(full, dose, seed + 1, scanner)
     low, full = (replace(scan, hu=np.ascontiguousarray(scan.hu[:, inner, inner])) for scan in (low, full))
     return low, full, labels

@@ -152,13 +152,13 @@ def test_air_whose_noise_is_cut_off_gets_noise_too():
 @pytest.mark.parametrize("beam", ["fan", "parallel"])
 def test_photons_and_kernel_are_found_in_the_scan(beam):
     truth = DoseConfig(beam=beam, photons=2e5, cutoff_per_mm=0.3)
-    scanned = simulate_full_dose(muscle_cylinder(6), seed=4, config=truth)
+    scanned = simulate_full_dose(muscle_cylinder(6).hu, SPACING, seed=4, config=truth)
     assert matched(scanned, DoseConfig(beam=beam)).cutoff_per_mm == pytest.approx(0.3, rel=0.1)
     assert matched(scanned, DoseConfig(beam=beam, cutoff_per_mm=0.3)).photons == pytest.approx(2e5, rel=0.1)
 
 
 def test_what_is_given_is_not_matched():
-    scanned = simulate_full_dose(muscle_cylinder(2), 4, DoseConfig(photons=2e5))
+    scanned = simulate_full_dose(muscle_cylinder(2).hu, SPACING, 4, DoseConfig(photons=2e5))
     assert matched(scanned, DoseConfig(photons=1e5)).photons == 1e5
     assert matched(scanned, DoseConfig(cutoff_per_mm=0.1)).cutoff_per_mm == 0.1
 
@@ -167,7 +167,7 @@ def test_what_is_given_is_not_matched():
 def test_matched_quarter_dose_doubles_the_noise_whichever_beam_is_assumed(beam):
     clean = muscle_cylinder(8)
     truth = DoseConfig(photons=2e5, cutoff_per_mm=0.25, electronic_noise=0)
-    full = simulate_full_dose(clean, seed=6, config=truth)
+    full = simulate_full_dose(clean.hu, SPACING, seed=6, config=truth)
     low = simulate_low_dose(full, 0.25, seed=7, config=DoseConfig(beam=beam, electronic_noise=0))
     middle = rings()["middle"]
     assert noise_std(low.hu, middle) == pytest.approx(2 * noise_std(full.hu, middle), rel=0.08)
@@ -216,7 +216,9 @@ def test_modulation_lowers_the_noise_of_an_oval_at_the_same_dose():
     std = []
     for modulation in (0.0, 0.5):
         config = CONFIG.model_copy(update={"modulation": modulation, "photons": 2e5, "cutoff_per_mm": 0.12})
-        std.append(noise_std(simulate_full_dose(oval, 3, config).hu - oval.hu.astype(float), middle))
+        std.append(
+            noise_std(simulate_full_dose(oval.hu, oval.spacing, 3, config).hu - oval.hu.astype(float), middle)
+        )
     assert std[1] < 0.95 * std[0]
 
 
@@ -225,7 +227,7 @@ def test_detector_blur_filters_the_noise_by_its_own_transfer_function():
     spectra = []
     for blur in (0.0, 1.0):
         config = CONFIG.model_copy(update={"blur_columns": blur, "beam": "parallel"})
-        noise = simulate_full_dose(water, 3, config).hu.astype(float) - water.hu
+        noise = simulate_full_dose(water.hu, SPACING, 3, config).hu.astype(float) - water.hu
         spectra.append(noise_power(noise[:, 44:84, 44:84], SPACING[1:]).radial())
     (f, sharp), (_, blurred) = spectra
     sigma_mm = scan_of(water, CONFIG.model_copy(update={"beam": "parallel"})).pitch_mm

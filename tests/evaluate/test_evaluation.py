@@ -86,7 +86,8 @@ def test_a_label_of_a_slice_that_is_not_there_is_refused_before_any_work(labelle
 def test_what_one_case_lacks_and_another_has_is_measured(tmp_path):
     """The first is air: neither noise power nor a phantom comes of it."""
     scanner = DoseConfig(photons=3e5, cutoff_per_mm=0.2)
-    full = simulate_full_dose(body((8, 160, 160), (4.0, 2.0, 2.0), seed=0), 0, scanner)
+    spacing = (4.0, 2.0, 2.0)
+    full = simulate_full_dose(body((8, 160, 160), spacing, seed=0).hu, spacing, 0, scanner)
     low = simulate_low_dose(full, 0.25, 1, scanner)
     air = Volume(np.full((2, 48, 48), -1000, np.int16), (4.0, 3.0, 3.0))
     config = StudyConfig(lesion_mm=12)

@@ -75,11 +75,14 @@ class Layout:
         return tuple(found[0]), tuple(found[1])
 
     def phantom(self, shape: str, present: Sequence[Place]) -> np.ndarray:
-        """HU (z, y, x), free of noise, with a lesion of that shape at each place: balls at each level, or rods."""
+        """HU (z, y, x) with a lesion of that shape at each place: balls at each level, or rods.
+
+        Free of noise, and not rounded: a faint lesion would lose its rim.
+        """
         slices = _LEVELS * self.levels.step
         if shape == ROD:
             return self.slices(slices, [self._rod(*place) for place in present])
-        hu = self.slices(slices).astype(np.float64)
+        hu = self.slices(slices)
         lesion = self.contrast_hu * ball(self.diameter_mm, self.spacing)
         dz, dy, dx = (n // 2 for n in lesion.shape)
         for z in self.levels:
@@ -89,7 +92,7 @@ class Layout:
 
     def slices(self, count: int, filled: Sequence[Disc] = ()) -> np.ndarray:
         """HU (z, y, x) of the body alone, or with discs in it."""
-        return discs((count, WIDTH, WIDTH), self.spacing, [self.body, *filled]).hu
+        return discs((count, WIDTH, WIDTH), self.spacing, [self.body, *filled])
 
     def _rod(self, y: int, x: int) -> Disc:
         middle = (WIDTH - 1) / 2

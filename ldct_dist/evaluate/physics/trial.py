@@ -84,15 +84,13 @@ def make_trial(full: Volume, low: Volume, lesion_mm: float, lesion_hu: float, se
     Raises UserError where the case shows too little soft tissue to measure its kernel and noise, and as `Layout` does.
     """
     layout = Layout(lesion_mm, lesion_hu, full.spacing)
-    plain = Volume(layout.slices(8), full.spacing)
-    config = _as_noisy(low, matched(full, DoseConfig()), plain)
+    config = _as_noisy(low, matched(full, DoseConfig()), layout)
     scans = 0
 
     def scan(hu: np.ndarray) -> Volume:
         nonlocal scans
         scans += 1
-        sharp = Volume(_as_sharp(hu, full.spacing, config), full.spacing)
-        return simulate_full_dose(sharp, seed + scans, config)
+        return simulate_full_dose(_as_sharp(hu, full.spacing, config), full.spacing, seed + scans, config)
 
     lesions = {
         shape: tuple(
@@ -115,10 +113,10 @@ def _around(radius_mm: float) -> tuple[Disc, ...]:
     )
 
 
-def _as_noisy(low: Volume, config: DoseConfig, plain: Volume) -> DoseConfig:
+def _as_noisy(low: Volume, config: DoseConfig, layout: Layout) -> DoseConfig:
     """`config` with so many photons that tissue in the phantom is as noisy as in the low dose."""
     wanted = _noise(low)
-    found = _noise(simulate_full_dose(plain, 0, config))
+    found = _noise(simulate_full_dose(layout.slices(8), layout.spacing, 0, config))
     assert config.photons is not None
     return config.model_copy(update={"photons": config.photons * (found / wanted) ** 2})
 
@@ -134,9 +132,9 @@ def _noise(volume: Volume) -> float:
 
 
 def _as_sharp(hu: np.ndarray, spacing: tuple[float, float, float], config: DoseConfig) -> np.ndarray:
-    """The phantom under the kernel that its noise will have: the Hann window up to the cutoff; whole HU."""
+    """The phantom under the kernel that its noise will have: the Hann window up to the cutoff; HU are not rounded."""
     assert config.cutoff_per_mm is not None
     fy, fx = (np.fft.fftfreq(n, mm) for n, mm in zip(hu.shape[1:], spacing[1:], strict=True))
     f = np.hypot(fy[:, None], fx).clip(max=config.cutoff_per_mm)
     window = 0.5 + 0.5 * np.cos(math.pi * f / config.cutoff_per_mm)
-    return np.rint(np.fft.ifft2(np.fft.fft2(hu) * window).real).astype(np.int16)
+    return np.fft.ifft2(np.fft.fft2(hu) * window).real

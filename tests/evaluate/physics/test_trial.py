@@ -8,9 +8,10 @@ from scipy.ndimage import gaussian_filter1d, uniform_filter1d
 from ldct_dist.ct import noise
 from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
 from ldct_dist.ct.phantom import body
+from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.physics.lesions import BALL, ROD, TISSUE_HU, Layout
-from ldct_dist.evaluate.physics.trial import make_trial
+from ldct_dist.evaluate.physics.trial import Reading, Trial, make_trial
 
 CUTOFF = 0.4
 
@@ -18,7 +19,7 @@ CUTOFF = 0.4
 @pytest.fixture(scope="module")
 def case():
     clean = body((4, 200, 200), (3.0, 1.5, 1.5), seed=0)
-    full = simulate_full_dose(clean, 0, DoseConfig(photons=3e5, cutoff_per_mm=CUTOFF))
+    full = simulate_full_dose(clean.hu, clean.spacing, 0, DoseConfig(photons=3e5, cutoff_per_mm=CUTOFF))
     return full, simulate_low_dose(full, 0.25, 1, DoseConfig(photons=3e5, cutoff_per_mm=CUTOFF))
 
 
@@ -72,20 +73,56 @@ def test_means_over_slices_show_rods_better_and_lose_balls(trial):
 
 
 def test_a_ball_has_its_volume_and_stays_clear_of_the_next():
-    for spacing in ((5.0, 0.8, 0.8), (1.0, 0.7, 0.9), (2.9, 1.5, 1.5)):
+    for spacing in ((5.0, 0.8, 0.8), (1.0, 0.7, 0.9), (2.9, 1.5, 1.5), (8.0, 2.0, 2.0)):
         layout = Layout(6.0, 20.0, spacing)
         present, _ = layout.places
         signal = layout.phantom(BALL, present) - layout.slices(5 * layout.levels.step)
         volume = signal.sum() * np.prod(spacing) / 20.0
-        assert volume == pytest.approx(len(present) * 5 * np.pi / 6 * 6.0**3, rel=0.02)
-        assert signal.max() == pytest.approx(20.0 if spacing[0] <= 5 else 0, rel=0.1)
+        assert volume == pytest.approx(len(present) * 5 * np.pi / 6 * 6.0**3, rel=1e-6)
+        assert signal.max() == pytest.approx(20.0 * min(1, 6.0 / spacing[0]), rel=0.1)
 
 
 def test_rods_are_alike_in_all_slices():
     layout = Layout(6.0, 20.0, (5.0, 0.8, 0.8))
     hu = layout.phantom(ROD, layout.places[0])
     assert (hu == hu[0]).all()
-    assert hu[0, *layout.places[0][0]] == TISSUE_HU + 20
+    assert hu[0, *layout.places[0][0]] == pytest.approx(TISSUE_HU + 20)
+
+
+@pytest.mark.parametrize(("diameter", "voxel"), [(4.0, 0.4), (6.0, 0.7), (6.0, 1.0), (6.0, 1.5), (6.0, 2.0)])
+def test_rods_have_their_area(diameter, voxel):
+    layout = Layout(diameter, 15.0, (5.0, voxel, voxel))
+    signal = layout.phantom(ROD, layout.places[0])[0] - layout.slices(1)[0]
+    assert signal.sum() * voxel**2 / 15 == pytest.approx(len(layout.places[0]) * np.pi / 4 * diameter**2)
+
+
+@pytest.mark.parametrize(("voxel", "photons"), [(0.7, 6e5), (1.5, 4e5)])
+def test_scans_hold_as_much_of_a_faint_lesion_as_it_has(voxel, photons):
+    """Blurred by the kernel, it has a wide rim of less than half a HU, which whole HU would lose."""
+    spacing, exact = (3.0, voxel, voxel), DoseConfig(photons=photons, cutoff_per_mm=0.6 / voxel / 2)
+    full = simulate_full_dose(body((2, 200, 200), spacing, seed=0).hu, spacing, 0, exact)
+    low = simulate_low_dose(full, 0.25, 1, exact)
+    trial = make_trial(full, low, lesion_mm=6.0, lesion_hu=15.0, seed=3)
+    plain = trial.layout.slices(1)
+    depth = len(trial.lesions[ROD][0].scan.hu) * spacing[0]
+    for shape, mm3 in ((BALL, 5 * np.pi / 6 * 6.0**3), (ROD, depth * np.pi * 3.0**2)):
+        readings = trial.lesions[shape]
+        found = sum((reading.scan.hu - plain).sum() for reading in readings) * np.prod(spacing) / 15
+        assert found == pytest.approx(sum(len(reading.present) for reading in readings) * mm3, rel=0.015)
+
+
+@pytest.mark.parametrize("shape", [BALL, ROD])
+def test_white_noise_gives_the_ideal_observer_of_the_phantom_s_lesions(shape):
+    layout = Layout(6.0, 15.0, (5.0, 0.7, 0.7))
+    readings = []
+    for seed in range(8):
+        present, absent = layout.places[:: -1 if seed % 2 else 1]
+        hu = layout.phantom(shape, present)
+        hu = np.rint(hu + np.random.default_rng(seed).normal(0, 40, hu.shape)).astype(np.int16)
+        readings.append(Reading(Volume(hu, layout.spacing), present, absent))
+    signal = layout.phantom(shape, layout.places[0][:1])[layout.levels[0]] - layout.slices(1)[0]
+    seen = Trial(readings[0].scan, (), layout, {shape: tuple(readings)}).detection(untouched)[shape]
+    assert seen.d_prime == pytest.approx(np.sqrt((signal**2).sum()) / 40, rel=0.05)
 
 
 def test_scans_have_noise_of_their_own_and_cases_too(case, trial):
