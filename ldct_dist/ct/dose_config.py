@@ -40,7 +40,7 @@ class DoseConfig(Config):
     bowtie_mm: float | None = Field(None, gt=0)
     modulation: float = Field(0.0, ge=0, le=1)
     blur_columns: float = Field(0.0, ge=0)
-    photons: float | None = Field(None, gt=0)
+    photons: float | None = Field(None, ge=1)
     cutoff_per_mm: float | None = Field(None, gt=0)
     electronic_noise: float = Field(5.0, ge=0)
     water_per_mm: float = Field(0.0192, gt=0)

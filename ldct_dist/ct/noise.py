@@ -57,7 +57,8 @@ class LocalMoments:
             return None
         std = np.sqrt(self.variance)
         counts, edges = np.histogram(std[soft], bins=200, range=(0.0, float(np.percentile(std[soft], 95))))
-        peak = int(np.argmax(_windows(counts.astype(float), 0, _SMOOTH)))
+        # Not mirrored at 0: a peak near it, of little noise among rough windows, would move there.
+        peak = int(np.argmax(np.convolve(counts, _SMOOTH, mode="same")))
         level = (edges[peak] + edges[peak + 1]) / 2
         return soft & (np.abs(std - level) <= max(0.2 * level, edges[1] - edges[0]))
 

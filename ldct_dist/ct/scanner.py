@@ -14,6 +14,8 @@ from ldct_dist.ct.projector import Scan, filtered_backprojection, forward
 from ldct_dist.ct.volume import Volume
 
 _SOURCE_MM = 595.0
+_LEAST = 1e-6
+"""Share of the photons that a ray detects at least, as of 72 cm of water: so much is scattered its way."""
 
 
 def scan_of(volume: Volume, config: DoseConfig) -> Scan:
@@ -45,13 +47,14 @@ def line_integrals(
 
 def transmission(integrals: torch.Tensor, scan: Scan, config: DoseConfig) -> torch.Tensor:
     """Share of `config.photons` that arrives, for line integrals (slices, views, columns): through the patient, the
-    bow-tie filter, and more of them where the tube is turned up."""
+    bow-tie filter, and more of them where the tube is turned up; never less than there is scatter."""
+    integrals = integrals.clamp(max=-math.log(_LEAST))
     arriving = torch.exp(-integrals)
     if config.bowtie_mm is not None:
         _, t = scan.rays()
         chord = 2 * (config.bowtie_mm**2 - t.square()).clamp(min=0).sqrt()
         filtered = torch.exp(config.water_per_mm * (chord - 2 * config.bowtie_mm))
-        arriving = arriving * filtered.to(arriving)
+        arriving = (arriving * filtered.to(arriving)).clamp(min=_LEAST)
     if config.modulation:
         current = torch.exp(config.modulation * integrals.amax(dim=2, keepdim=True))
         arriving = arriving * (current / current.mean(dim=1, keepdim=True))

@@ -222,6 +222,19 @@ def test_modulation_lowers_the_noise_of_an_oval_at_the_same_dose():
     assert std[1] < 0.95 * std[0]
 
 
+@pytest.mark.parametrize("electronic", [0.0, 5.0])
+@pytest.mark.parametrize("config", [{}, {"modulation": 1.0}, {"bowtie_mm": 4000.0}])
+def test_rays_that_no_photon_gets_through_have_finite_noise(electronic, config):
+    """Metal on an extended scale of HU; the exponential of what it attenuates is 0 in single precision."""
+    hu = water_cylinder((2, 128, 128), SPACING, RADIUS).hu.copy()
+    hu[0, 50:78, 20:108] = 30000
+    config = CONFIG.model_copy(update={"electronic_noise": electronic, **config})
+    low = simulate_low_dose(Volume(hu, SPACING), 0.25, seed=0, config=config).hu
+    assert low[0, 60:68, 40:88].mean() == pytest.approx(30000, rel=0.02)
+    streaks, plain = ((low[i].astype(float) - hu[i])[rings()["middle"]].std() for i in (0, 1))
+    assert plain < streaks < 1e4
+
+
 def test_detector_blur_filters_the_noise_by_its_own_transfer_function():
     water = water_cylinder((16, 128, 128), SPACING, RADIUS)
     spectra = []

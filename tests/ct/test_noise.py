@@ -28,6 +28,14 @@ def test_a_sample_tells_the_noise_of_the_whole():
     assert noise.noise_std(moments, moments.homogeneous) == pytest.approx(12, rel=0.05)
 
 
+def test_little_noise_among_edges_is_found():
+    """Rough windows, fifty times as much, are no reason to take it for less than it is."""
+    rng = np.random.default_rng(0)
+    std = np.concatenate([rng.normal(1, 0.05, 1000), rng.uniform(2, 60, 3000)]).reshape(1, 40, 100)
+    moments = noise.LocalMoments(np.full(std.shape, 50.0), np.zeros(std.shape), std**2)
+    assert noise.noise_std(moments, moments.homogeneous) == pytest.approx(1, rel=0.1)
+
+
 def test_where_soft_tissue_is_scarce_every_window_is_looked_at():
     hu = np.full((6, 512, 512), AIR_HU, np.int16)
     hu[:, 230:270, 230:270] = tissue((6, 40, 40))
