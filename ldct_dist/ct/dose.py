@@ -111,7 +111,8 @@ def simulate_full_dose(
 ) -> Volume:
     """A noise-free phantom as a scan with `config.photons` would show it: all the noise, 1/L + electronic^2/L^2.
 
-    hu: (z, y, x), which need not be whole: rounded with the noise in it, HU keep their mean, and a faint lesion its rim.
+    hu: (z, y, x), which need not be whole: rounded with the noise in them, they keep their mean, and a faint lesion
+    keeps its rim.
     There is no noise to match either: without a cutoff_per_mm the kernel is the bare ramp.
     """
     if config.photons is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ COLUMNS = ("rmse_hu", "psnr_db", "ssim")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of each image against full dose, `figures[image][key]`; of: whose, in words."""
+    """Figures of each image against full dose, `figures[image][key]`, nan where nothing was measured; of: whose, in
+    words."""
 
     of: str
     protocol: str
@@ -30,9 +32,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         images, *(LABELS[key] for key in COLUMNS), title=f"{comparison.of} against full dose: {measure}"
     )
     for image, figures in comparison.figures.items():
-        table.add_row(
-            image, *(f"{figures[key]:.3f}" if key == "ssim" else f"{figures[key]:.2f}" for key in COLUMNS)
-        )
+        table.add_row(image, *(_figure(figures[key], 3 if key == "ssim" else 2) for key in COLUMNS))
     console.print(table)
 
 
@@ -43,6 +43,11 @@ def print_classification(found: dict[str, Any], console: Console) -> None:
     for image, row in found["images"].items():
         table.add_row(image, *(_interval(*row[key]) for key in ("auc", "accuracy")))
     console.print(table)
+
+
+def _figure(value: float, digits: int) -> str:
+    """A dash, as in the report, where nothing was measured; inf is the PSNR of equal images."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _interval(value: float, low: float | None, high: float | None) -> str:

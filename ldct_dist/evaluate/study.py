@@ -28,6 +28,7 @@ from ldct_dist.evaluate.protocols import Protocol, protocol_named
 from ldct_dist.store.layout import BODY_HU, FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 from ldct_dist.store.record import CaseRecord
+from ldct_dist.world import few
 
 _ENOUGH_REGIONS = 4
 _TUNED_ON = 4  # cases
@@ -161,23 +162,28 @@ def measure(
     protocols = (protocol, protocol.in_3d()) if physics and protocol.dims == 2 else (protocol,)
     study = Study(store.path.name, store.fingerprint, dose, protocols, config)
     chosen, no_phantom = store.split(config.split), []
+    lacking: dict[str, list[str]] = {}
     for number, i in enumerate(chosen, start=1):
         case = store.cases[int(i)]
         low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
         study.scans[case.name] = _conditions(full, store.record(case.name))
         ground = _Ground(low, full) if physics else None
+        if ground and ground.lacks:
+            lacking.setdefault(ground.lacks, []).append(case.name)
         images = {}
         for name, method in methods.items():
             say(f"case {number} of {len(chosen)}, {case.name}", name)
             images[name] = apply(name, method, low)
             figures = {p.name: _figures(images[name], full.hu, p, study) for p in protocols}
             row = Row(case.name, case.patient, name, figures)
-            study.rows.append(_with_physics(row, images[name], ground, study) if ground else row)
+            study.rows.append(_with_physics(row, images[name], ground) if ground else row)
         if ground:
             _noise_powers(study, case.name, ground, images)
         show(case.name, low, full, images)
         if physics and study.phantom_case is None:
             no_phantom += _try_phantom(study, config, methods, case.name, low, full, say)
+    for what, cases in lacking.items():
+        study.note(f"{what}: {len(cases)} of {len(chosen)} case{'s' * (len(chosen) > 1)}, {few(cases, ', ')}")
     # What one case lacked, another may have had.
     if physics and not study.nps:
         study.note(f"noise power: no case has {_ENOUGH_REGIONS} flat regions of soft tissue")
@@ -229,7 +235,7 @@ def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Stu
 class _Ground:
     """What every method on a case is measured on, worked out of its low and full dose once.
 
-    soft: None where there is too little soft tissue to measure noise. std: None where `unknown` says why.
+    soft: None where there is too little soft tissue to measure noise. std: None where `lacks` says why.
     """
 
     def __init__(self, low: Volume, full: Volume) -> None:
@@ -238,24 +244,23 @@ class _Ground:
         self.tissues = tissues(full, self.moments)
         self.soft = self.moments.homogeneous
         self.std: np.ndarray | None = None
+        self.lacks: str | None = None
         try:
             self.std = smoothed_noise(low, full, self.moments)
         except UserError as e:
-            self.unknown = str(e)
+            self.lacks = "too little soft tissue to measure noise" if self.soft is None else str(e)
 
 
-def _with_physics(row: Row, image: np.ndarray, ground: _Ground, study: Study) -> Row:
+def _with_physics(row: Row, image: np.ndarray, ground: _Ground) -> Row:
     full = ground.full
     bias = {tissue: found.hu for tissue, found in tissue_bias(image, full, ground.tissues).items()}
     if ground.soft is None:
-        study.note(f"{row.case}: too little soft tissue to measure noise")
         return replace(row, bias_hu=bias)
     # In the full dose's flat windows: smooth images have others, which would leave out what is left of their noise.
     variance = noise.local_moments(image, full.spacing).variance[ground.soft & ground.moments.flat]
     level = float(np.sqrt(np.median(variance)))
     row = replace(row, bias_hu=bias, noise_hu=level)
     if ground.std is None:
-        study.note(f"{row.case}: {ground.unknown}")
         return row
     body = ground.moments.mean > BODY_HU
     conspicuous = float((np.abs(hallucination_map(image, full, ground.std))[body] > CONSPICUOUS).mean())

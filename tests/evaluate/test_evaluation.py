@@ -104,3 +104,28 @@ def test_what_one_case_lacks_and_another_has_is_measured(tmp_path):
     for name, expected in (("air", absent), ("both", set())):
         assert {a for a in absent if any(note.startswith(a) for note in told[name].notes)} == expected
     assert not any("flat regions" in note for note in told["both"].notes)
+
+
+def test_what_many_cases_lack_is_told_once(tmp_path):
+    layout.create(tmp_path / "ct")
+    air = Volume(np.full((1, 32, 32), -1000, np.int16), (4.0, 3.0, 3.0))
+    for i in range(6):
+        layout.write_case(tmp_path / "ct", f"c{i}", {1.0: air, 0.25: air}, patient=f"p{i}", split="test")
+    layout.finalise(tmp_path / "ct")
+    found = measure(Store(tmp_path / "ct"), StudyConfig(), {name: lambda low: low.hu for name in "ab"})
+    (told,) = (note for note in found.notes if "to measure noise" in note)
+    assert told == "too little soft tissue to measure noise: 6 of 6 cases, c0, c1, c2, c3, and 2 more"
+
+
+def test_the_terminal_shows_a_dash_where_nothing_was_measured(tmp_path):
+    """Slices of 5 voxels have no SSIM; equal images, no finite PSNR."""
+    layout.create(tmp_path / "ct.zarr")
+    hu = np.full((4, 5, 5), 40, np.int16)
+    full = Volume(hu, (3.0, 1.0, 1.0))
+    layout.write_case(tmp_path / "ct.zarr", "c", {1.0: full, 0.25: full}, patient="p", split="test")
+    layout.finalise(tmp_path / "ct.zarr")
+    save_weights(tmp_path / "net.safetensors", random_network("unet3d"))
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "net.safetensors"), str(tmp_path / "ct.zarr")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"low dose\s*│\s*0.00\s*│\s*inf\s*│\s*–", done.output)
+    assert "nan" not in done.output

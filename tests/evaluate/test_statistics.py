@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata, wilcoxon
 
 from ldct_dist.evaluate.statistics import Estimate, Paired, by_patient, estimate, holm, paired_tests
 
@@ -102,6 +103,33 @@ def test_patients_on_whom_methods_do_not_differ_leave_the_p_exact():
     a = [1.0, 2.0, 3.0, 4.0] + [0.0] * 16
     (pair,) = paired_tests({"a": a, "b": [0.0] * 20}, [f"p{i}" for i in range(20)])
     assert pair.p == pytest.approx(2 / 16)
+
+
+@pytest.mark.parametrize("patients", [5, 15, 20])
+def test_p_is_exact_with_ties(patients):
+    """Of all the ways to sign the ranks, the share that is as far from even."""
+    steps = np.random.default_rng(3).integers(1, 5, patients) * np.random.default_rng(4).choice(
+        [-1, 1, 1], patients
+    )
+    (pair,) = paired_tests({"a": steps, "b": [0.0] * patients}, [f"p{i}" for i in range(patients)])
+    ranks = rankdata(np.abs(steps))
+    sums = np.zeros(1)
+    for rank in ranks:
+        sums = np.concatenate([sums, sums + rank])
+    off = np.abs(sums - ranks.sum() / 2)
+    assert pair.p == pytest.approx((off >= abs(ranks[steps > 0].sum() - ranks.sum() / 2) - 1e-9).mean())
+
+
+def test_p_of_many_patients_is_that_of_the_normal_distribution():
+    """At the number where one gives way to the other, they agree."""
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0.1, 1, 501)
+    exact, normal = (
+        paired_tests({"a": differences[:n], "b": np.zeros(n)}, [f"p{i}" for i in range(n)])[0].p
+        for n in (500, 501)
+    )
+    assert exact == pytest.approx(wilcoxon(differences[:500], method="asymptotic").pvalue, rel=0.01)
+    assert normal == wilcoxon(differences, method="asymptotic").pvalue
 
 
 def test_equal_methods_do_not_differ():
