@@ -64,13 +64,14 @@ class Layout:
     @cached_property
     def places(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
         """Like the fields of a chess board, black and white: (row, column) voxels, a patch apart and inside the body."""
-        reach = self.body.radius_mm / min(self.spacing[1:]) - self.patch
+        high, wide = self.spacing[1:]
+        reach_mm = self.body.radius_mm - self.patch * math.hypot(high, wide) / math.sqrt(2)
         found: tuple[list[Place], list[Place]] = ([], [])
-        count = max(0, int(2 * reach // self.patch))
+        count = max(0, int(2 * reach_mm / min(high, wide) // self.patch))
         for i in range(count):
             for j in range(count):
                 dy, dx = ((k - (count - 1) / 2) * self.patch for k in (i, j))
-                if math.hypot(dy, dx) <= reach:
+                if math.hypot(dy * high, dx * wide) <= reach_mm:
                     found[(i + j) % 2].append((round(WIDTH / 2 + dy), round(WIDTH / 2 + dx)))
         return tuple(found[0]), tuple(found[1])
 

@@ -82,6 +82,15 @@ def test_a_ball_has_its_volume_and_stays_clear_of_the_next():
         assert signal.max() == pytest.approx(20.0 * min(1, 6.0 / spacing[0]), rel=0.1)
 
 
+@pytest.mark.parametrize("voxel", [(0.8, 0.8), (1.5, 0.8), (0.8, 1.5), (1.9, 1.0)])
+def test_lesions_and_what_is_shown_around_them_lie_in_the_body(voxel):
+    layout = Layout(6.0, 15.0, (5.0, *voxel))
+    half, hu = layout.patch // 2, layout.slices(1)[0]
+    for y, x in sum(layout.places, ()):
+        patch = hu[y - half : y + half + 1, x - half : x + half + 1]
+        np.testing.assert_allclose(patch, TISSUE_HU)
+
+
 def test_rods_are_alike_in_all_slices():
     layout = Layout(6.0, 20.0, (5.0, 0.8, 0.8))
     hu = layout.phantom(ROD, layout.places[0])
