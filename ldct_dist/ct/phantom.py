@@ -137,12 +137,15 @@ def _share_of_disc(y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
     """
     voxel = np.diff(y)[:, None] * np.diff(x)
     y, x = y.clip(-radius, radius)[:, None], x.clip(-radius, radius)
-    width = np.sqrt(radius**2 - y**2)  # beyond it, the chord is all below y, or none of it
+
+    def half_chord(u: np.ndarray) -> np.ndarray:
+        return np.sqrt((radius**2 - u**2).clip(min=0))  # rounding may take it below 0
 
     def under_arc(u: np.ndarray) -> np.ndarray:
         """The integral of half a chord from 0 to u."""
-        return (u * np.sqrt(radius**2 - u**2) + radius**2 * np.arcsin(u / radius)) / 2
+        return (u * half_chord(u) + radius**2 * np.arcsin((u / radius).clip(-1, 1))) / 2
 
+    width = half_chord(y)  # beyond it, the chord is all below y, or none of it
     inner = x.clip(-width, width)
     area = y * (inner + width) + under_arc(inner) + under_arc(width)
     beyond = under_arc(x) - under_arc(inner) + under_arc(np.array(radius)) - under_arc(width)

@@ -44,6 +44,13 @@ def test_a_disc_has_its_area_wherever_it_lies(voxel, radius, middle):
     assert np.abs(share - inside).max() < 0.01
 
 
+def test_no_radius_is_too_odd_to_draw():
+    """The square of some is not what rounding makes of the product."""
+    for radius in np.random.default_rng(0).uniform(1, 19, 20000).tolist():
+        if radius**2 < radius * radius:
+            assert np.isfinite(discs((1, 41, 41), (5.0, 1.0, 1.0), [Disc(0, 0, radius, 20.0)])).all()
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 0.7, 0.9), (2.9, 1.5, 1.5), (5.0, 0.8, 0.8), (8.0, 2.0, 2.0)])
 def test_a_ball_has_its_volume_and_each_slice_its_part(spacing):
     radius = 3.0
