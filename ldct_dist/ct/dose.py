@@ -10,9 +10,10 @@ the line integral p gets Gaussian noise of variance
 (Yu et al., J Comput Assist Tomogr 36 (2012); Zeng et al., IEEE Trans Nucl Sci 62 (2015)).
 
 A bow-tie filter, tube current modulation by angle and light shared by neighbouring detector columns are modelled where
-the config asks for them. Not modelled: scatter, beam hardening, modulation along z, noise shared between
-neighbouring slices of helical scans, and the bias of the logarithm, which takes few counts for more attenuation than
-there was (by about half the noise's variance in a line integral); the isocentre is taken to be the centre of the slice.
+the config asks for them. Not modelled: scatter, but for the little that reaches every ray; beam hardening, modulation
+along z, noise shared between neighbouring slices of helical scans, and the bias of the logarithm, which takes few
+counts for more attenuation than there was (by about half the noise's variance in a line integral); the isocentre is
+taken to be the centre of the slice.
 """
 
 from __future__ import annotations
