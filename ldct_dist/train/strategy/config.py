@@ -7,7 +7,7 @@ from typing import Literal
 from ldct_dist.config import Config
 
 BUCKET = 50_000_000
-"""elements that are reduced or gathered at a time"""
+"""elements of the gradients that are reduced at a time, and of ZeRO 3's weights that are gathered at a time"""
 Place = Literal["gpu", "cpu", "nvme"]
 
 

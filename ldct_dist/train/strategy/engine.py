@@ -50,20 +50,23 @@ def build_engine(model: Denoiser, optimizer: Optimizer, config: RunConfig, world
         engine, *_ = deepspeed.initialize(
             model=_Working(model, autocast(world.device, config.precision == "bf16")),
             optimizer=optimizer,
-            config=_settings(config, world),
+            config=_settings(config, world, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
     return engine
 
 
-def _settings(config: RunConfig, world: World) -> dict[str, Any]:
-    """The run's config in DeepSpeed's words."""
+def _settings(config: RunConfig, world: World, parameters: int) -> dict[str, Any]:
+    """The run's config in DeepSpeed's words, for a network of so many parameters."""
     gpu, places = world.device.type == "cuda", config.deepspeed
     zero: dict[str, Any] = {
         "stage": config.zero,
-        "overlap_comm": gpu,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        # Below ZeRO 3, a second bucket is filled while the first one travels: in vain where one holds all gradients.
+        "overlap_comm": gpu and (config.zero == 3 or parameters > BUCKET),
+        "reduce_bucket_size": min(BUCKET, parameters),  # it is allocated whole, whatever comes into it
+        # Weights gathered ahead, and kept for the backward pass. DeepSpeed's own 1e9 keep all of nearly every network.
+        "stage3_max_live_parameters": BUCKET,
+        "stage3_max_reuse_distance": BUCKET,
     }
     # What lies on a disk is the CPU's to DeepSpeed (see disk.py).
     for what, place in (("offload_optimizer", places.optimizer), ("offload_param", places.parameters)):
@@ -75,8 +78,11 @@ def _settings(config: RunConfig, world: World) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
         "steps_per_print": None,
         "gradient_clipping": config.optim.clip_norm or 0.0,
-        # The guard judges gradients before they are applied.
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "check_grad_overflow": False,  # the guard judges gradients before they are applied
+            "immediate_grad_update": True,  # ZeRO 1: no gradient in bf16 outlives the sum in fp32 that it is added to
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
