@@ -46,7 +46,8 @@ class StepCost:
     """
 
     crops: int
-    parameters: int
+    sizes: tuple[int, ...]
+    """elements of each weight"""
     flops: int
     """without recomputation: what MFU counts"""
     saved: int
@@ -56,6 +57,10 @@ class StepCost:
     gradients: tuple[int, ...]
     """those of them that there are by then, if there were none before"""
     ops: tuple[Op, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.sizes)
 
     @property
     def peak(self) -> int:
@@ -85,7 +90,7 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple)
         hu = torch.empty(crops, 1, *crop)
         full = torch.empty_like(hu)
         box = torch.empty(crops, 3, 2, dtype=torch.int64)
-        parameters = sum(p.numel() for p in model.parameters())
+        sizes = tuple(p.numel() for p in model.parameters())
         for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
             # as autocast does on CUDA, and does not on the CPU, whose kernels are counted here
             norm.register_forward_pre_hook(lambda _, given: (given[0].float(),))
@@ -104,7 +109,7 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple)
             loss.backward()
     ops = tuple(counter.ops)
     flops = sum(op.flops for op in ops)
-    return StepCost(crops, parameters, flops, saved, tuple(counter.trace), tuple(counter.gradients), ops)
+    return StepCost(crops, sizes, flops, saved, tuple(counter.trace), tuple(counter.gradients), ops)
 
 
 class _Counter(TorchDispatchMode):

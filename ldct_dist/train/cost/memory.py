@@ -1,7 +1,8 @@
 """Where a rank's memory goes, part by part, under each way of sharing a network out.
 
 ZeRO after Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020):
-stage 1 shares out the optimizer's state, 2 the gradients too, 3 the weights too. Gradients are added up in fp32.
+stage 1 shares out the optimizer's state, 2 the gradients too, 3 the weights too. What DeepSpeed holds besides is in
+cost/zero.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from ldct_dist.data.loader import READY
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import StepCost, count
-from ldct_dist.train.strategy.config import BUCKET
+from ldct_dist.train.cost.zero import Network, held
 from ldct_dist.train.strategy.parts import STATE_BYTES
 
 PROCESS = 2 << 30
@@ -105,6 +106,15 @@ class Activations:
         pairs = zip(self._live(crops), self.few.gradients, strict=True)
         return max((live + gradients, float(gradients)) for live, gradients in pairs)
 
+    def peak_without_copies(self, crops: float, copied: int, first: int = 0) -> float:
+        """What lives at most once there are gradients of `first` weights, besides copies of the weights, of so many bytes
+        each. They go as the gradients come."""
+        pairs = zip(self._live(crops), (held // 4 for held in self.few.gradients), strict=True)
+        p = self.few.parameters
+        return max(
+            (max(0.0, live - copied * (p - done)) for live, done in pairs if done >= first), default=0.0
+        )
+
     def _live(self, crops: float) -> list[float]:
         return [self._of(crops, few, more) for few, more in zip(self.few.live, self.more.live, strict=True)]
 
@@ -128,21 +138,25 @@ def memory(
             peak -= gradients
         saved = min(saved, peak)
         return Memory(4 * p, gradients, 8 * p, 4 * p, batches, saved, peak - saved)
-    low = 2 if config.precision == "bf16" else 4  # bytes of a weight that the network computes with
-    # autocast's copies, which DeepSpeed's weights make needless
-    copies = 2 * p if config.precision == "bf16" else 0.0
-    state = 12 * p  # fp32 weights and both moments
-    workspace = peak - saved + 2 * 4 * min(p, BUCKET)  # one bucket is filled while the other one travels
-    if sharing.zero == 3:
-        workspace += low * min(p, BUCKET)  # weights gathered ahead
+    # autocast's copies of the weights in bf16 are needless where the weights are in bf16 themselves, as DeepSpeed's are
+    low, copied = (2, 2) if config.precision == "bf16" else (4, 0)
+    network = Network(activations.few.sizes, low, gpus, share > crops)
+    zero = held(sharing.zero, network, sharing.offload_optimizer, sharing.offload_weights)
+    saved = max(0.0, saved - copied * p)
+    workspace = max(
+        zero.beside + activations.peak_without_copies(crops, copied),
+        zero.reducing + activations.peak_without_copies(crops, copied, zero.first),
+        zero.stepping,
+    )
+    kept = 0.0 if sharing.offload_optimizer else p / gpus
     return Memory(
-        weights=0 if sharing.offload_weights else low * p / (gpus if sharing.zero == 3 else 1),
-        gradients=0 if sharing.offload_optimizer else 4 * p / (gpus if sharing.zero >= 2 else 1),
-        optimizer=0 if sharing.offload_optimizer else state / gpus,
-        ema=0 if sharing.offload_optimizer else 4 * p / gpus,
+        weights=zero.weights,
+        gradients=zero.gradients,
+        optimizer=12 * kept,  # fp32 weights and both moments
+        ema=4 * kept,
         batches=batches,
-        activations=saved - copies,
-        workspace=workspace,
+        activations=saved,
+        workspace=workspace - saved,
     )
 
 
@@ -150,13 +164,16 @@ def node(sharing: Sharing, config: RunConfig, parameters: int, gpus: int, per_no
     """Of a node with at most `per_node` of `gpus` ranks."""
     ranks, p = min(gpus, per_node), parameters / gpus
     state = saving = STATE_BYTES * p
-    offloaded = state + 4 * p if sharing.offload_optimizer else 0.0  # with the gradients
-    if sharing.offload_weights:
-        offloaded += (2 if config.precision == "bf16" else 4) * p
+    # ZeRO 3, and 2 in fp32, sum gradients in memory of their own, from which the step's are copied
+    sums = 4 * p if sharing.zero == 3 or config.precision == "fp32" else 0.0
+    low = (2 if config.precision == "bf16" else 4) * p  # weights that are at work, or on their way to the GPU
+    offloaded = state + 4 * p + low if sharing.offload_optimizer else 0.0  # with the gradients
     process = PROCESS + (config.data.memory_mib << 20)
     first = (
         4.0 * parameters
     )  # the first weights, whole on every rank until they are handed over, before any save
     if sharing.nvme:
-        return Node(ranks * (process + first), ranks * (offloaded + saving))
+        return Node(ranks * (process + first + sums), ranks * (offloaded + saving))
+    if sharing.offload_optimizer:
+        offloaded += sums
     return Node(ranks * (process + offloaded + max(first, saving)), 0)

@@ -8,6 +8,7 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import StepCost
 from ldct_dist.train.cost.gpus import Gpu, Precision
 from ldct_dist.train.cost.memory import Sharing
+from ldct_dist.train.strategy.config import BUCKET
 
 ARITHMETIC = 0.5
 """of the data sheet's FLOPs that convolutions reach"""
@@ -61,20 +62,11 @@ def timing(
     """Of a step in which each of `gpus` ranks has `share` crops, `micro` at a time; `cost`: of any number of crops."""
     p, passes = float(cost.parameters), -(-share // micro)
     compute = share / micro * compute_s(cost, micro, gpu, config.precision)
-    others = (gpus - 1) / gpus
     link = LINKS * gpu.between(gpus)
     low = 2 if config.precision == "bf16" else 4
-    # Volumes of ring collectives: an all-reduce sends twice what a gather or a scatter of the same data does.
-    if sharing.zero is None:
-        after = 2 * others * min(4 * p, LAST_BUCKET)
-        hidden = 2 * others * 4 * p - after
-        update = (ADAM_BYTES + AVERAGE_BYTES) * p / (COPIES * gpu.bandwidth)
-    else:
-        scatters = 1 if sharing.zero == 1 else passes
-        gathers = 2 * passes if sharing.zero == 3 else 0
-        hidden = others * p * (4 * scatters + low * gathers)
-        after = 0.0 if sharing.zero == 3 else others * low * p
-        update = (ADAM_BYTES + AVERAGE_BYTES) * p / gpus / (COPIES * gpu.bandwidth)
+    hidden, after, window = _sent(sharing, p, low, passes, gpus)
+    kept = p if sharing.zero is None else p / gpus
+    update = (ADAM_BYTES + AVERAGE_BYTES) * kept / (COPIES * gpu.bandwidth)
     host, owned = 0.0, p / gpus
     nvme: float = NVME / min(gpus, gpu.per_node)
     if sharing.offload_optimizer:  # gradients there, weights back, arithmetic on the node's processors
@@ -83,7 +75,29 @@ def timing(
             update += (4 + ADAM_BYTES + AVERAGE_BYTES) * owned / nvme
     if sharing.offload_weights:
         host = 2 * passes * low * owned / (min(nvme, gpu.host) if sharing.nvme else gpu.host)
-    # Gradients travel while the last micro-batch's backward, two thirds of its time, goes on; weights at any time.
-    window = compute if sharing.zero == 3 else compute / passes * 2 / 3
-    exposed = max(0.0, hidden / link + host - window) + after / link
+    exposed = max(0.0, hidden / link + host - window * compute) + after / link
     return Timing(compute + exposed + update, exposed, hidden + after)
+
+
+def _sent(sharing: Sharing, p: float, low: int, passes: int, gpus: int) -> tuple[float, float, float]:
+    """Bytes that each GPU sends while it computes, and when it has; and the share of computing that the former hide in.
+
+    In rings: an all-reduce sends twice what a gather or a scatter of the same data does. Gradients are sent in fp32.
+    Counted in DeepSpeed 0.19: ZeRO 1 and 2 all-reduce them, so that each rank has what it owns (average_tensor, with its
+    use_multi_rank_bucket_allreduce), and ZeRO 3 alone scatters; 2 and 3 after each micro-batch.
+    """
+    others = (gpus - 1) / gpus
+    backward, reduce, weights = 2 / 3, 2 * others * 4 * p, others * low * p
+    if sharing.zero is None:
+        after = min(reduce, 2 * others * LAST_BUCKET)
+        return reduce - after, after, backward / passes
+    if sharing.zero == 3:
+        # each micro-batch gathers the weights twice, but for those of the end of forward, where backward begins
+        again = others * low * (p - min(p, BUCKET))
+        return passes * (reduce / 2 + weights + again), 0.0, 1.0
+    if sharing.zero == 2:
+        reduce *= passes
+    # one bucket, or BF16_Optimizer, reduces when backward has ended
+    if p <= BUCKET or (sharing.zero == 1 and low == 2):
+        return 0.0, reduce + weights, 0.0
+    return reduce, weights, backward if sharing.zero == 2 else backward / passes
