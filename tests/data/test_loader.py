@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldct_dist import config as configs
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.data.augment import AugmentConfig
 from ldct_dist.data.lesions import LesionConfig
@@ -16,9 +18,11 @@ from ldct_dist.data.plan import DataConfig, Plan
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.reader import Store
+from ldct_dist.train.config import RunConfig
 from on_gpu import on_gpu
 from stores import make_store
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 NO_AUGMENT = AugmentConfig(flips=False, transpose=False)
 ALL_AUGMENT = AugmentConfig(dose_mix=(0.5, 2.0), lesions=LesionConfig(count=9))
 
@@ -160,6 +164,15 @@ def test_memory_is_used_again_but_never_while_somebody_holds_it(store):
 def test_a_budget_that_cannot_hold_the_lanes_is_refused(store):
     with pytest.raises(UserError, match=r"memory_mib=1 holds too few blocks"):
         Loader(plan_of(store, memory_mib=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("mayo2016_unet3d", 1), ("mayo2016_unet3d", 4), ("mayo2016_nafnet3d_xl_zero3", 4)]
+)
+def test_a_config_that_comes_along_has_the_memory_for_the_gpus_it_is_for(tmp_path, name, ranks):
+    config = configs.read(RunConfig, CONFIGS / f"{name}.yaml")
+    large = make_store(tmp_path / "ct.zarr", [(128, 384, 384)])  # blocks as large as those of 512 x 512 voxels
+    Loader(Plan(large, config.data, seed=5), 0, ranks).close()
 
 
 def test_damage_is_named_where_it_is_met(tmp_path):
