@@ -57,6 +57,15 @@ def refuse_taken(folder: Path) -> None:
         raise UserError(f"{folder}: exists already; choose another folder or remove it")
 
 
+def refuse_inside(folder: Path, source: Path) -> None:
+    """Raises UserError where `folder` is in `source`, whose next reader would take what is written for more sources."""
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
+        raise UserError(
+            f"{folder}: in {source}, where what is written would be read as a source the next time; choose a folder "
+            "outside it"
+        )
+
+
 def sync(path: Path) -> None:
     """Have a file's bytes, or the names in a folder, on disk."""
     fd = os.open(path, os.O_RDONLY)

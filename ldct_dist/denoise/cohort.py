@@ -10,6 +10,7 @@ from pathlib import Path
 from ldct_dist.denoise.claim import claim
 from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
+from ldct_dist.files import refuse_inside
 
 
 @dataclass
@@ -39,9 +40,10 @@ def denoise_cohort(
     """Denoise each case of `source` into a folder of its name in `out`; what is there already stays.
 
     part: (i, n) takes every n-th case from the i-th. A case that is refused does not stop the others.
-    Raises UserError for an `out` whose cases another network made: a cohort is not mixed.
+    Raises UserError for an `out` whose cases another network made, as a cohort is not mixed, and for one in `source`.
     """
     report = CohortReport()
+    refuse_inside(out, source)
     cases = cases_of(source)[part[0] :: part[1]]
     claim(out, denoise.name)
     for case in cases:

@@ -16,7 +16,7 @@ from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import Series, read_series, sound_series
 from ldct_dist.denoise.claim import MADE_BY, claim
 from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume, refuse_strength
-from ldct_dist.files import refuse_taken, refuse_unwritable
+from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.models.weights import load_weights, weights_hash
 
@@ -57,6 +57,7 @@ class SeriesDenoiser:
     ) -> list[Path]:
         """`denoise_series`, with this network."""
         out = Path(out)
+        refuse_inside(out, Path(source))
         series = sound_series(source, notice)
         if len(series) == 1:
             refuse_taken(out)
@@ -111,7 +112,7 @@ def denoise_series(
 
     What is in `out` is whole series: of several, those stay that were denoised before a start with the same series and
     weights was stopped. Returns the files. Raises UserError for weights or series that cannot be used, for an `out`
-    that cannot be written, and for one that holds something else.
+    that cannot be written, that is in `source`, or that holds something else.
     """
     if not os.path.exists(Path(out) / MADE_BY):  # unlike Path's, this answers where nothing may be looked at
         refuse_taken(Path(out))  # before all work, which may be an hour's

@@ -49,3 +49,14 @@ def test_a_refused_folder_whose_name_is_not_utf_8_is_told_of(tmp_path, monkeypat
     said = capsys.readouterr().out
     assert "/M\\udcfcller: series" in said
     assert "cases (patients) by split: train" in said
+
+
+def test_a_simulated_series_is_not_put_beside_its_source(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "in"
+    write_series(source, anatomy(1))
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "simulate", str(source), str(source / "low")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "choose a folder outside" in capsys.readouterr().err
+    assert not (source / "low").exists()

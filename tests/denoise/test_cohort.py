@@ -92,3 +92,9 @@ def test_a_case_that_is_refused_leaves_the_others(source, weights, tmp_path):
     assert report.refused[0].startswith("b: ")
     with pytest.raises(UserError, match="a folder that holds a folder a case"):
         cohort.cases_of(source / "a")
+
+
+def test_an_output_among_the_cases_would_be_one_of_them(source, weights):
+    with pytest.raises(UserError, match="choose a folder outside"):
+        denoise_cohort(SeriesDenoiser.load(weights), source, source / "out")
+    assert cases(source) == ["a", "b", "c"]

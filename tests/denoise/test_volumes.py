@@ -192,6 +192,16 @@ def test_an_output_that_exists_is_refused_before_any_work(identity, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+def test_an_output_in_the_source_is_refused_as_the_next_start_would_denoise_it_too(identity, tmp_path):
+    write_series(tmp_path / "in", phantom())
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    before = sorted((tmp_path / "in").iterdir())
+    for out in (tmp_path / "in" / "out", tmp_path / "link" / "out"):
+        with pytest.raises(UserError, match="read as a source the next time; choose a folder outside"):
+            denoise_series(identity, tmp_path / "in", out)
+    assert sorted((tmp_path / "in").iterdir()) == before
+
+
 def test_an_output_that_cannot_be_looked_at_is_refused_before_any_work(tmp_path):
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\); choose"):
         denoise_series("no-weights", "no-source", tmp_path / ("x" * 300))
