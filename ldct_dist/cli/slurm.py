@@ -138,14 +138,15 @@ def doctor(
         ),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(help="As a job on so many nodes; without it, this machine alone")
+        int | None, typer.Option(min=1, help="As a job on so many nodes; without it, this machine alone")
     ] = None,
     tasks: Annotated[
-        int | None, typer.Option(help="Ranks a node; without it, one a GPU, and two on this machine alone")
+        int | None,
+        typer.Option(min=1, help="Ranks a node; without it, one a GPU, and two on this machine alone"),
     ] = None,
     site: Site = None,
     runs: Annotated[Path | None, typer.Option(help="The folder of runs; else the config's, or runs/")] = None,
-    write_mib: Annotated[int, typer.Option(help="MiB a rank writes to measure the speed")] = 64,
+    write_mib: Annotated[int, typer.Option(min=1, help="MiB a rank writes to measure the speed")] = 64,
 ) -> None:
     """Is this site fit for a run? One line a check, green or what to do. Run it before the first big job.
 

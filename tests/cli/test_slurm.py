@@ -123,6 +123,14 @@ def test_what_an_earlier_submission_left_stays_where_slurm_cannot_be_reached(fol
     assert kept.read_text() == '{"job": "7"}'
 
 
+@pytest.mark.parametrize("option", ["--nodes=0", "--tasks=0", "--write-mib=0"])
+def test_a_doctor_of_nothing_is_refused(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "doctor", option])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("verb", "words"),
     [
