@@ -163,17 +163,15 @@ def memory(
 def node(sharing: Sharing, config: RunConfig, parameters: int, gpus: int, per_node: int) -> Node:
     """Of a node with at most `per_node` of `gpus` ranks."""
     ranks, p = min(gpus, per_node), parameters / gpus
-    state = saving = STATE_BYTES * p
-    # ZeRO 3, and 2 in fp32, sum gradients in memory of their own, from which the step's are copied
-    sums = 4 * p if sharing.zero == 3 or config.precision == "fp32" else 0.0
-    low = (2 if config.precision == "bf16" else 4) * p  # weights that are at work, or on their way to the GPU
-    offloaded = state + 4 * p + low if sharing.offload_optimizer else 0.0  # with the gradients
+    low = 2 if config.precision == "bf16" else 4
+    # the first weights, whole on every rank until they are handed over, before any save
+    first, saving = 4.0 * parameters, STATE_BYTES * p
+    offloaded = sums = 0.0
+    if sharing.offload_optimizer:  # with the step's gradients, and weights at work or on their way to the GPU
+        offloaded = (STATE_BYTES + 4 + low) * p
+    if sharing.offload_optimizer and (sharing.zero == 3 or low == 4):
+        sums = 4 * p  # of gradients, in memory of their own, from which the step's are copied
     process = PROCESS + (config.data.memory_mib << 20)
-    first = (
-        4.0 * parameters
-    )  # the first weights, whole on every rank until they are handed over, before any save
     if sharing.nvme:
         return Node(ranks * (process + first + sums), ranks * (offloaded + saving))
-    if sharing.offload_optimizer:
-        offloaded += sums
-    return Node(ranks * (process + offloaded + max(first, saving)), 0)
+    return Node(ranks * (process + offloaded + sums + max(first, saving)), 0)
