@@ -12,6 +12,7 @@ setup: .venv/.done
 	  { echo "ldct_dist needs Python 3.11 or newer: make setup PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { echo "no venv module: apt install python3-venv"; exit 2; }
+	@echo "installing into .venv: a minute or two, longer where torch brings CUDA along"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed]'
 	@command -v g++ >/dev/null || echo "note: no g++ here, so train.compile=true is refused on CPU; all else works (apt install g++)"
 	@touch $@

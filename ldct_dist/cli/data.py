@@ -152,9 +152,11 @@ def simulate(
     from ldct_dist.ct.dicom import one_series, read_series
     from ldct_dist.ct.dose import simulate_low_dose
     from ldct_dist.ct.dose_config import seed_of
-    from ldct_dist.files import refuse_inside
+    from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable
 
     refuse_inside(out, source)
+    refuse_taken(out)
+    refuse_unwritable(out.absolute().parent)
     series = one_series(source, notice)
     with console.status("simulating"):
         low = simulate_low_dose(read_series(series), dose, seed_of(series.series_uid, seed))

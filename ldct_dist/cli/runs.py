@@ -11,6 +11,8 @@ import typer
 from ldct_dist.cli.common import Overrides, app, console, notice, part_of, progress
 from ldct_dist.errors import UserError
 
+DEMO_CONFIG = Path("configs/demo.yaml")
+
 
 @app.command()
 def train(
@@ -192,12 +194,14 @@ def evaluate(
 
 @app.command()
 def demo(
-    config: Annotated[Path, typer.Argument(help="The demo's YAML")] = Path("configs/demo.yaml"),
+    config: Annotated[Path, typer.Argument(help="The demo's YAML")] = DEMO_CONFIG,
     overrides: Overrides = None,
 ) -> None:
     """The main job on real CT in a few minutes: ingest, train, kill, resume, denoise, compare."""
     from ldct_dist.demo import run
 
+    if "=" in str(config) and not config.exists():  # an override, and the config left out
+        config, overrides = DEMO_CONFIG, [str(config), *(overrides or [])]
     if not config.exists():
         raise UserError(
             f"{config}: no such config file here; start the demo from the folder of the clone, or give the path of the "

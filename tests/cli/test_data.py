@@ -60,3 +60,20 @@ def test_a_simulated_series_is_not_put_beside_its_source(tmp_path, monkeypatch, 
     assert ended.value.code == 2
     assert "choose a folder outside" in capsys.readouterr().err
     assert not (source / "low").exists()
+
+
+def test_a_place_that_cannot_take_the_simulated_series_is_refused_before_any_work(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for out, said in (
+        ("out", "exists already"),
+        ("out/notes.txt/low", "cannot be written (Not a directory)"),
+    ):
+        words = ["simulate", "no-source", str(tmp_path / out)]
+        monkeypatch.setattr(sys, "argv", ["ldct-dist", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err

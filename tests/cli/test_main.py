@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from ldct_dist import cli
 from ldct_dist.evaluate.protocols import PROTOCOLS
 from ldct_dist.store import reader
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch, capsys):
@@ -45,3 +48,12 @@ def test_help_breaks_no_line_where_the_source_does(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "stop it with a checkpoint; a second INT stops it at once." in capsys.readouterr().out
+
+
+def test_the_demo_takes_an_override_without_its_config(monkeypatch, capsys):
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "demo", "stepps=7"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "stepps: no such setting; did you mean steps?" in capsys.readouterr().err
