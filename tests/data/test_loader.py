@@ -171,9 +171,8 @@ def test_a_budget_that_cannot_hold_the_lanes_is_refused(store):
 )
 def test_a_config_that_comes_along_has_the_memory_for_the_gpus_it_is_for(tmp_path, name, ranks):
     config = configs.read(RunConfig, CONFIGS / f"{name}.yaml")
-    large = make_store(
-        tmp_path / "ct.zarr", [(128, 384, 384)]
-    )  # blocks as large as those of 512 x 512 voxels
+    # Its blocks are of 32 MiB, those of 512 x 512 voxels of 30.
+    large = make_store(tmp_path / "ct.zarr", [(128, 384, 384)])
     Loader(Plan(large, config.data, seed=5), 0, ranks).close()
 
 
