@@ -141,6 +141,12 @@ def info(
 def simulate(
     source: Annotated[Path, typer.Argument(help="Folder with one full-dose DICOM series")],
     out: Annotated[Path, typer.Argument(help="New folder for the low-dose series")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="The scanner to assume, such as photons=2e5 cutoff_per_mm=0.8"
+        ),
+    ] = None,
     dose: Annotated[float, typer.Option(help="Fraction of the dose to keep")] = 0.25,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other noise; every series has its own")] = 0,
 ) -> None:
@@ -148,18 +154,20 @@ def simulate(
 
     Example: ldct-dist simulate full/ quarter/ --dose 0.25
     """
+    from ldct_dist import config as configs
     from ldct_dist.ct.derived import write_simulated
     from ldct_dist.ct.dicom import one_series, read_series
     from ldct_dist.ct.dose import simulate_low_dose
-    from ldct_dist.ct.dose_config import seed_of
+    from ldct_dist.ct.dose_config import DoseConfig, seed_of
     from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable
 
+    scanner = configs.read(DoseConfig, None, overrides or [])
     refuse_inside(out, source)
     refuse_taken(out)
     refuse_unwritable(out.absolute().parent)
     series = one_series(source, notice)
     with console.status("simulating"):
-        low = simulate_low_dose(read_series(series), dose, seed_of(series.series_uid, seed))
+        low = simulate_low_dose(read_series(series), dose, seed_of(series.series_uid, seed), scanner)
     files = write_simulated(series, low.hu, out, dose)
     console.print(f"{len(files)} slices -> {out}")
 

@@ -77,3 +77,21 @@ def test_a_place_that_cannot_take_the_simulated_series_is_refused_before_any_wor
             cli.main()
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_phantom_without_noise_is_simulated_once_told_of_the_scanner(tmp_path, monkeypatch, capsys):
+    source, out = tmp_path / "in", tmp_path / "low"
+    write_series(source, anatomy(1, noise=0.0))
+
+    def simulate(*given: str) -> int | None:
+        monkeypatch.setattr(sys, "argv", ["ldct-dist", "simulate", str(source), str(out), *given])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
+
+    assert simulate() == 2
+    assert "say photons=2e5 and cutoff_per_mm=0.8" in capsys.readouterr().err
+    assert simulate("photon=2e5") == 2
+    assert "photon" in capsys.readouterr().err
+    assert not simulate("photons=1e5", "cutoff_per_mm=0.5", "views=16", "columns=32")
+    assert len(list(out.iterdir())) == len(list(source.iterdir()))

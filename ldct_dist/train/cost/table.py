@@ -32,7 +32,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"crops of {_size(plan.crop)}: {100 * plan.counted:.0f} % of the voxels inside a volume count in the loss"
     )
-    console.print(f"checkpoint {_bytes(plan.checkpoint)}, saved in {plan.save_s:.0f} s, beside training")
+    console.print(f"checkpoint {_bytes(plan.checkpoint)}, saved in {plan.save_s:.1f} s, beside training")
     for gpus in dict.fromkeys(row.gpus for row in plan.rows):
         rows = [row for row in plan.rows if row.gpus == gpus]
         first = rows[0]
