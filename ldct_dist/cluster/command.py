@@ -16,6 +16,7 @@ from ldct_dist.cluster.submit import Request
 from ldct_dist.denoise.cohort import cases_of
 from ldct_dist.denoise.tiles import refuse_strength
 from ldct_dist.errors import UserError
+from ldct_dist.files import refuse_inside
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.train.config import RunConfig
 
@@ -36,7 +37,10 @@ def parse(arguments: Sequence[str], site: str | None, allow_new_data: bool) -> R
 def parse_parts(
     arguments: Sequence[str], site: str | None, parts: int | None, at_once: int | None = None
 ) -> Parts:
-    """`ingest SOURCE STORE ...` or `denoise WEIGHTS COHORT OUT` as an array."""
+    """`ingest SOURCE STORE ...` or `denoise WEIGHTS COHORT OUT` as an array.
+
+    Raises UserError for what every task of it would refuse, before it waits in a queue.
+    """
     (verb, *words), options = split(arguments)
     folders = words if verb == "denoise" else [word for word in words if not _OVERRIDE.fullmatch(word)]
     if len(folders) != (2 if verb == "ingest" else 3):
@@ -49,6 +53,7 @@ def parse_parts(
         script = array_script(verb, [verb, *words], jobs, parts or 8, options, site, at_once)
         return Parts(script, shlex.join(["ldct-dist", verb, *words]), then=["finalise", folders[-1]])
     cases = cases_of(Path(folders[1]))
+    refuse_inside(out, Path(folders[1]))
     # What a run's best weights are may change before the last task starts: all take this copy.
     weights = weights_of(Path(folders[0]))
     copy = jobs / f"{weights_hash(weights)}.safetensors"

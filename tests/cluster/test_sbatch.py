@@ -239,6 +239,14 @@ def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
         )
 
 
+def test_a_cohort_that_would_be_denoised_into_itself_is_refused_before_it_is_submitted(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
+    words = ["denoise", *(str(tmp_path / name) for name in ("w.safetensors", "in", "in/out"))]
+    with pytest.raises(UserError, match="choose a folder outside it"):
+        parse_parts(words, None, None)
+
+
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
     config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4)
     done = command("submit", config, "--nodes", "2", "--gpus-per-node", "a100:4", "--dry-run")
