@@ -61,6 +61,8 @@ def test_a_key_within_a_list_is_refused(tmp_path):
         ("data.crop=[8,9,9,9]", "override data.crop=[8,9,9,9]: data.crop: give all its values as a list"),
         ("loss.margin=3", "override loss.margin=3: loss.margin: give all its values as a list"),
         ("store=", "override store=: store: it has no value"),
+        ("name=../evil", "override name=../evil: name: give up to 100 letters, digits, dots, hyphens"),
+        ("name=a/b", "override name=a/b: name: give up to 100 letters, digits, dots, hyphens"),
         (
             "data.augment.lesions=24",
             "override data.augment.lesions=24: data.augment.lesions: has settings of its own, such as data.augment.lesions.count",

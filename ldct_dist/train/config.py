@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field
 
 from ldct_dist.checkpoint.retention import CheckpointConfig
 from ldct_dist.config import Config, LocalPath, Positive
@@ -15,7 +16,16 @@ from ldct_dist.models.registry import ModelConfig
 from ldct_dist.train.guard import GuardConfig
 from ldct_dist.train.strategy.config import DeepSpeedConfig
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+def _names_a_folder(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            "give up to 100 letters, digits, dots, hyphens and underscores, a letter or digit first"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_names_a_folder)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
