@@ -110,8 +110,8 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(store, tmp_path_factory):
     """Folder of 20 steps by two ranks: PRECISION-STAGE; in fp32 also broken-STAGE, stopped and taken up,
-    buckets-STAGE, which reduces and gathers in many pieces, rolled-STAGE, which goes back, and if what they need was compiled before offload, on the CPU, nvme-STAGE and
-    broken-nvme-STAGE, in the folder nvme."""
+    buckets-STAGE, which reduces and gathers in many pieces, rolled-STAGE, which goes back, and if what they need was
+    compiled before offload, on the CPU, nvme-STAGE and broken-nvme-STAGE, in the folder nvme."""
     folder = tmp_path_factory.mktemp("trained")
     wanted: list[tuple[Path, float | None]] = []
 

@@ -109,7 +109,7 @@ class Activations:
     def peak_without_copies(self, crops: float, copied: int, first: int = 0) -> float:
         """What lives at most once there are gradients of `first` weights, besides copies of the weights, of so many bytes
         each. They go as the gradients come."""
-        pairs = zip(self._live(crops), (held // 4 for held in self.few.gradients), strict=True)
+        pairs = zip(self._live(crops), (size // 4 for size in self.few.gradients), strict=True)
         p = self.few.parameters
         return max(
             (max(0.0, live - copied * (p - done)) for live, done in pairs if done >= first), default=0.0

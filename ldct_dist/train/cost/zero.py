@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from ldct_dist.train.strategy.config import BUCKET
+from ldct_dist.train.strategy.config import BUCKET, PERSISTENT
 
-PERSISTENT = 100_000
-"""elements of a weight up to which ZeRO 3 keeps it whole (DeepSpeed's stage3_param_persistence_threshold)"""
 NORM = 8
 """bytes an element while a gradient's norm is taken, tensor by tensor in fp64"""
 
@@ -75,6 +73,7 @@ class Network:
 
 
 def held(zero: int, network: Network, optimizer_offloaded: bool, weights_offloaded: bool) -> Held:
+    """Bytes that a GPU holds under ZeRO stage `zero`, but for the optimizer's state; offloaded: to the node's memory."""
     if zero == 3:
         return _stage_3(network, optimizer_offloaded, weights_offloaded)
     if zero == 1 and network.low == 2 and not optimizer_offloaded:
@@ -107,9 +106,8 @@ def _stage_1_and_2(zero: int, network: Network, offloaded: bool) -> Held:
         beside, reducing = buckets - gradients, buckets + max(flat - gradients, 0.0)
     if network.passes and zero == 2:  # what earlier micro-batches have left
         beside, reducing = beside + gradients, reducing + gradients
-    elif (
-        network.passes
-    ):  # ZeRO 1 shares nothing out before the last one; what lies in the bucket lies there alone
+    elif network.passes:
+        # ZeRO 1 shares nothing out before the last one; what lies in the bucket lies there alone
         beside = buckets + 4.0 * p - gradients
         reducing = max(reducing, buckets + 4.0 * (p - network.bucket))
     return Held(4.0 * p, gradients, beside, reducing, network.first, stepping)

@@ -8,6 +8,8 @@ from ldct_dist.config import Config
 
 BUCKET = 50_000_000
 """elements of the gradients that are reduced at a time, and of ZeRO 3's weights that are gathered at a time"""
+PERSISTENT = 100_000
+"""elements of a weight up to which ZeRO 3 keeps it whole on every rank, rather than gather it"""
 Place = Literal["gpu", "cpu", "nvme"]
 
 

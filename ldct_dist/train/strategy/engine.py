@@ -21,7 +21,7 @@ from ldct_dist.models.execution import autocast
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.optim import build_optimizer
-from ldct_dist.train.strategy.config import BUCKET, DeepSpeedConfig
+from ldct_dist.train.strategy.config import BUCKET, PERSISTENT, DeepSpeedConfig
 from ldct_dist.train.strategy.disk import STRETCH, folder_on_this_node, lies_in_memory
 from ldct_dist.world import World, backend_of
 
@@ -67,6 +67,7 @@ def _settings(config: RunConfig, world: World, parameters: int) -> dict[str, Any
         # Weights gathered ahead, and kept for the backward pass. DeepSpeed's own 1e9 keep all of nearly every network.
         "stage3_max_live_parameters": BUCKET,
         "stage3_max_reuse_distance": BUCKET,
+        "stage3_param_persistence_threshold": PERSISTENT,
     }
     # What lies on a disk is the CPU's to DeepSpeed (see disk.py).
     for what, place in (("offload_optimizer", places.optimizer), ("offload_param", places.parameters)):
