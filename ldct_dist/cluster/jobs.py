@@ -13,7 +13,12 @@ from pathlib import Path
 from ldct_dist.cluster.environment import outside
 from ldct_dist.errors import UserError
 
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
+# What Slurm calls a job that is over, and one that waits. All else is a job at work: for a moment it may be SIGNALING,
+# RESIZING, or what a later Slurm calls it. https://slurm.schedmd.com/job_state_codes.html
+_OVER = (
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+)
+_WAITING = "CONFIGURING PENDING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT".split()
 _SQUEUE = ("JobID", "JobArrayID", "State", "Reason", "RestartCnt", "StartTime")
 _SACCT = ("JobIDRaw", "JobID", "State", "ExitCode")
 _ANEW = ("REQUEUED", "PREEMPTED", "NODE_FAIL")  # how sacct ends the life of a job that lives again
@@ -35,7 +40,12 @@ class Job:
     @property
     def active(self) -> bool:
         """Whether Slurm runs it, or is still going to."""
-        return self.state in ACTIVE
+        return self.state not in _OVER
+
+    @property
+    def waiting(self) -> bool:
+        """Whether Slurm is going to run it."""
+        return self.state in _WAITING
 
 
 def ask(ids: Collection[str], timeout_s: float = 10.0) -> tuple[dict[str, Job], str | None]:

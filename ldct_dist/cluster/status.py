@@ -152,7 +152,7 @@ def has_begun(progress: Progress, job: Job) -> bool:
 def state_of(progress: Progress, job: Job | None, now: float) -> str:
     """One word. job: None if it has nothing to do with the run any more; Slurm's word on it goes before the folder's."""
     if job is not None and job.active:
-        return "running" if job.state in ("RUNNING", "COMPLETING", "SUSPENDED") else "pending"
+        return "pending" if job.waiting else "running"
     if progress.done:
         return "done"
     if job is None and progress.alive(now):

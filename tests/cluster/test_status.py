@@ -190,8 +190,11 @@ def test_a_run_lives_by_its_pid_here_and_by_its_latest_sign_elsewhere(tmp_path):
     [
         (Job("1", "PENDING"), "pending"),
         (Job("1", "REQUEUED"), "pending"),
+        (Job("1", "SPECIAL_EXIT"), "pending"),
         (Job("1", "RUNNING"), "running"),
         (Job("1", "COMPLETING"), "running"),
+        (Job("1", "SIGNALING"), "running"),
+        (Job("1", "STOPPED"), "running"),
         (Job("1", "CANCELLED"), "cancelled"),
         (Job("1", "TIMEOUT"), "failed"),
         (Job("1", "COMPLETED"), "stopped"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,22 @@ def test_preempted_by_a_higher_partition(cluster, store, unbroken, tmp_path):
     assert trial.restarts == 1
     assert "stopped at step" in trial.job.log.read_text()
     assert same(trial.run, unbroken)
+
+
+def test_a_job_that_is_just_being_signalled_is_not_over(machines, store, tmp_path):
+    """Slurm calls it SIGNALING, not RUNNING, until the nodes have taken a SIGCONT, with which a preemption begins."""
+    trial = Trial(machines, store, tmp_path)
+    wait(lambda: field(machines, trial.job.job_id, "JobState") == "RUNNING", "running")
+    processes = machines.order("processes_of", trial.nodes()[0])
+    (slurmd,) = (int(pid) for pid, line in processes.items() if "slurmd -D" in line)
+    os.kill(slurmd, signal.SIGSTOP)
+    try:
+        machines.run("scancel", "--signal=CONT", trial.job.job_id)
+        wait(lambda: trial.job.state == "SIGNALING", "the signal on its way")
+        assert not trial.job.done(force_check=True)
+    finally:
+        os.kill(slurmd, signal.SIGCONT)
+    machines.run("scancel", trial.job.job_id)
 
 
 def test_requeued_by_a_person(cluster, store, unbroken, tmp_path):
