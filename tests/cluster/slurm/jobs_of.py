@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldct_dist import submit
+from ldct_dist.cluster.jobs import Job
 from ldct_dist.cluster.local import LocalRanks
 from runs import losses, write_config
 
@@ -48,6 +49,10 @@ def field(cluster, job: str, name: str) -> str:
     """What `scontrol show job` says, such as Restarts or JobState."""
     text = cluster.run("scontrol", "--oneliner", "show", "job", job)
     return re.search(rf"\b{name}=(\S*)", text)[1]
+
+
+def over(cluster, job: str) -> bool:
+    return not Job(job, field(cluster, job, "JobState")).active
 
 
 def ranks_on(machines, node: int) -> list[int]:

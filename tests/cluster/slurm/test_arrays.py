@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs_of import field, wait
+from jobs_of import field, over, wait
 
 from ldct_dist import config as configs
 from ldct_dist.denoise.claim import MADE_BY
@@ -64,7 +64,7 @@ def test_a_part_of_an_ingest_is_killed_and_the_store_is_as_if_it_had_not(cluster
     part = str(store), "--part", f"1/{CASES}"
     wait(lambda: process(*part), "a part runs")
     os.kill(process(*part), signal.SIGKILL)
-    wait(lambda: field(cluster, end, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"), "the end")
+    wait(lambda: over(cluster, end), "the end")
     logs = "".join(path.read_text() for path in Path(f"{store}.jobs").glob("*.log"))
     assert field(cluster, end, "JobState") == "COMPLETED", logs
     assert [field(cluster, f"{array}_{i}", "Restarts") for i in range(CASES)] == ["0", "1", "0"]
@@ -78,8 +78,7 @@ def test_a_cohort_is_denoised_by_parts_each_case_whole(cluster, dicom, tmp_path)
     save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
     out = tmp_path / "out"
     (array,) = submitted(cluster, tmp_path, "denoise", tmp_path / "w.safetensors", dicom, out, "--parts", 2)
-    done = ("COMPLETED", "FAILED")
-    wait(lambda: all(field(cluster, f"{array}_{i}", "JobState") in done for i in range(2)), "both parts")
+    wait(lambda: all(over(cluster, f"{array}_{i}") for i in range(2)), "both parts")
     assert sorted(p.name for p in out.iterdir()) == [MADE_BY, *(f"case-{i}" for i in range(CASES))]
     assert all(len(list(case.iterdir())) == 4 for case in out.glob("case-*"))
 
