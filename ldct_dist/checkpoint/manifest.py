@@ -19,7 +19,7 @@ class Corrupt(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """generation and step order checkpoints; files maps a name to its size in bytes and sha256."""
+    """generation: which start of the run wrote it; files maps a name to its size in bytes and sha256."""
 
     generation: int
     step: int

@@ -38,7 +38,7 @@ def saved(root: Path) -> list[Path]:
 
 
 def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
-    """(checkpoints by generation and step, newest first; those with no sound manifest, and why).
+    """(checkpoints by generation and place in the data, newest first; those with no sound manifest, and why).
 
     Only manifests are read: whether the files behind them are whole is for the loader to check.
     """
@@ -49,8 +49,13 @@ def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Pa
             sound.append((path, Manifest.read(path)))
         except Corrupt as e:
             broken.append((path, str(e)))
-    sound.sort(key=lambda c: (c[1].generation, c[1].step), reverse=True)
+    sound.sort(key=lambda c: (c[1].generation, _position(c[1])), reverse=True)
     return sound, broken
+
+
+def _position(manifest: Manifest) -> int:
+    """As in TrainState: of all that a start counts, it alone never falls. A run that went back passes steps again."""
+    return manifest.step + manifest.state.get("moved", 0)
 
 
 def is_regular(manifest: Manifest, config: CheckpointConfig) -> bool:

@@ -160,3 +160,16 @@ def test_an_applied_step_ends_the_stretch():
     for i in range(5):
         guard.skip(str(i))
     assert guard.summary() == "0; 1; 2; and 2 more, named above"
+
+
+def test_stopped_after_going_back_before_a_checkpoint_of_the_best_it_goes_on_from_the_stop(store, tmp_path):
+    """Step 6 is saved as the best so far, step 4 as a regular one; batches 6 to 8 are steps 7 to 9."""
+    config = write_config(tmp_path, store)
+    options = (*OPTIONS, "checkpoint.every=4", "validation.every=6", "steps=10")
+    bad = partial(spoilt, dict.fromkeys((6, 7, 8), NAN))
+    assert fork(config, *options, plant=partial(together, bad, partial(asked_to_stop, 9))) == [75, 75]
+    log = config.with_suffix(".log")
+    assert "gone back to step 4, on with batch 9" in log.read_text()
+    assert fork(config, *options, plant=bad) == [0, 0]
+    assert "resumed at step 5 from" in log.read_text()
+    assert log.read_text().count("gone back") == 1
