@@ -65,7 +65,7 @@ class Progress:
 
     @property
     def done(self) -> bool:
-        return self.checkpoint is not None and self.checkpoint == self.steps
+        return self.checkpoint is not None and self.steps is not None and self.checkpoint >= self.steps
 
     @property
     def eta_s(self) -> float | None:

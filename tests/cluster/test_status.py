@@ -165,6 +165,7 @@ def test_a_run_lives_by_its_pid_here_and_by_its_latest_sign_elsewhere(tmp_path):
     os.utime(silent / "losses.jsonl", (1000, 1000))
     make_run(tmp_path / "afar")
     make_run(tmp_path / "done", step=100, checkpoint=100)
+    make_run(tmp_path / "now-of-fewer-steps", step=100, checkpoint=100, steps=80)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(command) as process:
         here = {"host": platform.node(), "pid": process.pid}
@@ -177,6 +178,7 @@ def test_a_run_lives_by_its_pid_here_and_by_its_latest_sign_elsewhere(tmp_path):
         "silent": "stopped",
         "afar": "running",
         "done": "done",
+        "now-of-fewer-steps": "done",
         "here": "running",
         "not-it": "stopped",
     }
