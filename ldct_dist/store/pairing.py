@@ -237,6 +237,8 @@ def _by_manifest(path: Path, config: PairingConfig, share_out: Map) -> tuple[lis
 
 def _pair_of(config: PairingConfig, row: Row) -> Pair | UserError:
     """The pair that the row names, or why it is none."""
+    if config.dose is not None and row.low is not None and row.dose is None:
+        return UserError("no dose, by which pairing.dose chooses; fill it in")
     try:
         full, low = (_series_in(folder, config) if folder else None for folder in (row.full, row.low))
     except UserError as e:

@@ -235,6 +235,16 @@ def test_a_row_that_cannot_be_used_is_refused_and_stops_no_other(tmp_path, row, 
     assert "\n" not in refusal.reason
 
 
+def test_where_a_dose_is_asked_for_a_row_that_says_none_is_not_left_out_unsaid(tmp_path):
+    write_pair(tmp_path / "a/full", tmp_path / "a/low", Options(patient="A"))
+    write_series(tmp_path / "b", anatomy(1), Options(patient="B"))
+    rows = [f"{case},anna,a/full,a/low,{dose}" for case, dose in (("x", "0.25"), ("y", "0.1"), ("z", ""))]
+    table = manifest(tmp_path / "p.csv", *rows, "simulated,bert,b,,", columns="case,patient,full,low,dose")
+    pairs, (refusal,) = find_pairs(table, PairingConfig(dose=0.25))
+    assert [p.name for p in pairs] == ["x", "simulated"]
+    assert refusal.reason == f"{table}, line 4: no dose, by which pairing.dose chooses; fill it in"
+
+
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
