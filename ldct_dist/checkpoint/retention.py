@@ -27,6 +27,16 @@ class CheckpointConfig(Config):
     keep_every: Positive | None = None
     """checkpoints at multiples of this many steps stay for ever"""
 
+    @property
+    def newest(self) -> int:
+        """How many of the newest stay: the very newest does in any case."""
+        return max(1, self.keep_last)
+
+    @property
+    def at_a_time(self) -> int:
+        """How many there are at most, besides those of keep_every: the newest, the best, and the one being written."""
+        return self.newest + 2
+
 
 def directory(root: Path, step: int) -> Path:
     return root / f"{PREFIX}{step:08d}"
@@ -71,7 +81,7 @@ def prune(root: Path, config: CheckpointConfig) -> None:
     `keep_last` keeps, if more than one, is always the newest regular one.
     """
     checkpoints, _ = newest_first(root)
-    newest = [path for path, _ in checkpoints[: max(1, config.keep_last)]]
+    newest = [path for path, _ in checkpoints[: config.newest]]
     regular = [path for path, manifest in checkpoints if is_regular(manifest, config)][:1]
     if len(newest) > 1 and regular and regular[0] not in newest:  # stops made all of these
         newest[-1:] = regular

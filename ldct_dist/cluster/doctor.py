@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ldct_dist
+from ldct_dist.checkpoint.retention import CheckpointConfig
 from ldct_dist.cluster import jobs
 from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
 from ldct_dist.cluster.local import LocalRanks
@@ -107,7 +108,7 @@ def _examine(
         inside,
         write_mib,
         checkpoint_bytes(config) if config is not None else None,
-        config.checkpoint.keep_last + 2 if config is not None else 5,  # the best, and the one being written
+        (config.checkpoint if config is not None else CheckpointConfig()).at_a_time,
         world.broadcast(
             {"before the time limit": grace_s} | parse_partition(os.environ.get("LDCT_PARTITION", ""))
         ),

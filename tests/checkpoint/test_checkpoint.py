@@ -130,6 +130,22 @@ def test_stops_do_not_push_out_what_a_run_goes_back_to(saver):
     assert steps(saver) == [33]
 
 
+@pytest.mark.parametrize("keep_last", [0, 1, 3])
+def test_as_many_checkpoints_as_a_config_says_are_there_at_a_time(saver, monkeypatch, keep_last):
+    """Before a save makes room for itself, and with the best long ago."""
+    saver.config = CheckpointConfig(every=10, keep_last=keep_last)
+    prune, most = retention.prune, []
+
+    def counting(root, config):
+        most.append(len(steps(saver)))
+        prune(root, config)
+
+    monkeypatch.setattr(retention, "prune", counting)
+    for step in range(10, 100, 10):
+        save(saver, step, validation=float(step))
+    assert max(most) == saver.config.at_a_time
+
+
 def test_a_copy_that_a_user_keeps_beside_checkpoints_is_none(saver):
     kept = save(saver, 10).path.rename(saver.root / "step-00000010-good")
     for step in (20, 30, 40):
