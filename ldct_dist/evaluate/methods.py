@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -60,6 +60,19 @@ def peer(spec: str) -> tuple[str, Method]:
     except (ImportError, AttributeError) as e:
         raise UserError(f"--peer {spec}: {e}; is the module on PYTHONPATH?") from e
     return name, found
+
+
+def peers_beside(networks: Iterable[str], specs: Sequence[str]) -> dict[str, Method]:
+    """The peers of these, by name. Raises UserError as `peer` does, and where one has the name of another method."""
+    taken = {LOW, FULL, *networks}
+    peers: dict[str, Method] = {}
+    for spec in specs:
+        name, method = peer(spec)
+        if name in taken:
+            raise UserError(f"--peer {spec}: tables call another image {name}; name it otherwise")
+        taken.add(name)
+        peers[name] = method
+    return peers
 
 
 def apply(name: str, method: Method, low: Volume) -> np.ndarray:

@@ -16,7 +16,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.classify import Training, classify, patient_folds
 from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_classification, print_comparison
-from ldct_dist.evaluate.methods import LOW, peer
+from ldct_dist.evaluate.methods import LOW, peers_beside
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.report.page import write_report
 from ldct_dist.evaluate.report.pictures import Pictures
@@ -47,6 +47,7 @@ def evaluate(
     weights = {name: weights_of(path) for name, path in weights.items()}
     config = configs.validate(StudyConfig, dict(options), "evaluate")
     protocol_named(config.protocol)
+    others = peers_beside(weights, peers)
     opened = Store(store)
     if out is None and labels is not None:
         raise UserError("--labels: classification is part of the report; add --out FOLDER")
@@ -63,7 +64,7 @@ def evaluate(
 
     with console.status("denoising and measuring") as status:
         say = _say(console, status)
-        methods = methods_for(opened, config, weights, dict(map(peer, peers)), baselines if out else (), say)
+        methods = methods_for(opened, config, weights, others, baselines if out else (), say)
         study = measure(opened, config, methods, physics=out is not None, show=show, say=say)
         study.weights = {name: weights_hash(path) for name, path in weights.items()}
         if cohort:

@@ -67,6 +67,21 @@ def test_mistakes_are_named(pair):
         apply("x", lambda volume: volume.hu * np.nan, pair[0])
 
 
+@pytest.mark.parametrize("name", ["net.safetensors", "low dose", "full dose", "twice"])
+def test_no_method_takes_the_name_of_another(tmp_path, monkeypatch, name):
+    """Else one of the two would not be in the table, or the low dose would be what a peer made of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "other_networks.py").write_text("def half(volume):\n    return volume.hu / 2\n")
+    save_weights(tmp_path / "net.safetensors", random_network("unet3d", gain=0.5))
+    make_store(tmp_path / "ct.zarr", [(8, 40, 40)], ["test"])
+    peers = [f"--peer={peer}=other_networks:half" for peer in ("twice", name)]
+    done = CliRunner().invoke(app, ["evaluate", "net.safetensors", "ct.zarr", *peers])
+    assert isinstance(done.exception, UserError)
+    assert f"--peer {name}=" in str(done.exception)
+    assert "another" in str(done.exception)
+
+
 def test_a_network_is_measured_in_the_precision_that_it_is_used_in(pair, tmp_path):
     weights, (low, _) = tmp_path / "net.safetensors", pair
     save_weights(weights, random_network("unet3d", gain=0.5))
