@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ldct_dist
 from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.errors import UserError
 from ldct_dist.provenance import commit, versions
 
 
@@ -33,6 +38,29 @@ def test_a_repository_that_the_package_is_installed_in_is_not_its_own(tmp_path):
 
 def test_a_job_knows_the_commit_of_the_code_that_it_was_submitted_with(tmp_path):
     assert commit_in(snapshot_code(tmp_path)) == str(commit())
+
+
+def test_code_that_could_not_be_copied_whole_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="No space left"):
+        snapshot_code(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_jobs_that_are_submitted_at_once_share_the_code(tmp_path, monkeypatch):
+    """The other one is quicker: its copy has the name when this one is all written."""
+    chmod, theirs = os.chmod, []
+
+    def meanwhile(*given):
+        monkeypatch.setattr(os, "chmod", chmod)
+        theirs.append(snapshot_code(tmp_path))
+        chmod(*given)
+
+    monkeypatch.setattr(os, "chmod", meanwhile)
+    assert [snapshot_code(tmp_path)] == theirs == list(tmp_path.iterdir())
 
 
 def test_what_is_not_installed_has_no_version():

@@ -32,16 +32,20 @@ def snapshot_code(into: Path) -> Path:
     try:
         into.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".code-", dir=into))
-        for path in files:
-            copy = partial / package.name / path.relative_to(package)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-        if (known := commit()) is not None:
-            (partial / package.name / COMMIT).write_text(known)
-        os.chmod(partial, 0o755)
-        partial.rename(target)
+        try:
+            for path in files:
+                copy = partial / package.name / path.relative_to(package)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            if (known := commit()) is not None:
+                (partial / package.name / COMMIT).write_text(known)
+            os.chmod(partial, 0o755)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as e:
-        raise UserError(f"{into}: {e.strerror}; choose another folder with runs=FOLDER") from e
+        if not target.exists():  # another submit may have been quicker
+            raise UserError(f"{into}: {e.strerror}; choose another folder with runs=FOLDER") from e
     return target
 
 
