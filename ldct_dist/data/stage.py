@@ -124,9 +124,9 @@ class Copier:
         try:
             self.copies.mkdir(mode=0o700, exist_ok=True)  # a copy is no more public than its store
             origin = self.copies / ORIGIN
-            origin.write_text(str(self.store.path.resolve()))
+            origin.write_bytes(os.fsencode(self.store.path.resolve()))
             self._in_use.enter_context(_lock(origin, fcntl.LOCK_SH))
-            self._delete_outdated(origin.read_text())
+            self._delete_outdated()
             waiting = [array for array in arrays if not self._copy(*array)]
             while waiting:
                 self._pause()
@@ -143,12 +143,13 @@ class Copier:
                 f"data.stage: {where} has all; {self._made} arrays, {self._bytes / 2**20:.1f} MiB, are new there"
             )
 
-    def _delete_outdated(self, path: str) -> None:
-        """Delete copies of what the store at `path` was before, as far as no run uses them."""
+    def _delete_outdated(self) -> None:
+        """Delete copies of what the store at its path was before, as far as no run uses them."""
+        path = self.store.path.resolve()
         name, _, _ = self.copies.name.rpartition("-")
         for origin in self.copies.parent.glob(f"{name}-*/{ORIGIN}"):
             with suppress(FileNotFoundError):  # another run on the node has just deleted it
-                if origin.parent == self.copies or origin.read_text() != path:
+                if origin.parent == self.copies or origin.read_bytes() != os.fsencode(path):
                     continue
             with _lock(origin) as unused:
                 if unused:

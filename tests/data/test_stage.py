@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -112,6 +113,12 @@ def test_a_damaged_copy_is_not_read_is_said_and_is_made_anew(store, tmp_path, fi
     assert f"{copy} is damaged" in lines[1]
     assert not copy.exists()
     assert "1 arrays" in copied(store, tmp_path)[1][0]
+
+
+def test_a_store_whose_path_is_not_in_utf_8_is_copied_too(store, tmp_path):
+    named = store.rename(store.with_name(os.fsdecode(b"ct-\xe9.zarr")))  # as an archive from elsewhere has it
+    _, (line,) = copied(named, tmp_path)
+    assert "6 arrays" in line
 
 
 def test_copies_of_another_store_are_not_read(store, tmp_path):
