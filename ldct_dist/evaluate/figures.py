@@ -8,6 +8,7 @@ and sagittal plane through the middle of the body, head up, everything in one sc
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ _PANEL, _GAP = 2.8, 0.06
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.34, 0.12, 0.86, 0.66
 
 _STRIP_PIXELS = 256  # width of a column of the array
+
+
+def minus(words: str) -> str:
+    """Real minus signs before numbers; what hyphens join, such as abdomen-3d, stays."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", words)
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,7 @@ def three_planes(path: Path, images: dict[str, Volume], window: Range, title: st
         sheet.text(_LEFT / 2, y + height / 2, name, size=10, rotation=90)
         y += height + _GAP
     window_middle = _LEFT + len(images) * (_PANEL + _GAP) / 2
-    sheet.colour_bar(
-        window_middle, y + 0.1, panels[0], f"window [{window[0]:g}, {window[1]:g}] HU".replace("-", "−")
-    )
+    sheet.colour_bar(window_middle, y + 0.1, panels[0], minus(f"window [{window[0]:g}, {window[1]:g}] HU"))
     sheet.colour_bar(sheet.width - _RIGHT - _PANEL / 2, y + 0.1, panels[-1], "difference in HU")
     sheet.figure.savefig(path, facecolor=PAPER)
 

@@ -16,6 +16,7 @@ from ldct_dist.ct import noise
 from ldct_dist.ct.dose_config import seed_of
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
+from ldct_dist.evaluate.baselines import baseline_named
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply, network, tuned_baselines
 from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
 from ldct_dist.evaluate.physics.maps import CONSPICUOUS, hallucination_map, smoothed_noise
@@ -126,7 +127,10 @@ def methods_for(
 
     Baselines are tuned on a few cases of the other splits. Raises UserError for what is not there.
     """
-    dose = _dose(store, config)  # refused, as networks are, before filters are tuned for minutes
+    # All is refused before filters are tuned for minutes.
+    dose = _dose(store, config)
+    for name in baselines:
+        baseline_named(name)
     networks = {name: network(path, config.bf16, config.strength) for name, path in weights.items()}
     methods: dict[str, Method] = {LOW: lambda low: low.hu}
     if baselines:

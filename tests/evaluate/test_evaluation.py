@@ -39,6 +39,18 @@ def test_a_dose_that_is_not_there_is_told_with_whose_it_is_and_what_to_give(comm
     assert wanted.output == given.output == ""
 
 
+def test_an_unknown_filter_is_refused_before_any_is_tuned(command, tmp_path):
+    full = Volume(np.zeros((8, 48, 48), np.int16), (3.0, 1.0, 1.0))
+    layout.write_case(
+        tmp_path / "ct.zarr", "c1", {1.0: full, 0.25: full}, patient="c", split="train"
+    )  # to tune on
+    layout.finalise(tmp_path / "ct.zarr")
+    out = ["--out", str(tmp_path / "report"), "--baselines", "gaussian,median"]
+    done = CliRunner().invoke(app, [*command, *out])
+    assert str(done.exception).startswith("baseline 'median': there is no such filter; choose from gaussian,")
+    assert done.output == ""
+
+
 def test_the_terminal_shows_means_over_patients_as_the_report_does(command):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output

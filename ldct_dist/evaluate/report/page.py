@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import ldct_dist
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
+from ldct_dist.evaluate.figures import minus
 from ldct_dist.evaluate.methods import FULL, LOW
 from ldct_dist.evaluate.report import tables
 from ldct_dist.evaluate.report.curves import curves, strokes
@@ -72,7 +73,7 @@ def _curves(study: Study) -> list[str]:
         pictures.append(curves(lines, drawn, "noise power", "frequency, 1/mm", "HU² mm²"))
     per_contrast = zip(*study.transfers.values(), strict=True)
     for transfers in per_contrast:
-        contrast = f"{round(transfers[0].contrast_hu, -1):+.0f}".replace("-", "−")
+        contrast = minus(f"{round(transfers[0].contrast_hu, -1):+.0f}")
         lines = {n: (t.frequency, t.ttf) for n, t in zip(study.transfers, transfers, strict=True)}
         pictures.append(
             curves(lines, drawn, f"TTF, edges of {contrast} HU", "frequency, 1/mm", "TTF", top=1.2)

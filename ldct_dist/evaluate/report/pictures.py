@@ -17,7 +17,7 @@ from PIL import Image
 from ldct_dist.ct import noise
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, planes, round_up
+from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, minus, planes, round_up
 from ldct_dist.evaluate.methods import FULL
 from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map, smoothed_noise
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
@@ -49,7 +49,7 @@ def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.nd
     for window in {p.window: p for p in map(protocol_named, ("ldctbench-abdomen", "ldctbench-chest"))} | {
         protocol.window: protocol
     }:
-        label = f"window [{window[0]:g}, {window[1]:g}] HU".replace("-", "−")
+        label = minus(f"window [{window[0]:g}, {window[1]:g}] HU")
         views[label] = {
             name: _planes_as_png(hu, box, GREY, Normalize(*window)) for name, hu in images.items()
         }

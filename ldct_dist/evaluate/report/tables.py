@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldct_dist.evaluate import results
+from ldct_dist.evaluate.figures import minus
 from ldct_dist.evaluate.metrics import LABELS
 from ldct_dist.evaluate.physics.lesions import BALL, ROD
 from ldct_dist.evaluate.physics.tissue import TISSUES
@@ -44,7 +45,7 @@ def summary(study: Study, protocol: str, words: str) -> Table:
     ]
     where = "in 3-D" if protocol.endswith("-3d") else "slice by slice"
     means = _means(e for row in found.values() for e in row.values())
-    caption = f"Against full dose, {where}: {words}. {means}."
+    caption = f"Against full dose, {where}: {minus(words)}. {means}."
     return Table(caption, ["method", *(LABELS[m] for m in measured)], rows)
 
 
@@ -79,7 +80,7 @@ def bias(study: Study) -> Table:
     tissues = list(next(iter(found.values())))
     rows = [[Cell(m, m), *(_estimate(row[t], 1, sign=True) for t in tissues)] for m, row in found.items()]
     means = _means(e for row in found.values() for e in row.values())
-    ranges = ", ".join(f"{t} {TISSUES[t][0]:g} to {TISSUES[t][1]:g}" for t in tissues).replace("-", "−")
+    ranges = minus(", ".join(f"{t} {TISSUES[t][0]:g} to {TISSUES[t][1]:g}" for t in tissues))
     caption = (
         f"Mean of image − full dose by tissue, told by the full dose's local mean in HU: {ranges}. {means}."
     )
@@ -104,10 +105,10 @@ def physics(study: Study) -> Table:
             ]
         )
     columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
-    columns += [f"TTF 50\u00a0% at {c:+.0f} HU, 1/mm".replace("-", "−") for c in contrasts]
+    columns += [minus(f"TTF 50\u00a0% at {c:+.0f} HU, 1/mm") for c in contrasts]
     columns += [f"d′ of a {shape}" for shape in (BALL, ROD)]
     columns += ["voxels off by more than 4\u00a0σ, %"]
-    lesion = f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU".replace("-", "−")
+    lesion = minus(f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU")
     patches = next((s for seen in study.detection.values() for s in seen.values()), None)
     counted = f" in {patches.present} patches with one and {patches.absent} without" if patches else ""
     caption = (
@@ -178,7 +179,7 @@ def per_case(study: Study) -> Table:
         for row in study.rows
     ]
     named = [LABELS[m] + (" (3\u2011D)" if p.endswith("-3d") else "") for p, m in columns]
-    caption = f"Every case, protocol {study.protocols[0]}. Bias in HU by tissue."
+    caption = f"Every case, protocol {minus(str(study.protocols[0]))}. Bias in HU by tissue."
     return Table(caption, ["case", "method", *named, *(f"bias, {t}" for t in tissues)], rows)
 
 
@@ -252,4 +253,4 @@ def _p(value: float | None) -> Cell:
 def _digits(value: float, digits: int, sign: bool = False) -> str:
     """Rounded, with a real minus, and no minus before a zero."""
     rounded = round(value, digits) + 0.0
-    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", "−")
+    return minus(f"{rounded:{'+' if sign and rounded else ''}.{digits}f}")

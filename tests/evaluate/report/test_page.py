@@ -143,7 +143,10 @@ def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
     captions = " ".join(
         re.findall(r'<p class="caption">(.*?)</p>', (report / "index.html").read_text(), re.S)
     )
-    assert "ldctbench-abdomen, window [-150, 249] HU (RMSE, VIF: [-1024, 1900]), padding counted" in captions
+    protocol = "ldctbench-abdomen, window [−150, 249] HU (RMSE, VIF: [−1024, 1900]), padding counted"
+    assert captions.count(protocol) == 2  # in 2-D, and case by case
+    assert "ldctbench-abdomen-3d, window [−150, 249] HU" in captions
+    assert not re.search(r"(?<!\w)-\d", captions)
     assert captions.count("Means over patients, with 95 % intervals (Student t).") == 6
     assert "how far its curves are apart" in (report / "index.html").read_text()
     assert "looks for lesions of 12 mm and +15 HU, balls, and rods across all slices" in captions
