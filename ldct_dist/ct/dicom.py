@@ -120,7 +120,7 @@ def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line
         notice(f"passed over: {e}")
     for series in found:
         if series.is_own_output:
-            notice(f"no scan, but made of one by ldct_dist: {series.name}")
+            notice(f"made by ldct_dist from a scan, not a scan itself: {series.name}")
         if not is_axial(series.direction):
             notice(f"not axial, as scans and what networks learn from are: {series.name}")
     return found

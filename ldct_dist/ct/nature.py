@@ -36,7 +36,9 @@ def refuse_other_than_ct(headers: Sequence[Header]) -> None:
         if h.modality is None:
             raise UserError(f"{h.path.name}: not CT (Modality missing); export the original CT images")
         if (h.frames or 1) > 1 or "Enhanced" in _sop_class_name(h):
-            raise UserError("enhanced (multi-frame) CT is not supported; convert it to one file a slice")
+            raise UserError(
+                "enhanced (multi-frame) CT is not supported; convert it to one file a slice, as emf2sf of dcm4che does"
+            )
         if h.tilt and abs(h.tilt) > 0.1:
             raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
         try:

@@ -45,7 +45,7 @@ TAGS = {
     "MR": ({"Modality": "MR", "SOPClassUID": MRImageStorage}, "not CT (Modality MR)"),
     "no modality": ({"Modality": None}, "not CT (Modality missing)"),
     "screen capture": ({"SOPClassUID": SecondaryCaptureImageStorage}, "no CT image"),
-    "enhanced": ({"SOPClassUID": EnhancedCTImageStorage}, "multi-frame"),
+    "enhanced": ({"SOPClassUID": EnhancedCTImageStorage}, "emf2sf"),
     "multi-frame": ({"NumberOfFrames": 2}, "multi-frame"),
     "localizer": ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
     "MIP": ({"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 MIP"]}, "maximum or minimum intensity"),
@@ -142,7 +142,7 @@ def test_what_is_no_axial_scan_is_passed_over_or_told_of(tmp_path):
     found = sound_series(tmp_path, notices.append)
     assert [s.paths[0].parent.name for s in found] == ["again", "axial", "coronal"]
     told = {line.split(": ")[0]: line for line in notices if not line.startswith("passed over")}
-    assert f"{tmp_path}/again" in told["no scan, but made of one by ldct_dist"]
+    assert f"{tmp_path}/again" in told["made by ldct_dist from a scan, not a scan itself"]
     assert f"{tmp_path}/coronal" in told["not axial, as scans and what networks learn from are"]
     passed = [line for line in notices if line.startswith("passed over")]
     assert [any(f"/{name}:" in line for line in passed) for name in ("mip", "iodine", "zeff")] == [True] * 3
