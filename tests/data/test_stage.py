@@ -229,14 +229,14 @@ def test_copies_that_another_run_deletes_at_the_same_time_are_no_reason_to_copy_
     before, _ = copied(store, tmp_path)
     shutil.rmtree(store)
     make_store(store, SHAPES, noise=50.0)
-    read_text = Path.read_text
+    read_bytes = Path.read_bytes
 
     def too_late(path, *given, **options):
         if path.parent == before.copies:
             shutil.rmtree(before.copies)
-        return read_text(path, *given, **options)
+        return read_bytes(path, *given, **options)
 
-    monkeypatch.setattr(Path, "read_text", too_late)
+    monkeypatch.setattr(Path, "read_bytes", too_late)
     after, lines = copied(store, tmp_path)
     assert list(tmp_path.glob("ldct_dist-*")) == [after.copies]
     (line,) = lines
