@@ -20,6 +20,8 @@ from ldct_dist.files import refuse_inside
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.train.config import RunConfig
 
+INGEST_PARTS = 8
+"""of an ingest, unless told otherwise"""
 MOST_PARTS = 256
 """of a cohort, unless told otherwise: Slurm's own limit on an array (MaxArraySize) is 1001 where a site set none"""
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
@@ -50,7 +52,8 @@ def parse_parts(
     out = Path(folders[-1]).absolute()
     jobs = out.with_name(f"{out.name}.jobs")
     if verb == "ingest":
-        script = array_script(verb, [verb, *words], jobs, parts or 8, options, site, at_once)
+        tasks = INGEST_PARTS if parts is None else parts
+        script = array_script(verb, [verb, *words], jobs, tasks, options, site, at_once)
         return Parts(script, shlex.join(["ldct-dist", verb, *words]), then=["finalise", folders[-1]])
     cases = cases_of(Path(folders[1]))
     refuse_inside(out, Path(folders[1]))
@@ -59,8 +62,8 @@ def parse_parts(
     copy = jobs / f"{weights_hash(weights)}.safetensors"
     words = [*folders[1:], *_manner(options)]
     here = shlex.join(["ldct-dist", verb, folders[0], *words, "--part=0/1"])  # a cohort is denoised by parts
-    parts = parts or min(len(cases), MOST_PARTS)
-    script = array_script(verb, [verb, str(copy), *words], jobs, parts, options, site, at_once)
+    tasks = min(len(cases), MOST_PARTS) if parts is None else parts
+    script = array_script(verb, [verb, str(copy), *words], jobs, tasks, options, site, at_once)
     return Parts(script, here, pinned=(weights, copy))
 
 
