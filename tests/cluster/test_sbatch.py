@@ -222,9 +222,9 @@ def test_a_large_cohort_is_no_larger_an_array_than_slurm_takes(tmp_path):
     assert f"#SBATCH --array=0-{MOST_PARTS - 1}\n" in script
     assert f'--part "$SLURM_ARRAY_TASK_ID/{MOST_PARTS}"' in script
     assert parse_parts(words, None, 999).script.parts == 999
-    for given in (words, ["ingest", "a", "b"]):
+    for asked in (words, ["ingest", "a", "b"]):
         with pytest.raises(UserError, match="--parts 0: at least one"):
-            parse_parts(given, None, 0)
+            parse_parts(asked, None, 0)
 
 
 def test_an_array_may_be_told_how_many_of_its_tasks_run_at_once(tmp_path):
