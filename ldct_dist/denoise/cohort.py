@@ -23,8 +23,10 @@ class CohortReport:
 
 
 def cases_of(source: Path) -> list[Path]:
-    """The folders right below `source`, a case each, in the order of their names. Raises UserError without any."""
-    cases = sorted(p for p in source.iterdir() if p.is_dir()) if source.is_dir() else []
+    """The folders right below `source`, hidden ones left out, a case each, in the order of their names. Raises UserError
+    without any."""
+    there = source.iterdir() if source.is_dir() else ()
+    cases = sorted(path for path in there if path.is_dir() and not path.name.startswith("."))
     if not cases:
         raise UserError(f"{source}: no folder in it; a cohort is a folder that holds a folder a case")
     return cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,14 @@ def test_a_case_that_is_refused_leaves_the_others(source, weights, tmp_path):
     assert report.refused[0].startswith("b: ")
     with pytest.raises(UserError, match="a folder that holds a folder a case"):
         cohort.cases_of(source / "a")
+
+
+def test_a_hidden_folder_is_no_case(source, weights, tmp_path):
+    """A file system's snapshots, say, or what a start that was killed had written of a case."""
+    (source / ".snapshot").mkdir()
+    shutil.copytree(source / "a", source / ".a.partial")
+    report = denoise_cohort(SeriesDenoiser.load(weights), source, tmp_path / "out")
+    assert (report.written, report.refused) == (["a", "b", "c"], [])
 
 
 def test_an_output_among_the_cases_would_be_one_of_them(source, weights):
