@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -23,7 +24,15 @@ def start_server() -> None:
     It is the one that multiprocessing keeps for a process, and ends with that, however it ends.
     """
     forkserver.set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        forkserver.ensure_running()
+        return
+    # Ctrl-C is not for the server, which learns that only after imports and would end them with a traceback.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def pool(workers: int) -> Executor:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Workers:
     """At most `count` processes, started when there is work for them; a context manager that ends them.
 
-    After an error that ends the work they first finish what they have in hand, after Ctrl-C they do not.
+    After an error that ends the work they first finish what they have in hand, after Ctrl-C or TERM they do not.
     """
 
     def __init__(self, count: int) -> None:
@@ -36,7 +36,7 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._processes is not None:
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 kill(self._processes)
             self._end()
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from ldct_dist import cli
+from ldct_dist.ct import derived, dose
 from ldct_dist.evaluate.protocols import PROTOCOLS
 from ldct_dist.store import reader
+from synthetic_dicom import phantom, write_series
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -24,6 +28,62 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "the same command again goes on" in lines[0]
+
+
+@pytest.fixture
+def simulated_until(tmp_path, monkeypatch):
+    """`simulate` into the folder `out`, which does the given thing once files stand in it under their temporary name."""
+
+    def until(happen):
+        write_series(tmp_path / "full", phantom())
+        encoded = derived._encoded
+
+        def amid(ds):
+            if any(folder.iterdir() for folder in tmp_path.glob(".out.*.partial")):
+                happen()
+            return encoded(ds)
+
+        monkeypatch.setattr(dose, "simulate_low_dose", lambda volume, *_: volume)
+        monkeypatch.setattr(derived, "_encoded", amid)
+        monkeypatch.setattr(
+            sys, "argv", ["ldct-dist", "simulate", str(tmp_path / "full"), str(tmp_path / "out")]
+        )
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
+
+    return until
+
+
+def test_term_is_one_line_and_143_and_leaves_nothing_behind(simulated_until, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert before == signal.SIG_DFL
+    try:
+        # what would end this process if it were not heeded
+        code = simulated_until(
+            lambda: os.kill(os.getpid(), signal.SIGTERM if signal.getsignal(signal.SIGTERM) != before else 0)
+        )
+    finally:
+        after = signal.signal(signal.SIGTERM, before)
+    assert code == 143
+    assert after == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "terminated; the same command again goes on with what is whole, or starts over"
+    assert os.listdir(tmp_path) == ["full"]
+
+
+def test_term_stays_ignored_where_the_caller_ignores_it(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        sys, "argv", ["ldct-dist", "simulate", str(tmp_path / "absent"), str(tmp_path / "out")]
+    )
+    monkeypatch.setattr(cli, "app", lambda: seen.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIG_IGN]
 
 
 def test_evaluate_names_its_protocols_and_says_that_the_store_comes_last(monkeypatch, capsys):
