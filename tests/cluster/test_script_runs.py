@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -187,3 +190,44 @@ def test_a_job_that_nothing_follows_says_so(chained):
     assert len(chained.calls("sbatch")) == 4
     assert "no job follows this one: submit the run again" in done.stderr
     assert not (chained.folder / "7.next").exists()
+
+
+SLURM = Path(__file__).parents[2] / "slurm"
+
+
+def software(folder, **commands) -> dict[str, str]:
+    """An environment as bare as a job's may be, in a folder whose .venv has these commands."""
+    activate = folder / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"PATH={commands_on_path(folder / 'bin', **commands)}\n")
+    return {
+        "PATH": "/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_HOST": "login",
+        "SLURM_JOB_USER": "me",
+    }
+
+
+def test_tensorboard_tells_the_way_to_it_where_no_user_is_named(tmp_path):
+    environment = software(tmp_path, tensorboard='echo "$@"')
+    done = subprocess.run(
+        ["bash", SLURM / "tensorboard.sbatch", "runs"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"ssh -N -L 10007:localhost:10007 -J me@login me@{socket.gethostname()}" in done.stdout
+    assert "--logdir runs --host localhost --port 10007" in done.stdout
+
+
+def test_the_finalise_that_the_script_to_copy_names_runs_in_the_shell_of_wrap(tmp_path):
+    """Which is sh: on Debian, it knows no `source`."""
+    environment = software(tmp_path, **{"ldct-dist": 'echo "$@"'})
+    (command,) = re.findall(r'--wrap "(.*)"', (SLURM / "ingest.sbatch").read_text())
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("finalise /scratch/ct.zarr\n", "")
