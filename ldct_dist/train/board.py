@@ -20,6 +20,7 @@ class Board:
     def __init__(self, folder: Path, kept: int) -> None:
         self.folder = folder
         self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=kept + 1, flush_secs=10)
+        self._lost = False
         self._told_before = threading.excepthook
         threading.excepthook = self._hear
 
@@ -31,16 +32,17 @@ class Board:
         try:
             yield self._writer
         except OSError:
-            lost, self._writer = self._writer, None
+            lost, self._writer, self._lost = self._writer, None, True
             with suppress(OSError):
                 lost.close()
             raise
 
     def close(self) -> None:
         """Raises OSError if what is still to be written cannot be."""
-        threading.excepthook = self._told_before
         if self._writer is not None:
             self._writer.close()
+        if not self._lost:  # else its thread may have yet to tell of its end
+            threading.excepthook = self._told_before
 
     def _hear(self, failed: threading.ExceptHookArgs) -> None:
         ours = type(failed.thread).__module__.startswith("tensorboard.")

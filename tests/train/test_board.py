@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from ldct_dist.train.board import Board
 
@@ -33,3 +35,29 @@ def test_a_lost_disk_costs_figures_no_traceback_and_nothing_once_it_is_back(tmp_
     seen = sorted(e.step for file in files for e in file.Scalars("loss"))
     assert seen[0] == 1
     assert seen[-1] == 5
+
+
+def test_a_thread_that_tells_of_the_lost_disk_only_after_the_end_is_not_heard_either(tmp_path, monkeypatch):
+    told: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    thread, closed, late = event_file_writer._AsyncWriterThread, threading.Event(), []
+    run = thread.run
+
+    def run_late(self):
+        try:
+            run(self)
+        except OSError:
+            late.append(self)
+            closed.wait()
+            raise
+
+    monkeypatch.setattr(thread, "run", run_late)
+    board = Board(tmp_path / "tensorboard", kept=0)
+    write_all(board, [1])
+    (tmp_path / "tensorboard").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        write_all(board, range(2, 5))
+    board.close()
+    closed.set()
+    late[0].join()
+    assert told == []
