@@ -12,9 +12,12 @@ from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.reader import Store
 from ldct_dist.train.checkpoints import first_weights
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.run import RunFolder
+from ldct_dist.train.run import RunFolder, flat
 from ldct_dist.train.strategy.engine import refuse_deepspeed
-from ldct_dist.world import World
+from ldct_dist.world import World, few
+
+OWN = {"store", "runs", "init_from", "threads"}
+"""of the settings, those that a node may have of its own: where things lie there, and its cores"""
 
 
 def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: RunFolder, world: World) -> None:
@@ -29,6 +32,23 @@ def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: Run
         first_weights(config)
     if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
         raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")
+
+
+def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
+    """End all ranks unless they were given the same. Each reads config and store for itself: amid a change of them, or by
+    a node's outdated view, it would go a way of its own, which nobody sees.
+    """
+    mine = flat(config.model_dump(mode="json", exclude=OWN)) | {"store's fingerprint": store.fingerprint}
+    (_, first), *others = world.gather((world.name, mine))
+    for name, given in others:
+        unlike = [
+            f"{key} {given.get(key)}, not {value}" for key, value in first.items() if given.get(key) != value
+        ]
+        if unlike:
+            world.refuse(
+                f"{name} was given something else than rank 0: {few(unlike)}; start all ranks with one config and "
+                "one store, once every node sees both as they are"
+            )
 
 
 def note_on_margin(config: RunConfig, model: Denoiser) -> str | None:

@@ -121,8 +121,8 @@ class RunFolder:
             )
         # A setting that was not there yet when the run began was, by its default, what the run did without it.
         defaults = RunConfig(name=config.name, store=config.store, steps=config.steps)
-        old = _flat(defaults.model_dump(mode="json")) | _flat(recorded)
-        new = _flat(config.model_dump(mode="json"))
+        old = flat(defaults.model_dump(mode="json")) | flat(recorded)
+        new = flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 yield key, f"{key} was {old.get(key)}, now {new.get(key)}"
@@ -135,7 +135,8 @@ def _slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """What stands in a config, by its dotted names."""
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
-    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}
+    return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}{key}.").items()}

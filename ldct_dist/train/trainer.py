@@ -18,7 +18,7 @@ from ldct_dist.train.checkpoints import Checkpoints
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.guard import blame
-from ldct_dist.train.misfits import note_on_margin, refuse_misfits
+from ldct_dist.train.misfits import note_on_margin, refuse_disagreement, refuse_misfits
 from ldct_dist.train.monitor import Monitor, Mute, StepFigures
 from ldct_dist.train.optim import learning_rate
 from ldct_dist.train.run import RunFolder
@@ -65,6 +65,7 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World, stop: Stop, allow_new_data: bool = False) -> None:
         self.config, self.world, self.stop = config, world, stop
         self.store = world.each(lambda: StagedStore(config.store, config.data.stage))
+        refuse_disagreement(config, self.store, world)
         self.plan = world.each(lambda: Plan(self.store, config.data, config.seed))
         self.folder = RunFolder(config.runs / config.name)
         model = world.each(lambda: outline(config.model))

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from ldct_dist import config
 from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.train import trainer, validation
 from ldct_dist.train.strategy.ddp import DDPStrategy
@@ -28,6 +29,13 @@ def random_loss(rank: int) -> None:
         return lambda *given: (each := loss(*given)) * (0.5 + torch.rand(len(each)))
 
     trainer.build_loss = built
+
+
+def given_otherwise(overrides: list[str], rank: int) -> None:
+    """One rank is started with these settings besides, or has read the file before it was changed."""
+    whole = config.read
+    if rank == RANK:
+        config.read = lambda schema, path, given=(): whole(schema, path, [*given, *overrides])
 
 
 def _at_batches(change: Callable[[Batch, int], Batch]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
+from plants import given_otherwise
 
 from forked import fork
 from ldct_dist.config import read
@@ -117,6 +119,29 @@ def test_a_store_that_cannot_be_opened_is_one_line_from_all_ranks_together(store
     assert fork(write_config(tmp_path, damaged)) == [2, 2]
     (line,) = (tmp_path / "run.log").read_text().splitlines()
     assert "catalogue.parquet is damaged" in line
+
+
+def test_ranks_that_were_not_given_the_same_are_refused_before_anything_is_written(store, tmp_path):
+    """As where a file, or a node's view of it, changed amid the start: each rank would go its own way unseen."""
+    other = make_store(tmp_path / "other.zarr", SHAPES, ["train"] * 11 + ["val"], noise=50.0)
+    config = write_config(tmp_path, store.path)
+    for given, told in (
+        (["optim.lr=0.5", "data.batch=8"], "data.batch 8, not 4; optim.lr 0.5, not 0.001"),
+        ([f"store={other.path}"], f"store's fingerprint {other.fingerprint}, not {store.fingerprint}"),
+    ):
+        assert fork(config, plant=partial(given_otherwise, given)) == [2, 2]
+        (line,) = errors(tmp_path / "run.log")
+        assert line.startswith("error: rank 1 on ")
+        assert f"was given something else than rank 0: {told}; start" in line
+        (tmp_path / "run.log").unlink()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["store", "threads"])
+def test_what_is_a_nodes_own_may_differ(store, tmp_path, key):
+    copy = shutil.copytree(store.path, tmp_path / "on-its-disk.zarr")
+    given = [f"store={copy}"] if key == "store" else ["threads=2"]
+    assert fork(write_config(tmp_path, store.path, steps=1), plant=partial(given_otherwise, given)) == [0, 0]
 
 
 def test_another_store_is_refused_unless_that_is_said(unbroken, tmp_path):
