@@ -16,9 +16,26 @@ from ldct_dist.errors import UserError
 # What Slurm calls a job that is over, and one that waits. All else is a job at work: for a moment it may be SIGNALING,
 # RESIZING, or what a later Slurm calls it. https://slurm.schedmd.com/job_state_codes.html
 _OVER = (
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
 )
-_WAITING = "CONFIGURING PENDING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT".split()
+_WAITING = (
+    "CONFIGURING",
+    "PENDING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "RESV_DEL_HOLD",
+    "SPECIAL_EXIT",
+)
 _SQUEUE = ("JobID", "JobArrayID", "State", "Reason", "RestartCnt", "StartTime")
 _SACCT = ("JobIDRaw", "JobID", "State", "ExitCode")
 _ANEW = ("REQUEUED", "PREEMPTED", "NODE_FAIL")  # how sacct ends the life of a job that lives again

@@ -241,16 +241,18 @@ MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not 
 export MASTER_ADDR MASTER_PORT
 """
 _STILL_OURS = """\
-# Not ended by scancel, which is to stay so; nor gone on elsewhere, if this node was cut off meanwhile.
+# Not ended by scancel, which is to stay so; nor gone on elsewhere, if this node was cut off meanwhile. What Slurm says
+# of the job stays in `now`.
 still_ours() {
-  local now
   now=$(insist scontrol --oneliner show job "$job") ||
     { echo "job $job is left as it is, since Slurm does not say how it stands: $now" >&2; return 1; }
   [[ $now == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $now != *" JobState=COMPLETING Reason=None "* ]]
 }
 """
 _REQUEUE = """\
-  answer=$(insist scontrol requeue "$job") && exit 75   # asked twice, it still requeues once
+  answer='Slurm has been told not to (Requeue=0), as `ldct-dist cancel` does'
+  [[ $now == *" Requeue=0 "* ]] ||
+    { answer=$(insist scontrol requeue "$job") && exit 75; }   # asked twice, it still requeues once
   echo "not requeued: $answer" >&2
 """
 _CHAIN = """\

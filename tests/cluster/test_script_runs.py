@@ -123,6 +123,15 @@ def test_after_a_hang_the_job_is_requeued(job):
     assert job.calls("scontrol requeue")
 
 
+def test_what_was_cancelled_leaves_its_nodes_at_once(job):
+    """`ldct-dist cancel` has told Slurm to requeue the job no more, which would refuse that as often as it is asked."""
+    slurm = f"echo '{OURS} Requeue=0 '; echo scontrol $1 >> {job.folder}/calls"
+    done = job.run(rank="exit 75", scontrol=slurm)
+    assert done.returncode == 75
+    assert not job.calls("scontrol requeue")
+    assert "not requeued: Slurm has been told not to (Requeue=0)" in done.stderr
+
+
 def test_after_a_hang_before_anything_was_saved_it_ends_with_the_code_that_says_so(job):
     done = job.run(**killed(77))
     assert done.returncode == 77
