@@ -151,19 +151,23 @@ class Saver:
             shares = self._together(write)
             self._together(commit)
             self._has_saved = True
-            warning = self._prune()
+            warning = self.prune()
             self.last = Outcome(target, time.monotonic() - start, warning=warning)
         except _Failed as e:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)  # the next save must find its place free
             self.last = Outcome(None, time.monotonic() - start, error=str(e), fenced=e.fenced)
 
-    def _prune(self) -> str | None:
-        """Make room on rank 0, now that there is a newer checkpoint; what went wrong, if anything did."""
+    def prune(self) -> str | None:
+        """Delete on rank 0 what need not stay, and what killed saves left; what went wrong, if anything did.
+
+        Not while a save is under way.
+        """
         try:
             if self.world.is_main:
+                generations.check(self.claims, self.generation)
                 retention.prune(self.root, self.config)
-        except OSError as e:
+        except (OSError, generations.Fenced) as e:
             return f"checkpoints that are not to be kept could not be deleted: {e}"
         return None
 

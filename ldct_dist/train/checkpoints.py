@@ -116,7 +116,11 @@ class Checkpoints:
         outcome = self.saver.finish()
         if self.saved != state.step or (outcome is not None and outcome.path is None):
             self.save(state)
-        return self.saver.finish() or Outcome(self.folder.checkpoint(state.step), 0.0)
+            outcome = self.saver.finish()
+        if outcome is not None:
+            return outcome
+        # An earlier start has saved this step, and what was killed before lies there yet: no save came by.
+        return Outcome(self.folder.checkpoint(state.step), 0.0, warning=self.saver.prune())
 
     def hear(self, stop: Stop) -> None:
         """Say what became of a save that has ended, and tell `stop` how long one takes."""

@@ -12,6 +12,8 @@ from plants import asked_to_stop_at_every_step, random_loss, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
+from ldct_dist.checkpoint.retention import DISCARDED
+from ldct_dist.files import TEMPORARY
 from runs import equal, final_state, losses, starts, write_config
 from stores import make_store
 
@@ -46,6 +48,17 @@ def unbroken(store, tmp_path_factory):
         assert fork(config, *EXACT, ranks=ranks, plant=random_loss) == [0] * ranks
         runs[ranks] = config.parent / "runs" / "run"
     return runs
+
+
+def test_a_run_that_was_done_when_it_was_started_again_keeps_nothing_of_killed_saves(store, tmp_path):
+    config, checkpoints = write_config(tmp_path, store), tmp_path / "runs/run/checkpoints"
+    assert fork(config, *EXACT) == [0, 0]
+    kept = sorted(checkpoints.iterdir())
+    for leftover in (f"{TEMPORARY}step-{STEPS:08d}-000001", f"{DISCARDED}step-{STEPS:08d}"):
+        (checkpoints / leftover).mkdir()
+        (checkpoints / leftover / "weights.safetensors").write_bytes(bytes(1000))
+    assert fork(config, *EXACT) == [0, 0]
+    assert sorted(checkpoints.iterdir()) == kept
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
