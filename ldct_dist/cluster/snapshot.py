@@ -31,8 +31,9 @@ def snapshot_code(into: Path) -> Path:
         return target
     try:
         into.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".code-", dir=into))
-        try:
+        # Whatever becomes of it, what has not got its name goes.
+        with tempfile.TemporaryDirectory(prefix=".code-", dir=into) as name:
+            partial = Path(name)
             for path in files:
                 copy = partial / package.name / path.relative_to(package)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +42,6 @@ def snapshot_code(into: Path) -> Path:
                 (partial / package.name / COMMIT).write_text(known)
             os.chmod(partial, 0o755)
             partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as e:
         if not target.exists():  # another submit may have been quicker
             raise UserError(f"{into}: {e.strerror}; choose another folder with runs=FOLDER") from e
