@@ -120,7 +120,7 @@ class Trainer:
         figures = StepFigures(step + 1, agreed.loss, lr, agreed.norm, applied, self.loader.waited_s, seconds)
         self.monitor.step(figures)
         self.checkpoints.hear(self.stop)
-        return self._leave() if agreed.wishes else self.fall_due()
+        return self._leave() if agreed.wishes and self.state.step < self.config.steps else self.fall_due()
 
     def train_step(self, batch: Batch, damage: str | None = None) -> Agreed:
         """One optimizer step on this rank's share of the global batch, or none if the guard finds fault with it.

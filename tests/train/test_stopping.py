@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
-from plants import asked_to_stop_in_validation
+from plants import asked_to_stop, asked_to_stop_in_validation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
@@ -75,6 +76,13 @@ def test_a_job_too_short_for_its_validation_comes_to_its_next_step_all_the_same(
     options = ("data.crop=[4,16,16]", "validation.every=1", "steps=3", "time_limit_s=0.1")
     assert [fork(config, *options, ranks=1) for _ in range(5)] == [[75]] * 5
     assert len(losses(tmp_path / "runs" / "run")) == 3
+
+
+def test_a_stop_in_the_last_step_is_the_end_of_the_run_not_a_reason_to_start_it_again(store, tmp_path):
+    config = write_config(tmp_path, store)
+    last = ("data.crop=[4,16,16]", "steps=3", "validation.every=100")
+    assert fork(config, *last, plant=partial(asked_to_stop, 2)) == [0, 0]
+    assert "done: 3 steps" in config.with_suffix(".log").read_text()
 
 
 def test_a_grace_too_short_for_a_save_is_said_once_a_start(store, tmp_path):
