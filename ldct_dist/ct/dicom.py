@@ -72,7 +72,8 @@ def find_series(
     """The usable CT series anywhere below `folder`, and one UserError for each series or file refused.
 
     Only headers are read, by `read_headers` if that is given, such as in several processes. Files that are
-    not DICOM are passed over, and so are folders whose name `skip` knows. Both lists are in order of path.
+    not DICOM are passed over, and so are hidden folders and those whose name `skip` knows. Both lists are in order of
+    path.
     Raises UserError if `folder` is no folder.
     """
     folder = Path(folder)
@@ -175,7 +176,8 @@ def _files_below(
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not skip(name))
+        # Hidden: .snapshot and .Trash hold other copies of the same slices.
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or skip(name)))
         yield from (path for name in sorted(names) if _to_be_read(path := Path(parent, name)))
 
 

@@ -229,6 +229,14 @@ def test_linked_folders_are_followed_once(tmp_path):
     assert only(tmp_path / "top").shape == (5, 40, 48)
 
 
+def test_copies_in_hidden_folders_are_passed_over(tmp_path):
+    root = tmp_path / ".cache" / "export"  # what is given itself may lie in one
+    write_series(root / "scan", phantom())
+    write_series(root / ".Trash-1000" / "files" / "scan", phantom())
+    write_series(root / "scan" / ".snapshot" / "hourly.0", phantom())
+    assert only(root).shape == (5, 40, 48)
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find_series(tmp_path / "nowhere")
