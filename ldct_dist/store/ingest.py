@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import math
 import os
 import shutil
@@ -232,11 +233,15 @@ def _unwritable_as_user_error(out: Path) -> Iterator[None]:
 
 
 def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal]) -> Path | None:
-    """Beside the store, not in it: the folders' names may name patients."""
+    """Beside the store, not in it: the folders' names may name patients. Lists of an ingest in another number of parts
+    go: none of its tasks would come by to renew them."""
     which = f"-{part[0]}-of-{part[1]}" if part[1] > 1 else ""
     path = out.with_name(f"{out.name}.rejected{which}.csv")
+    for end in ("", "-[0-9]*-of-[0-9]*"):
+        for listed in out.parent.glob(f"{glob.escape(out.name)}.rejected{end}.csv"):
+            if listed == path or not listed.stem.endswith(f"-of-{part[1]}"):
+                listed.unlink(missing_ok=True)
     if not rejected:
-        path.unlink(missing_ok=True)
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     # surrogateescape: names of files that are not UTF-8, as archives from elsewhere hold, are written as they are

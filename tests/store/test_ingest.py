@@ -196,6 +196,26 @@ def test_refused_series_are_listed_and_stop_no_other(source, out, threads):
     assert not out.with_name("ct.zarr.rejected.csv").exists()
 
 
+def test_lists_of_refusals_are_those_of_the_last_ingest(source, out, threads):
+    write_series(source / "gap", anatomy(), Options(patient="G"))
+    (source / "gap/slice-003.dcm").unlink()
+    kept = out.with_name("ct.zarr.rejected-seen.csv")
+    kept.write_text("a user's own")
+
+    def listed(*parts: tuple[int, int]) -> set[str]:
+        for part in parts:
+            ingest(source, out, CONFIG, part=part)
+        return {path.name for path in out.parent.glob("*.csv")} - {kept.name}
+
+    assert listed((0, 2), (1, 2)) == {"ct.zarr.rejected-0-of-2.csv"}
+    assert listed((0, 1)) == {"ct.zarr.rejected.csv"}
+    assert listed((1, 2)) == set()
+    for path in (source / "gap").iterdir():
+        path.unlink()
+    assert listed((0, 2), (1, 2)) == set()
+    assert kept.exists()
+
+
 def test_a_source_of_which_nothing_can_be_used_says_the_first_reason(tmp_path, out, threads):
     write_series(tmp_path / "in", anatomy(), Options(tags={"Modality": "MR"}))
     with pytest.raises(UserError, match=r"no series could be ingested; the first reason: .*not CT"):
