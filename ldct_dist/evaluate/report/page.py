@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ldct_dist.evaluate.report import tables
 from ldct_dist.evaluate.report.curves import curves, strokes
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.study import Study
-from ldct_dist.files import replace
+from ldct_dist.files import replacing, sync
 
 PAGE, JSON, CSV = "index.html", "results.json", "cases.csv"
 
@@ -24,20 +25,21 @@ PAGE, JSON, CSV = "index.html", "results.json", "cases.csv"
 def write_report(
     out: Path, study: Study, pictures: Pictures, classification: dict[str, Any] | None = None
 ) -> Path:
-    """The page's path. Each file is whole or as it was before. Raises UserError where they cannot be written."""
+    """The page's path. All files are whole, or as they were before. Raises UserError where they cannot be written."""
     written = {
         JSON: results.to_json(study, classification),
         CSV: results.to_csv(study),
         PAGE: render(study, pictures, classification),
     }
-    for name, text in written.items():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            replace(out / name, text)
-        except OSError as e:
-            raise UserError(
-                f"{out / name}: cannot be written ({e.strerror}); make room or choose another folder"
-            ) from e
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as together:
+            for name, text in written.items():
+                temporary = together.enter_context(replacing(out / name))
+                temporary.write_bytes(text.encode())
+                sync(temporary)  # before the first gets its name, and not only before it gets its own
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); make room or choose another folder") from e
     return out / PAGE
 
 

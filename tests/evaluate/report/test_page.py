@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ import ldct_dist
 from ldct_dist.cli import app
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import AIR_HU, Volume
+from ldct_dist.errors import UserError
 from ldct_dist.evaluate.physics.nps import noise_power
 from ldct_dist.evaluate.physics.ttf import Transfer
 from ldct_dist.evaluate.protocols import protocol_named
@@ -327,6 +330,24 @@ def test_an_edge_that_stays_sharp_up_to_nyquist_sorts_above_those_that_do_not(eq
     sharp, dull, none = (row[3] for row in tables.physics(equal_images).rows)
     assert (sharp.text, dull.text, none.text) == ("> 0.40", "0.30", "–")
     assert sharp.value > dull.value
+
+
+def test_a_disk_that_fills_leaves_the_earlier_report_whole(tmp_path, monkeypatch, equal_images):
+    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"index.html", "results.json", "cases.csv"}
+    equal_images.note("measured anew")
+    write = Path.write_bytes
+
+    def filling(path: Path, content: bytes) -> int:
+        if "index.html" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", filling)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); make room"):
+        write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.fixture
