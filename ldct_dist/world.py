@@ -186,6 +186,13 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))).item())
 
 
+def loss_of_a_rank(error: BaseException | None) -> str | None:
+    """What gloo says of the other end of a connection, if that broke: it has no class of errors for it."""
+    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+        return str(error).partition("] ")[2].partition(". ")[0]
+    return None
+
+
 def few(told: Sequence[str], between: str = "; ") -> str:
     """What each of so many tells, in one line: the first of them, and how many more. A full disk is met by all ranks."""
     rest = len(told) - NAMED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import NoReturn
@@ -37,8 +38,10 @@ def train(config: RunConfig, allow_new_data: bool = False) -> Ending:
     """Train, or go on with, the run `config` describes, on all ranks that the launcher started.
 
     allow_new_data: go on even if the store is not the one that the checkpoint was trained on.
-    If a rank stops answering, the process ends with Ending.HUNG or Ending.HUNG_EARLY.
+    If a rank stops answering, or is gone, the process ends with Ending.HUNG or Ending.HUNG_EARLY.
     """
+    # NCCL would abort the process a minute after a rank is gone, and no scheduler would know to start it again.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     with Stop(config.time_limit_s, config.grace_s) as stop:
         world = World.join(config.threads, works_on_cpu=config.deepspeed.optimizer != "gpu")
         try:

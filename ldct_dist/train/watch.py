@@ -9,7 +9,7 @@ the own main thread stands still, as it soon does when any rank has stopped. The
 
 Two things can be wrong. A rank may be silent: its process is stopped or gone, or its host is. Or it may be
 stuck: all ranks pass the same phases in the same order, so the rank that is furthest behind and does not
-move is the one that the others wait for.
+move is the one that the others wait for. A rank whose process has died is also told of by gloo, at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ldct_dist.train.ending import Ending
-from ldct_dist.world import World, few
+from ldct_dist.world import World, few, loss_of_a_rank
 
 LOOKS = 10
 """Times that a rank is looked at within `hang_s`"""
@@ -106,7 +106,9 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if loss := loss_of_a_rank(error):
+            self._leave(f"another rank is gone ({loss})")
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()

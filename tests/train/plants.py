@@ -89,6 +89,20 @@ def stuck(victim: int, batch: int, rank: int) -> None:
     _on_victim(victim, batch, rank, lambda: time.sleep(1000))
 
 
+def killed(batch: int, rank: int) -> None:
+    """One rank's process is killed, as for want of memory."""
+    _on_victim(RANK, batch, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def raising(batch: int, rank: int) -> None:
+    """One rank meets a bug."""
+
+    def fail() -> None:
+        raise LookupError("planted")
+
+    _on_victim(RANK, batch, rank, fail)
+
+
 def _on_victim(victim: int, batch: int | None, rank: int, act: Callable[[], None]) -> None:
     def change(given: Batch, step: int) -> Batch:
         if rank == victim and batch in (step, None):

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from plants import stopped, stuck
+from plants import killed, raising, stopped, stuck
 
 from forked import ForkedRanks, fork
 from ldct_dist.cluster.local import LocalRanks
@@ -118,6 +118,27 @@ def test_started_again_it_is_bitwise_the_unbroken_run(hung, unbroken, name):
     assert same(run, unbroken)
     # What the ranks told each other is gone with them.
     assert list((run / "generations" / "000002").iterdir()) == []
+
+
+@pytest.mark.parametrize("plant", [killed, raising])
+def test_of_a_rank_that_is_gone_the_others_say_one_line_and_the_run_goes_on(store, unbroken, tmp_path, plant):
+    """As after an OOM kill: gloo tells of it at once, and would have each of them end with a traceback and 1."""
+    config = write_config(tmp_path, store)
+    codes = fork(
+        config,
+        *OPTIONS,
+        f"hang_s={HANG_S}",
+        plant=partial(plant, BATCH),
+    )
+    assert codes == [76, {killed: -signal.SIGKILL, raising: 1}[plant]]
+    log, host = config.with_suffix(".log").read_text(), re.escape(socket.gethostname())
+    assert re.search(
+        rf"another rank is gone \(.*peer\b.*\); rank 0 on {host} \(at step 3, \w+\) leaves with exit code 76",
+        log,
+    )
+    assert log.count("Traceback") == (plant is raising)
+    assert fork(config, *OPTIONS) == [0, 0]
+    assert same(tmp_path / "runs" / "run", unbroken)
 
 
 def test_stopped_from_outside_and_launched_here_the_stopped_rank_is_ended_too(store, tmp_path):
