@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ldct_dist import config as configs
 from ldct_dist.checkpoint.load import weights_of
-from ldct_dist.cluster.local import LocalRanks
+from ldct_dist.cluster.local import LocalRanks, ranks_here
 from ldct_dist.ct.derived import write_simulated
 from ldct_dist.ct.dicom import one_series, read_series
 from ldct_dist.ct.volume import Volume
@@ -37,7 +37,7 @@ from ldct_dist.train.config import RunConfig
 
 DATA = Path(__file__).parent / "demo_data"
 TRAIN_PATIENT, TEST_PATIENT = "CRLM-CT-1006", "CRLM-CT-1004"
-RANKS = 2
+RANKS = min(2, ranks_here())
 KEY = "demo.key"
 
 
@@ -52,7 +52,7 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
 
     console.rule("1/4  DICOM to Zarr, quarter dose simulated")
     _ingest(config, folder / KEY, console)
-    console.rule(f"2/4  training on {TRAIN_PATIENT} with {RANKS} processes, killed once and resumed")
+    console.rule(f"2/4  training on {TRAIN_PATIENT}, processes: {RANKS}, killed once and resumed")
     resumed_at = _train_with_a_kill(config, [str(config_path), *overrides], folder, console)
     console.rule(f"3/4  denoising {TEST_PATIENT}, which training has not seen")
     low, denoised, full = _denoise(config, folder, console)
@@ -118,7 +118,7 @@ def _train_with_a_kill(config: RunConfig, arguments: list[str], folder: Path, co
         ranks.signal(signal.SIGKILL)
         ranks.wait()
     console.print(
-        f"[bold red]SIGKILL[/] to all {RANKS} processes at step {_steps_done(folder)}; the same command again:",
+        f"[bold red]SIGKILL[/] to all processes at step {_steps_done(folder)}; the same command again:",
         markup=True,
     )
     with LocalRanks(["train", *arguments], RANKS) as ranks:

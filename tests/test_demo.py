@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -66,6 +68,15 @@ def test_the_demo_makes_its_own_folder_anew_whatever_it_is_called(tmp_path, step
         assert [path.name for path in (tmp_path / "mine").iterdir()] == ["demo.key"]
         (tmp_path / "mine" / "left over").touch()
     assert steps == [tmp_path / "mine" / "demo.key"] * 2
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (8, 2)])
+def test_processes_of_the_demo_do_not_share_a_gpu(monkeypatch, gpus, ranks):
+    """Two of them would be refused, and so would the first command of whoever has one GPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: gpus)
+        assert ranks == importlib.reload(demo).RANKS
+    importlib.reload(demo)
 
 
 def test_every_figure_that_the_demo_prints_is_in_its_result(tmp_path):

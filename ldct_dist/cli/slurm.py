@@ -142,7 +142,7 @@ def doctor(
     ] = None,
     tasks: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks a node; without it, one a GPU, and two on this machine alone"),
+        typer.Option(min=1, help="Ranks a node; without it, one a GPU, and two on a machine without"),
     ] = None,
     site: Site = None,
     runs: Annotated[Path | None, typer.Option(help="The folder of runs; else the config's, or runs/")] = None,
@@ -155,6 +155,7 @@ def doctor(
     from ldct_dist import config as configs
     from ldct_dist.cluster.command import split
     from ldct_dist.cluster.doctor import launch_here, launch_job
+    from ldct_dist.cluster.local import ranks_here
     from ldct_dist.train.config import RunConfig
 
     words, options = split(arguments or [])
@@ -166,7 +167,7 @@ def doctor(
     folder = runs or (run.runs if run is not None else Path("runs"))
     passed_on = [f"--write-mib={write_mib}", f"--runs={folder}", *words]
     if nodes is None:
-        raise typer.Exit(launch_here(passed_on, 2 if tasks is None else tasks))
+        raise typer.Exit(launch_here(passed_on, tasks or ranks_here()))
     options |= {"nodes": str(nodes)} | ({} if tasks is None else {"ntasks-per-node": str(tasks)})
     raise typer.Exit(launch_job(passed_on, folder, site, options))
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import torch
+
 GRACE_S = 10.0
+
+
+def ranks_here() -> int:
+    """How many this machine is for: one a GPU, which two do not share, or two on its CPU alone."""
+    return torch.cuda.device_count() or 2
 
 
 class LocalRanks:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from commands import command, commands_on_path
 from ldct_dist import config as configs
 from ldct_dist.cli import app
+from ldct_dist.cluster import doctor
 from ldct_dist.cluster.checks import Check, Finding, Probe, examine, folder, network, nodes
 from ldct_dist.cluster.doctor import checkpoint_bytes, job_command, parse_partition, rank
 from ldct_dist.errors import UserError
@@ -246,6 +247,17 @@ def test_this_machine_is_examined_and_left_clean(tmp_path):
     assert [line.split()[1] for line in done.stdout.splitlines()] == [*names, "room"]
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "ranks"), [(0, [], 2), (1, [], 1), (4, [], 4), (4, ["--tasks=2"], 2)]
+)
+def test_this_machine_is_examined_by_a_rank_a_gpu(monkeypatch, gpus, given, ranks):
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(doctor, "launch_here", lambda arguments, tasks: started.append(tasks) or 0)
+    assert CliRunner().invoke(app, ["doctor", *given]).exit_code == 0
+    assert started == [ranks]
 
 
 def test_mistakes_are_said_before_anything_starts(tmp_path):
