@@ -22,8 +22,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 import ldct_dist
 from ldct_dist.ct.dicom import Series, read_slices
-from ldct_dist.ct.headers import number, pydicom_faults_as_user_errors, text
 from ldct_dist.ct.pixels import Slice
+from ldct_dist.ct.values import number, pydicom_faults_as_user_errors, text
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
 from ldct_dist.files import refuse_taken

@@ -7,27 +7,22 @@ plain number or string, or into None where it is absent or unusable. Nothing laz
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom import Dataset
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
-from pydicom.multival import MultiValue
-from pydicom.sequence import Sequence
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from ldct_dist.ct.elements import HEAD, Head, Raw, read_head
 from ldct_dist.ct.stored import PixelForm, Stored
+from ldct_dist.ct.values import as_number, as_numbers, as_text, pydicom_faults_as_user_errors, text
 from ldct_dist.errors import UserError
 
 
@@ -134,65 +129,6 @@ def read_headers(paths: Iterable[Path]) -> list[Header | UserError | None]:
     return outcomes
 
 
-@contextmanager
-def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
-    """Keep pydicom's warnings about the file at `path` quiet and raise its exceptions as one UserError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (UserError, MemoryError):
-        raise
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}); make it readable or remove it") from e
-    except Exception as e:  # damaged bytes raise whatever the parser or codec trips over
-        # pydicom sometimes appends a traceback to its message.
-        reason = (str(e) or type(e).__name__).partition("Traceback")[0].strip()
-        raise UserError(f"{path}: not readable as DICOM ({reason}); export it again or remove it") from e
-
-
-def text(ds: Dataset, keyword: str) -> str | None:
-    """The element's value as printable text, multiple values joined by backslashes as DICOM writes them."""
-    return _as_text(lambda: ds.get(keyword))
-
-
-def _as_text(convert: Callable[[], object]) -> str | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = convert()
-            if isinstance(value, MultiValue):
-                value = "\\".join(map(str, value))
-    except Exception:  # noqa: BLE001 - a value that pydicom cannot convert is as good as absent
-        return None
-    if isinstance(value, bytes):
-        value = value.decode("latin-1")
-    if value is None or isinstance(value, Sequence):
-        return None
-    return "".join(filter(str.isprintable, str(value))).strip() or None
-
-
-def number(ds: Dataset, keyword: str) -> float | None:
-    """The element's one finite number; None if it holds anything else."""
-    return as_number(text(ds, keyword))
-
-
-def as_number(text: str | None) -> float | None:
-    """The one finite number that an element's text is; None if it is anything else."""
-    values = as_numbers(text, 1)
-    return values[0] if values else None
-
-
-@lru_cache(1 << 12)  # most texts are those of the slice before
-def as_numbers(text: str | None, count: int) -> tuple[float, ...] | None:
-    """The `count` finite numbers of an element's text; None if it holds anything else."""
-    try:
-        values = tuple(float(part) for part in (text or "").split("\\"))
-    except ValueError:
-        return None
-    return values if len(values) == count and all(map(math.isfinite, values)) else None
-
-
 def is_dicom(path: Path) -> bool:
     """Whether the file begins as DICOM does. Raises OSError."""
     with path.open("rb") as f:
@@ -236,7 +172,7 @@ def _texts(head: Head) -> dict[str, str | None]:
 def _text(tag: int, raw: Raw, encodings: tuple[str, ...], sign: Raw | None) -> str | None:
     if raw.value and (pattern := _PLAIN.get(raw.vr or dictionary_VR(tag))) and pattern.fullmatch(raw.value):
         return raw.value.decode().rstrip("\0") or None
-    return _as_text(lambda: raw.converted(tag, encodings, sign).value)
+    return as_text(lambda: raw.converted(tag, encodings, sign).value)
 
 
 _kept_text = lru_cache(1 << 13)(_text)

@@ -17,8 +17,8 @@ from pydicom import Dataset, uid
 from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
-from ldct_dist.ct.headers import as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.stored import PixelForm, Stored
+from ldct_dist.ct.values import as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
 

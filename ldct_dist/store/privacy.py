@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pydicom
 
-from ldct_dist.ct.headers import pydicom_faults_as_user_errors, text
+from ldct_dist.ct.values import pydicom_faults_as_user_errors, text
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
 

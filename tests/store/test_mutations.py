@@ -23,7 +23,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from ldct_dist.ct.dicom import Series, find_series, read_series
-from ldct_dist.ct.headers import number
+from ldct_dist.ct.values import number
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.ingest import ingest
