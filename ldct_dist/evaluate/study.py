@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,19 @@ import numpy as np
 from pydantic import Field
 
 from ldct_dist.config import Config
-from ldct_dist.ct import noise
 from ldct_dist.ct.dose_config import seed_of
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.baselines import baseline_named
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply, network, tuned_baselines
 from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
-from ldct_dist.evaluate.physics.maps import CONSPICUOUS, hallucination_map, smoothed_noise
+from ldct_dist.evaluate.physics.ground import Ground
 from ldct_dist.evaluate.physics.nps import NoisePower, flat_regions, noise_power
 from ldct_dist.evaluate.physics.observer import Detectability
-from ldct_dist.evaluate.physics.tissue import tissue_bias, tissues
 from ldct_dist.evaluate.physics.trial import make_trial
 from ldct_dist.evaluate.physics.ttf import Transfer
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
-from ldct_dist.store.layout import BODY_HU, FULL_DOSE, dose_name
+from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 from ldct_dist.store.record import CaseRecord
 from ldct_dist.world import few
@@ -171,7 +169,7 @@ def measure(
         case = store.cases[int(i)]
         low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
         study.scans[case.name] = _conditions(full, store.record(case.name))
-        ground = _Ground(low, full) if physics else None
+        ground = Ground(low, full) if physics else None
         if ground and ground.lacks:
             lacking.setdefault(ground.lacks, []).append(case.name)
         images = {}
@@ -179,8 +177,8 @@ def measure(
             say(f"case {number} of {len(chosen)}, {case.name}", name)
             images[name] = apply(name, method, low)
             figures = {p.name: _figures(images[name], full.hu, p, study) for p in protocols}
-            row = Row(case.name, case.patient, name, figures)
-            study.rows.append(_with_physics(row, images[name], ground) if ground else row)
+            facts = ground.facts(images[name]) if ground else {}
+            study.rows.append(Row(case.name, case.patient, name, figures, **facts))
         if ground:
             _noise_powers(study, case.name, ground, images)
         show(case.name, low, full, images)
@@ -236,42 +234,7 @@ def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Stu
     return figures
 
 
-class _Ground:
-    """What every method on a case is measured on, worked out of its low and full dose once.
-
-    soft: None where there is too little soft tissue to measure noise. std: None where `lacks` says why.
-    """
-
-    def __init__(self, low: Volume, full: Volume) -> None:
-        self.full = full
-        self.moments = noise.local_moments(full.hu, full.spacing)
-        self.tissues = tissues(full, self.moments)
-        self.soft = self.moments.homogeneous
-        self.std: np.ndarray | None = None
-        self.lacks: str | None = None
-        try:
-            self.std = smoothed_noise(low, full, self.moments)
-        except UserError as e:
-            self.lacks = "too little soft tissue to measure noise" if self.soft is None else str(e)
-
-
-def _with_physics(row: Row, image: np.ndarray, ground: _Ground) -> Row:
-    full = ground.full
-    bias = {tissue: found.hu for tissue, found in tissue_bias(image, full, ground.tissues).items()}
-    if ground.soft is None:
-        return replace(row, bias_hu=bias)
-    # In the full dose's flat windows: smooth images have others, which would leave out what is left of their noise.
-    variance = noise.local_moments(image, full.spacing).variance[ground.soft & ground.moments.flat]
-    level = float(np.sqrt(np.median(variance)))
-    row = replace(row, bias_hu=bias, noise_hu=level)
-    if ground.std is None:
-        return row
-    body = ground.moments.mean > BODY_HU
-    conspicuous = float((np.abs(hallucination_map(image, full, ground.std))[body] > CONSPICUOUS).mean())
-    return replace(row, conspicuous=conspicuous)
-
-
-def _noise_powers(study: Study, case: str, ground: _Ground, images: Mapping[str, np.ndarray]) -> None:
+def _noise_powers(study: Study, case: str, ground: Ground, images: Mapping[str, np.ndarray]) -> None:
     """From the first case with enough flat regions, at the same places in every image."""
     if study.nps:
         return
