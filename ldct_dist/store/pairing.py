@@ -17,6 +17,7 @@ from ldct_dist.config import Config
 from ldct_dist.ct.dicom import Series, find_series
 from ldct_dist.ct.headers import Header, UnknownSeries, read_headers
 from ldct_dist.errors import UserError
+from ldct_dist.store.conventions import FOLDERS, Folders, is_projections
 from ldct_dist.store.manifest import Row, read_manifest
 from ldct_dist.store.paircheck import PairCheckConfig, check_grid
 from ldct_dist.store.privacy import names_patient
@@ -26,7 +27,6 @@ T = TypeVar("T")
 
 _THICKNESS_TOLERANCE_MM = 0.05
 _BATCH = 32  # headers that a process reads at a time
-_MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
 _SAYS_LOW = re.compile(
     r"(low|reduced|quarter)[ _-]?dose|(?<![a-z])(low|reduced|quarter)[ _-]?\d+mm",  # none is "Flow 5mm"
     re.IGNORECASE,
@@ -102,59 +102,12 @@ def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tup
     return sound, refused + mismatched
 
 
-Place = tuple[Literal["full", "low"], str]
-"""What a series is, and the patient."""
-
-
-def _mayo_place(series: Series) -> Place | None:
-    """full_1mm/L067, quarter_3mm_sharp/L067 or quarter_dose/L067, with anything above and below; or
-    L067/full_1mm."""
-    parts = series.paths[0].parent.absolute().parts
-    for i, part in enumerate(parts):
-        if match := _MAYO.fullmatch(part):
-            patient = parts[i + 1] if i + 1 < len(parts) else parts[i - 1]
-            return ("full" if match[1].lower() == "full" else "low"), patient
-    return None
-
-
-def _tcia_place(series: Series) -> Place | None:
-    """C002/STUDY/1.000000-Full Dose Images-62464; where folders are named by UIDs, the headers say the same."""
-    parts = series.paths[0].parent.absolute().parts
-    of_folder = (parts[-1], parts[-3]) if len(parts) > 3 else ("", "")
-    for said, patient in (of_folder, (series.description or "", series.patient_id)):
-        if match := re.search(r"(full|low) dose images", said, re.IGNORECASE):
-            return ("full" if match[1].lower() == "full" else "low"), patient
-    return None
-
-
-def _is_projections(folder: str) -> bool:
-    """LDCT-and-Projection-data keeps tens of thousands of projections beside a patient's images."""
-    return re.search(r"(full|low) dose projections", folder, re.IGNORECASE) is not None
-
-
-def _tcia_dose(patient: str) -> float:
-    """Chests (C...) at 10 %, abdomens (L...) and heads (N...) at 25 %: Moen et al., Med Phys 48 (2021)."""
-    return 0.10 if patient.upper().startswith("C") else 0.25
-
-
-@dataclass(frozen=True)
-class _Folders:
-    place: Callable[[Series], Place | None]
-    dose: Callable[[str], float]
-
-
-_FOLDERS = {
-    "mayo2016": _Folders(_mayo_place, lambda patient: 0.25),
-    "tcia": _Folders(_tcia_place, _tcia_dose),
-}
-
-
 def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[list[Pair], list[Refusal]]:
     def read(paths: Sequence[Path]) -> Iterable[Header | UserError | None]:
         batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
         return chain.from_iterable(share_out(read_headers, batches))
 
-    series, errors = find_series(source, read, _is_projections)
+    series, errors = find_series(source, read, is_projections)
     layout = _recognised(series, source) if config.layout == "auto" else config.layout
     refused = [Refusal(str(source), str(e)) for e in errors]
     if not series and not refused:
@@ -172,14 +125,14 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
             else:
                 pairs.append(Pair(one, one.patient_id))
         return pairs, refused
-    pairs, unpaired = _by_patient(wanted, _FOLDERS[layout])
+    pairs, unpaired = _by_patient(wanted, FOLDERS[layout])
     return pairs, refused + unpaired
 
 
 def _recognised(series: Sequence[Series], source: Path) -> str:
     """A folder that says low dose decides: it must not be taken for a full dose to simulate from, nor must a series
     that was simulated or denoised here."""
-    for name, folders in _FOLDERS.items():
+    for name, folders in FOLDERS.items():
         places = (folders.place(s) for s in series)
         if any(place and place[0] == "low" for place in places):
             return name
@@ -195,7 +148,7 @@ def _not_full(series: Series, why: str) -> str:
     return f"{series.name}: {why}; pair it by a manifest, or set pairing.layout=simulate to take every series for full dose"
 
 
-def _by_patient(series: Sequence[Series], folders: _Folders) -> tuple[list[Pair], list[Refusal]]:
+def _by_patient(series: Sequence[Series], folders: Folders) -> tuple[list[Pair], list[Refusal]]:
     pairs: list[Pair] = []
     refused: list[Refusal] = []
     groups: dict[str, dict[str, list[Series]]] = {}

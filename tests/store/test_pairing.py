@@ -14,7 +14,7 @@ from ldct_dist.ct.dicom import find_series, one_series, read_series
 from ldct_dist.ct.noise import sampled_moments
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
-from ldct_dist.store import pairing
+from ldct_dist.store.conventions import mayo_place, tcia_place
 from ldct_dist.store.ingest import ingest
 from ldct_dist.store.paircheck import PairCheckConfig, check_images, residual_shift
 from ldct_dist.store.pairing import PairingConfig, find_pairs
@@ -159,8 +159,8 @@ def test_files_that_lie_flat_in_a_folder_below_the_root_are_no_layout(tmp_path):
         flat = replace(
             series, slices=tuple(s._replace(path=Path(folder, s.path.name)) for s in series.slices)
         )
-        assert pairing._tcia_place(flat) is None
-        assert pairing._mayo_place(flat) is None
+        assert tcia_place(flat) is None
+        assert mayo_place(flat) is None
 
 
 def test_a_quarter_dose_alone_is_not_taken_for_a_full_one(tmp_path):

@@ -1,0 +1,58 @@
+"""How collections say which dose a series is, and whose: by their folders, or in the headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ldct_dist.ct.dicom import Series
+
+_MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
+
+Place = tuple[Literal["full", "low"], str]
+"""What a series is, and the patient."""
+
+
+def mayo_place(series: Series) -> Place | None:
+    """full_1mm/L067, quarter_3mm_sharp/L067 or quarter_dose/L067, with anything above and below; or
+    L067/full_1mm."""
+    parts = series.paths[0].parent.absolute().parts
+    for i, part in enumerate(parts):
+        if match := _MAYO.fullmatch(part):
+            patient = parts[i + 1] if i + 1 < len(parts) else parts[i - 1]
+            return ("full" if match[1].lower() == "full" else "low"), patient
+    return None
+
+
+def tcia_place(series: Series) -> Place | None:
+    """C002/STUDY/1.000000-Full Dose Images-62464; where folders are named by UIDs, the headers say the same."""
+    parts = series.paths[0].parent.absolute().parts
+    of_folder = (parts[-1], parts[-3]) if len(parts) > 3 else ("", "")
+    for said, patient in (of_folder, (series.description or "", series.patient_id)):
+        if match := re.search(r"(full|low) dose images", said, re.IGNORECASE):
+            return ("full" if match[1].lower() == "full" else "low"), patient
+    return None
+
+
+def is_projections(folder: str) -> bool:
+    """LDCT-and-Projection-data keeps tens of thousands of projections beside a patient's images."""
+    return re.search(r"(full|low) dose projections", folder, re.IGNORECASE) is not None
+
+
+def tcia_dose(patient: str) -> float:
+    """Chests (C...) at 10 %, abdomens (L...) and heads (N...) at 25 %: Moen et al., Med Phys 48 (2021)."""
+    return 0.10 if patient.upper().startswith("C") else 0.25
+
+
+@dataclass(frozen=True)
+class Folders:
+    place: Callable[[Series], Place | None]
+    dose: Callable[[str], float]
+
+
+FOLDERS = {
+    "mayo2016": Folders(mayo_place, lambda patient: 0.25),
+    "tcia": Folders(tcia_place, tcia_dose),
+}
