@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import socket
 import threading
 import time
@@ -65,6 +66,9 @@ class World:
                     f"{size} ranks were started without {' and '.join(missing)}: export them in the job "
                     "script (see slurm/train.sbatch), or start with torchrun"
                 )
+            # Connections are files, and a rank has two to each of the others, rank 0 three: the usual 1024 end at 340 ranks.
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             store, timeout = _meet(rank, size, fault, timeout_s), timedelta(seconds=timeout_s)
             dist.init_process_group(
                 backend_of(device), store=store, rank=rank, world_size=size, timeout=timeout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -123,6 +124,15 @@ def test_a_rank_that_does_not_start_is_waited_for_within_bounds():
     assert rank.returncode == 1
     assert f"{HERE} did not meet the other ranks at 127.0.0.1:" in said.splitlines()[-1]
     assert "within 1 s: did one of them not start?" in said
+
+
+def test_ranks_may_have_more_connections_than_a_shell_allows_files():
+    """Two ranks under a limit that they exceed, as 512 do the usual one."""
+    port, (_, most) = free_port(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    ranks = [join(rank, 2, port) for rank in range(2)]
+    for rank in ranks:
+        resource.prlimit(rank.pid, resource.RLIMIT_NOFILE, (16, most))
+    assert [(rank.communicate()[1], rank.returncode) for rank in ranks] == [("", 0)] * 2
 
 
 def free_port() -> int:
