@@ -97,7 +97,9 @@ def planes_strip(images: dict[str, Volume], window: Range) -> np.ndarray:
     for panel in panels:
         tiles = []
         for plane, size in zip(panel.planes, sizes_mm, strict=True):
-            scale = [mm / mm_per_pixel / voxels for mm, voxels in zip(size, plane.shape, strict=True)]
+            # Whole pixels, rounded as the column's width is: zoom would round a half, as floats have it, either way.
+            pixels = (max(1, round(mm / mm_per_pixel)) for mm in size)
+            scale = [n / voxels for n, voxels in zip(pixels, plane.shape, strict=True)]
             rgb = panel.colours(panel.norm(zoom(plane, scale, order=1, grid_mode=True, mode="nearest")))[
                 ..., :3
             ]

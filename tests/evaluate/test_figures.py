@@ -72,3 +72,9 @@ def test_wide_volumes_are_shrunk_to_the_strip():
     volume = Volume(np.zeros((4, 600, 700), np.int16), (5.0, 0.7, 0.7))
     _, _, width = planes_strip({"low": volume, "full": volume}, WINDOW).shape
     assert width == 3 * 256 + 4
+
+
+def test_a_column_half_a_pixel_wider_than_whole_ones():
+    """45 voxels of 0.62 mm are 46.5 of 0.6 mm, or in floats a little more."""
+    volume = Volume(np.zeros((3, 30, 45), np.int16), (0.6, 0.62, 0.62))
+    assert planes_strip({"low": volume, "full": volume}, WINDOW).shape[2] == 3 * 46 + 4
