@@ -40,14 +40,19 @@ def test_a_cable_is_cut_in_silence_and_healed(machines, store, unbroken, tmp_pat
     wait(lambda: not ranks_on(machines, cut), "the old ranks' end")
 
 
-def test_a_rank_hangs(machines, store, unbroken, tmp_path):
-    """The others name it and leave; it cannot leave, but keeps the job from nothing."""
+@pytest.mark.parametrize(
+    ("fate", "line"),
+    [(signal.SIGSTOP, "no answer for 8 s from rank 2 on node{}"), (signal.SIGKILL, "another rank is gone (")],
+    ids=["hang", "are killed"],
+)
+def test_ranks_of_a_node(machines, store, unbroken, tmp_path, fate, line):
+    """The others say so and leave; those that hang cannot leave, but keep the job from nothing."""
     trial = Trial(machines, store, tmp_path, hang_s=8.0)
     trial.comes_to(30)
-    hung = trial.nodes()[1]
-    for pid in ranks_on(machines, hung):
-        os.kill(pid, signal.SIGSTOP)
+    node = trial.nodes()[1]
+    for pid in ranks_on(machines, node):
+        os.kill(pid, fate)
     trial.ends()
     assert trial.restarts == 1
-    assert f"no answer for 8 s from rank 2 on node{hung}" in trial.job.log.read_text()
+    assert line.format(node) in trial.job.log.read_text()
     assert same(trial.run, unbroken)
