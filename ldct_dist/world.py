@@ -94,6 +94,14 @@ class World:
             time.sleep(0.01)  # which frees the interpreter's lock, for a thread that waits for it
             rested = 0 if _others_run() else rested + 1
 
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave, unless this rank alone has failed: NCCL would wait for the others first, and nobody would learn why."""
+        if kind is None or issubclass(kind, (UserError, SystemExit)):
+            self.leave()
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

@@ -88,13 +88,12 @@ def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, r
     except UserError as e:  # with the wrong GPUs, say: training would end so, too
         report(Finding("ranks", False, str(e)))
         return False
-    try:
-        return _examine(world, runs, config, grace_s, write_mib, report)
-    except UserError as e:  # rank 0 speaks for all
-        report(Finding("folder", False, str(e)))
-        return False
-    finally:
-        world.leave()
+    with world:
+        try:
+            return _examine(world, runs, config, grace_s, write_mib, report)
+        except UserError as e:  # rank 0 speaks for all
+            report(Finding("folder", False, str(e)))
+            return False
 
 
 def _examine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,12 +43,21 @@ class Train:
 
 def train(config: Path, overrides: list[str], allow_new_data: bool = False) -> int:
     """Train as one rank of those that the launcher started; the exit code."""
+    import torch
+
     from ldct_dist import config as configs
     from ldct_dist.train.config import RunConfig
     from ldct_dist.train.trainer import train as run
 
     name_interface()
-    return int(run(configs.read(RunConfig, config, overrides), allow_new_data))
+    try:
+        return int(run(configs.read(RunConfig, config, overrides), allow_new_data))
+    except torch.OutOfMemoryError as e:
+        told = ". ".join(str(e).split(". ")[:3])
+        raise UserError(
+            f"{platform.node()}: {told}: lower micro_batch, or set model.activation_checkpointing=selective or full; "
+            "`ldct-dist plan` tells what fits"
+        ) from e
 
 
 def name_interface() -> None:

@@ -42,12 +42,11 @@ def train(config: RunConfig, allow_new_data: bool = False) -> Ending:
     """
     # NCCL would abort the process a minute after a rank is gone, and no scheduler would know to start it again.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    with Stop(config.time_limit_s, config.grace_s) as stop:
-        world = World.join(config.threads, works_on_cpu=config.deepspeed.optimizer != "gpu")
-        try:
-            return Trainer(config, world, stop, allow_new_data).fit()
-        finally:
-            world.leave()
+    with (
+        Stop(config.time_limit_s, config.grace_s) as stop,
+        World.join(config.threads, works_on_cpu=config.deepspeed.optimizer != "gpu") as world,
+    ):
+        return Trainer(config, world, stop, allow_new_data).fit()
 
 
 @dataclass(frozen=True)

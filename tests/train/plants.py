@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from ldct_dist import config
 from ldct_dist.data.loader import Batch, Loader
@@ -94,11 +95,12 @@ def killed(batch: int, rank: int) -> None:
     _on_victim(RANK, batch, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def raising(batch: int, rank: int) -> None:
-    """One rank meets a bug."""
+def raising(batch: int, rank: int, error: Exception | None = None) -> None:
+    """One rank meets a bug, or this error; to part from ranks that wait for it, it would wait, as NCCL does."""
 
     def fail() -> None:
-        raise LookupError("planted")
+        dist.destroy_process_group = lambda: time.sleep(1000)
+        raise error or LookupError("planted")
 
     _on_victim(RANK, batch, rank, fail)
 

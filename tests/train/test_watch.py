@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from plants import killed, raising, stopped, stuck
 
 from forked import ForkedRanks, fork
@@ -139,6 +140,18 @@ def test_of_a_rank_that_is_gone_the_others_say_one_line_and_the_run_goes_on(stor
     assert log.count("Traceback") == (plant is raising)
     assert fork(config, *OPTIONS) == [0, 0]
     assert same(tmp_path / "runs" / "run", unbroken)
+
+
+def test_a_gpu_that_is_full_is_one_line_that_says_what_to_do(store, tmp_path):
+    told = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.15 GiB of which 1.12 GiB is free"
+    full = torch.OutOfMemoryError(
+        f"{told}. Including non-PyTorch memory, this process has 77 GiB in use. Of the"
+    )
+    config = write_config(tmp_path, store)
+    assert fork(config, *OPTIONS, plant=partial(raising, BATCH, error=full)) == [76, 2]
+    log = config.with_suffix(".log").read_text()
+    assert f"error: {socket.gethostname()}: {told}: lower micro_batch, or set " in log
+    assert "Traceback" not in log
 
 
 def test_stopped_from_outside_and_launched_here_the_stopped_rank_is_ended_too(store, tmp_path):
