@@ -1,11 +1,14 @@
-"""A folder of cases, each denoised whole or not at all: safe to kill and to start again, in parts or at once."""
+"""A folder of cases, each denoised whole or not at all: safe to kill and to start again, in parts or at once, and while
+another start is still at it."""
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ldct_dist.denoise.claim import claim
 from ldct_dist.denoise.volumes import SeriesDenoiser
@@ -49,17 +52,24 @@ def denoise_cohort(
     cases = cases_of(source)[part[0] :: part[1]]
     claim(out, denoise.name)
     for case in cases:
-        target, partial = out / case.name, out / f".{case.name}.partial"
+        target = out / case.name
         if target.exists():
             report.skipped.append(case.name)
             continue
-        shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
         try:
-            denoise(case, partial)
-            partial.rename(target)
-        except UserError as e:
-            report.refused.append(f"{case.name}: {e}")
+            # A folder of its own: another start may be at this case, too.
+            with TemporaryDirectory(prefix=f".{case.name}-", dir=out, ignore_cleanup_errors=True) as partial:
+                denoise(case, Path(partial, case.name))
+                Path(partial, case.name).rename(target)
+        except (UserError, OSError) as e:
+            if target.exists():  # that one was quicker
+                report.skipped.append(case.name)
+            else:
+                report.refused.append(f"{case.name}: {e}")
             continue
+        # Of starts that were killed, or are too late.
+        for left in out.glob(f".{glob.escape(case.name)}-????????"):
+            shutil.rmtree(left, ignore_errors=True)
         report.written.append(case.name)
         progress(case.name)
     return report

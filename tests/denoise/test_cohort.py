@@ -107,3 +107,47 @@ def test_an_output_among_the_cases_would_be_one_of_them(source, weights):
     with pytest.raises(UserError, match="choose a folder outside"):
         denoise_cohort(SeriesDenoiser.load(weights), source, source / "out")
     assert cases(source) == ["a", "b", "c"]
+
+
+def test_a_case_that_another_start_makes_meanwhile_is_there_already(source, weights, tmp_path):
+    """As where an array is submitted again while some of its tasks still run."""
+    out, denoiser = tmp_path / "out", SeriesDenoiser.load(weights)
+
+    class Overtaken(SeriesDenoiser):
+        def __call__(self, case, *out_and_more):
+            denoise_cohort(denoiser, source, out)
+            return super().__call__(case, *out_and_more)
+
+    slow = Overtaken(denoiser.model, denoiser.name)
+    report = denoise_cohort(slow, source, out)
+    assert (report.written, report.skipped, report.refused) == ([], ["a", "b", "c"], [])
+    assert sorted(path.name for path in out.iterdir()) == [MADE_BY, "a", "b", "c"]
+
+
+def test_a_start_takes_nothing_from_one_that_is_at_the_same_case(source, weights, tmp_path):
+    """A case of two series had but the second, if another start began it in between."""
+    out, denoiser = tmp_path / "out", SeriesDenoiser.load(weights)
+    shutil.copytree(source / "b", source / "a" / "second")
+
+    class Killed(SeriesDenoiser):
+        def __call__(self, *_):
+            raise KeyboardInterrupt
+
+    class Joined(SeriesDenoiser):
+        def __call__(self, case, partial, *more):
+            def join(_: str) -> None:
+                with pytest.raises(KeyboardInterrupt):
+                    denoise_cohort(Killed(self.model, self.name), source, out)
+
+            return super().__call__(case, partial, notice=join)
+
+    denoise_cohort(Joined(denoiser.model, denoiser.name), source, out, part=(0, 3))
+    assert cases(out / "a") == ["series-001", "series-002"]
+
+
+def test_what_killed_starts_left_of_a_case_is_gone_once_it_is_whole(source, weights, tmp_path):
+    out = tmp_path / "out"
+    for left in (".a-01234567", ".a-c-01234567"):  # the second: of another case, which may be in the making
+        (out / left).mkdir(parents=True)
+    denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(0, 3))
+    assert sorted(path.name for path in out.iterdir()) == [".a-c-01234567", MADE_BY, "a"]
