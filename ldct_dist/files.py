@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ldct_dist.errors import UserError
 
+MIB, GIB = 2**20, 2**30
 TEMPORARY = ".writing-"
 """what the name of a file or folder begins with until it is whole"""
 
@@ -81,3 +82,12 @@ def sync(path: Path) -> None:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def size(nbytes: float) -> str:
+    """So many bytes in the unit that suits."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if nbytes < 999.5:  # three digits, and no exponent
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.1f} TiB"

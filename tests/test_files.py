@@ -66,3 +66,17 @@ def test_what_cannot_be_written_is_found_out_without_a_trace(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"{folder}: cannot be written"):
             files.refuse_unwritable(folder)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "told"),
+    [
+        (0, "0 bytes"),
+        (1023, "0.999 KiB"),
+        (1.5 * files.GIB, "1.5 GiB"),
+        (1023 * files.GIB, "1.0 TiB"),
+        (2**52, "4,096.0 TiB"),
+    ],
+)
+def test_a_size_is_told_in_the_unit_that_suits(nbytes, told):
+    assert files.size(nbytes) == told

@@ -11,6 +11,7 @@ import typer
 
 from ldct_dist.cli.common import app, console, notice, part_of, progress
 from ldct_dist.errors import UserError
+from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable, size
 
 if TYPE_CHECKING:
     from ldct_dist.store.ingest import IngestReport, Survey
@@ -70,8 +71,8 @@ def ingest(
 
 def _print_survey(survey: Survey) -> None:
     console.print(
-        f"cases to write: {survey.cases}, in {survey.files} files of about {survey.bytes / 2**30:.2f} GiB "
-        f"({survey.free / 2**30:.1f} GiB are free there, unless a quota leaves less)"
+        f"cases to write: {survey.cases}, in {survey.files} files of about {size(survey.bytes)} "
+        f"({size(survey.free)} are free there, unless a quota leaves less)"
     )
     if survey.bytes > survey.free:
         notice("warning: the disk will probably be full before the end; cases that are whole by then stay")
@@ -159,7 +160,6 @@ def simulate(
     from ldct_dist.ct.dicom import one_series, read_series
     from ldct_dist.ct.dose import simulate_low_dose
     from ldct_dist.ct.dose_config import DoseConfig, seed_of
-    from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable
 
     scanner = configs.read(DoseConfig, None, overrides or [])
     refuse_inside(out, source)

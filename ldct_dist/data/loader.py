@@ -22,10 +22,10 @@ from ldct_dist.data.columns import Columns
 from ldct_dist.data.memory import Recycler
 from ldct_dist.data.plan import Crop, Plan, lanes_of
 from ldct_dist.errors import UserError
+from ldct_dist.files import MIB
 
 READY = 2  # batches made ahead of the step that runs
 AHEAD = 16  # steps for which blocks are read ahead, if memory allows
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)

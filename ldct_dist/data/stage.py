@@ -28,7 +28,7 @@ import numpy as np
 from ldct_dist.config import looked_up
 from ldct_dist.data.plan import Plan, lanes_of
 from ldct_dist.errors import UserError
-from ldct_dist.files import TEMPORARY
+from ldct_dist.files import TEMPORARY, size
 from ldct_dist.store.layout import CASES
 from ldct_dist.store.reader import Store
 from ldct_dist.store.shards import DamagedError, Region, ShardedArray
@@ -139,9 +139,7 @@ class Copier:
                 f"data.stage: copying to {where} ended ({reason}); the rest is read from {self.store.path}"
             )
         else:
-            self._say(
-                f"data.stage: {where} has all; {self._made} arrays, {self._bytes / 2**20:.1f} MiB, are new there"
-            )
+            self._say(f"data.stage: {where} has all; {self._made} arrays, {size(self._bytes)}, are new there")
 
     def _delete_outdated(self) -> None:
         """Delete copies of what the store at its path was before, as far as no run uses them."""

@@ -15,6 +15,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ldct_dist.files import size
 from ldct_dist.store.layout import CASES
 from ldct_dist.store.reader import Store
 
@@ -31,8 +32,8 @@ def rows(store: Store) -> list[Row]:
     cases = store.table.select(FACTS).to_pylist()
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as threads:
         sizes = threads.map(_bytes_in, (store.path / CASES / row["name"] for row in cases))
-        for row, size in zip(cases, sizes, strict=True):
-            row |= {"bytes": size, "voxel_bytes": 2 * prod(row["shape"]) * len(row["doses"])}
+        for row, nbytes in zip(cases, sizes, strict=True):
+            row |= {"bytes": nbytes, "voxel_bytes": 2 * prod(row["shape"]) * len(row["doses"])}
             row["low_dose"] = row["low_dose"] and json.loads(row["low_dose"])
     return sorted(cases, key=lambda row: (_order(row["split"]), row["name"]))
 
@@ -97,16 +98,6 @@ def _counted(values: Iterable[str], of: int) -> str:
     return ", ".join(value if count == of else f"{value} ({count:,})" for value, count in counts)
 
 
-def _size(number: int) -> str:
-    """Bytes in the unit that suits."""
-    size = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
 def _sum(cases: Sequence[Row], key: str) -> int:
     return sum(row[key] for row in cases)
 
@@ -127,7 +118,7 @@ _SUMMARY: dict[str, Callable[[list[Row]], str]] = {
     "pixel spacing, mm": lambda r: _span((mm for row in r for mm in row["spacing"][1:]), ".3g"),
     "noise, HU": lambda r: _span(_known_noise(r), ".1f"),
     "noise, median": lambda r: f"{median(known):.1f}" if (known := _known_noise(r)) else "unknown",
-    "size on disk": lambda r: _size(_sum(r, "bytes")),
+    "size on disk": lambda r: size(_sum(r, "bytes")),
     "compression": lambda r: f"{_sum(r, 'voxel_bytes') / max(1, _sum(r, 'bytes')):.2f} x",
 }
 _LISTING: dict[str, Callable[[Row], str]] = {
@@ -137,7 +128,7 @@ _LISTING: dict[str, Callable[[Row], str]] = {
     "spacing, mm": lambda row: " ".join(f"{mm:.3g}" for mm in row["spacing"]),
     "doses": lambda row: " ".join(row["doses"]),
     "noise": lambda row: "-" if row["noise_hu"] is None else f"{row['noise_hu']:.1f}",
-    "size": lambda row: _size(row["bytes"]),
+    "size": lambda row: size(row["bytes"]),
 }
 _NUMBERS = ("noise", "size")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
+import resource
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -164,13 +164,27 @@ def test_room_counts_what_a_run_keeps(probe):
     assert "only 10 more files" in text
 
 
-def test_what_does_not_fit_is_refused_without_being_written(tmp_path):
-    free = os.statvfs(tmp_path)
-    with pytest.raises(OSError, match="do not fit") as refused:
-        folder.reserve(tmp_path / "room", 2 * free.f_blocks * free.f_frsize)
-    assert refused.value.errno in (errno.ENOSPC, errno.EFBIG)
-    folder.reserve(tmp_path / "room", 2**20)
+def test_room_that_a_quota_forbids_is_refused_without_being_written(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # in the place of a quota
+    try:
+        with pytest.raises(OSError, match="do not fit"):
+            folder.reserve(tmp_path / "room", 2**21)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder.reserve(tmp_path / "room", 2**21)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_is_free_is_not_taken_from_those_who_write_there(probe, monkeypatch):
+    probe.folder.mkdir()
+    asked = []
+    monkeypatch.setattr(folder, "reserve", lambda path, nbytes: asked.append(nbytes))
+    assert folder.judge_room(probe, [folder.look_room(replace(probe, checkpoint_bytes=2**10))])[0]
+    assert asked == [5 * 2**10]
+    large = replace(probe, checkpoint_bytes=2**60)
+    assert not folder.judge_room(large, [folder.look_room(large)])[0]
+    assert asked == [5 * 2**10]
 
 
 def test_what_a_system_refuses_one_rank_is_a_finding(probe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from ldct_dist.train.strategy.engine import refuse_deepspeed
 from ldct_dist.world import World
 
 
-def test_a_disk_without_room_is_refused_with_what_it_takes(tmp_path):
-    with pytest.raises(UserError, match=r"each rank there takes 1.05e\+06 GiB: make room"):
+def test_a_disk_without_room_is_refused_with_what_it_takes_and_is_not_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("all that is free was taken"))
+    with pytest.raises(UserError, match=r"each rank there takes 1,024.0 TiB: make room"):
         Disk(tmp_path, 2**50)
     assert list(tmp_path.iterdir()) == []
 

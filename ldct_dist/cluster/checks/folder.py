@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 from ldct_dist.cluster.checks import Check, Probe, Verdict
-from ldct_dist.files import file_sha256
+from ldct_dist.files import MIB, file_sha256, size
 
-_MIB = 2**20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -59,7 +58,7 @@ def judge_shared(probe: Probe, seen: list[tuple[list[int], float, bool, str | No
 
 def look_write(probe: Probe) -> float:
     """Seconds in which this rank writes its share as checkpoints are written: on disk for good, and hashed."""
-    path, block = probe.folder / f"data-{probe.world.rank}", os.urandom(_MIB)
+    path, block = probe.folder / f"data-{probe.world.rank}", os.urandom(MIB)
     probe.world.gather(None)
     start = time.perf_counter()
     try:
@@ -77,7 +76,7 @@ def look_write(probe: Probe) -> float:
 
 
 def judge_write(probe: Probe, seen: list[float]) -> Verdict:
-    rate = len(seen) * probe.write_mib * _MIB / max(seen)
+    rate = len(seen) * probe.write_mib * MIB / max(seen)
     return True, f"{rate / 1e6:.0f} MB/s from {len(seen)} ranks at once, on disk and hashed"
 
 
@@ -86,7 +85,7 @@ def judge_save(probe: Probe, seen: list[float]) -> Verdict:
         return True, "not known: name the run's CONFIG"
     # A quarter of a checkpoint (the weights) is one file, and a file is written by one rank.
     share = max(probe.checkpoint_bytes / len(seen), probe.checkpoint_bytes / 4)
-    seconds = share / (probe.write_mib * _MIB / max(seen))
+    seconds = share / (probe.write_mib * MIB / max(seen))
     took = f"about {seconds:.1f} s" if seconds >= 0.1 else "under 0.1 s"
     text = f"{took} for {size(probe.checkpoint_bytes)}"
     short = [f"there are only {s:g} s {occasion}" for occasion, s in probe.grace.items() if 0 < s < seconds]
@@ -101,11 +100,15 @@ def judge_save(probe: Probe, seen: list[float]) -> Verdict:
 
 
 def look_room(probe: Probe) -> tuple[int, int]:
-    """(bytes, files) free, after reserving for a moment what the run will keep, so that a quota speaks up."""
-    if probe.world.is_main and probe.checkpoint_bytes is not None:
-        reserve(probe.folder / "room", probe.keep * probe.checkpoint_bytes)
+    """(bytes, files) free, after reserving for a moment what the run will keep, so that a quota speaks up.
+
+    Not more than is free: some file systems would take all of that before they notice, and fail all who write there.
+    """
     free = os.statvfs(probe.folder)
-    return free.f_bavail * free.f_frsize, free.f_favail
+    space, kept = free.f_bavail * free.f_frsize, probe.keep * (probe.checkpoint_bytes or 0)
+    if probe.world.is_main and 0 < kept <= space:
+        reserve(probe.folder / "room", kept)
+    return space, free.f_favail
 
 
 def judge_room(probe: Probe, seen: list[tuple[int, int]]) -> Verdict:
@@ -134,14 +137,6 @@ def reserve(path: Path, size_bytes: int) -> None:
             number,
             f"{os.strerror(number)}: {size(size_bytes)} of checkpoints do not fit; make room, or keep fewer (checkpoint.keep_last)",
         )
-
-
-def size(n: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.3g} TiB"
 
 
 def _claim(path: Path) -> bool:

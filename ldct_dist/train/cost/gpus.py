@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ldct_dist.errors import UserError
+from ldct_dist.files import GIB
 
-GIB = 1 << 30
 Precision = Literal["fp32", "bf16", "fp64"]
 
 

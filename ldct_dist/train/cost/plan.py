@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldct_dist.errors import UserError
+from ldct_dist.files import GIB
 from ldct_dist.models.losses import share_counted
 from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost import speed
-from ldct_dist.train.cost.gpus import GIB, Gpu, gpu_named
+from ldct_dist.train.cost.gpus import Gpu, gpu_named
 from ldct_dist.train.cost.memory import PROCESS, STRATEGIES, Activations, Memory, Node, Sharing, memory, node
 from ldct_dist.train.misfits import refuse_crop
 from ldct_dist.train.strategy.parts import STATE_BYTES

@@ -6,11 +6,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ldct_dist.train.cost.gpus import GIB
+from ldct_dist.files import GIB, MIB
 from ldct_dist.train.cost.memory import Memory
 from ldct_dist.train.cost.plan import Fit, Plan, Row
 
-MIB = 1 << 20
 PARTS = {
     "weights": "weights",
     "gradients": "grads",

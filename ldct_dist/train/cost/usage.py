@@ -7,9 +7,10 @@ import resource
 
 import torch
 
+from ldct_dist.files import GIB
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.count import count
-from ldct_dist.train.cost.gpus import GIB, peak_of_device
+from ldct_dist.train.cost.gpus import peak_of_device
 from ldct_dist.world import World
 
 

@@ -7,8 +7,10 @@ nothing of the average, swaps no state for a save that goes on beside training, 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -17,8 +19,8 @@ import torch
 
 from ldct_dist.config import looked_up
 from ldct_dist.errors import UserError
+from ldct_dist.files import size
 
-GIB = 2**30
 STRETCH = 10_000_000
 """elements that a step takes from a disk at a time, where DeepSpeed can do so"""
 AHEAD = 8 * STRETCH
@@ -33,6 +35,9 @@ class Disk:
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         try:
+            # Asked for more than there is, some file systems take all of it before they notice, for all who write there.
+            if nbytes > shutil.disk_usage(folder).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 os.posix_fallocate(file.fileno(), 0, nbytes)
                 self._map = mmap.mmap(file.fileno(), nbytes)
@@ -40,7 +45,7 @@ class Disk:
         except OSError as e:
             raise UserError(
                 f"deepspeed.nvme_path={folder} on {socket.gethostname()}: {e.strerror}; each rank there takes "
-                f"{nbytes / GIB:.3g} GiB: make room, or name a folder on another disk of the node"
+                f"{size(nbytes)}: make room, or name a folder on another disk of the node"
             ) from e
         self._taken = 0
 
