@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -94,13 +95,13 @@ def simulate_low_doses(
 
 def _missing(dose: float, config: DoseConfig) -> Variance:
     """What a scan at `dose` has more of than one at full dose."""
+    return lambda counts: _whole(dose * counts, config) - _whole(counts, config)
 
-    def missing(counts: torch.Tensor) -> torch.Tensor:
-        quantum = (1 - dose) / (dose * counts)
-        electronic = (1 - dose**2) * (config.electronic_noise / (dose * counts)).square()
-        return quantum + electronic
 
-    return missing
+def _whole(counts: torch.Tensor, config: DoseConfig) -> torch.Tensor:
+    """All of a line integral's variance. Where hardly a photon arrives, scanners floor the counts before the logarithm,
+    which bounds its error, at either dose."""
+    return (1 / counts + (config.electronic_noise / counts).square()).clamp(max=1)
 
 
 def simulate_full_dose(
@@ -118,12 +119,8 @@ def simulate_full_dose(
     """
     if config.photons is None:
         raise UserError("simulating a full-dose scan of a phantom: set photons, for example 2e5")
-
-    def whole(counts: torch.Tensor) -> torch.Tensor:
-        return 1 / counts + (config.electronic_noise / counts).square()
-
     blank = Volume(np.empty(hu.shape, np.int16), spacing)
-    (noisy,) = _with_noise(hu, scan_of(blank, config), [whole], seed, config, device)
+    (noisy,) = _with_noise(hu, scan_of(blank, config), [partial(_whole, config=config)], seed, config, device)
     return replace(blank, hu=noisy)
 
 
@@ -187,9 +184,7 @@ def _with_noise(
         drawn = white((seed,), range(start, start + len(batch)), scan, device)
         padding = padding_of(batch)
         for hu, variance in zip(noisy, variances, strict=True):
-            # Where hardly a photon arrives, scanners floor the counts before the logarithm, which bounds its error.
-            std = variance(counts).clamp(max=1).sqrt()
-            added = batch + hu_noise(std * drawn, scan, config)
+            added = batch + hu_noise(variance(counts).sqrt() * drawn, scan, config)
             hu[start : start + _BATCH] = np.where(
                 padding, AIR_HU, np.rint(added).clip(AIR_HU, np.iinfo(np.int16).max)
             )

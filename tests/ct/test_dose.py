@@ -229,10 +229,23 @@ def test_rays_that_no_photon_gets_through_have_finite_noise(electronic, config):
     hu = water_cylinder((2, 128, 128), SPACING, RADIUS).hu.copy()
     hu[0, 50:78, 20:108] = 30000
     config = CONFIG.model_copy(update={"electronic_noise": electronic, **config})
-    low = simulate_low_dose(Volume(hu, SPACING), 0.25, seed=0, config=config).hu
-    assert low[0, 60:68, 40:88].mean() == pytest.approx(30000, rel=0.02)
-    streaks, plain = ((low[i].astype(float) - hu[i])[rings()["middle"]].std() for i in (0, 1))
-    assert plain < streaks < 1e4
+    full = simulate_full_dose(hu, SPACING, seed=1, config=config)
+    low = simulate_low_dose(full, 0.25, seed=0, config=config)
+    for scan in (full.hu, low.hu):
+        assert scan[0, 60:68, 40:88].mean() == pytest.approx(30000, rel=0.02)
+        streaks, plain = ((scan[i].astype(float) - hu[i])[rings()["middle"]].std() for i in (0, 1))
+        assert plain < streaks < 1e4
+
+
+def test_rays_that_metal_starves_at_full_dose_get_no_more_noise_at_a_lower_one():
+    hu = np.repeat(water_cylinder((1, 128, 128), SPACING, RADIUS).hu, 16, axis=0)
+    hu[:, 60:68, 24:34] = hu[:, 60:68, 94:104] = 20000  # two hips
+    full = simulate_full_dose(hu, SPACING, seed=1, config=CONFIG)
+    low = simulate_low_dose(full, 0.25, seed=2, config=CONFIG)
+    quarter = CONFIG.model_copy(update={"photons": 0.25 * CONFIG.photons})
+    truth = simulate_full_dose(hu, SPACING, seed=3, config=quarter)
+    where = rings()["middle"]
+    assert noise_std(low.hu, where) == pytest.approx(noise_std(truth.hu, where), rel=0.05)
 
 
 def test_detector_blur_filters_the_noise_by_its_own_transfer_function():
