@@ -66,8 +66,8 @@ def test_stopped_after_every_single_step_it_is_bitwise_the_unbroken_run(store, u
     """Losses, learning rates, gradient norms, weights, average, optimizer, random numbers and validations."""
     config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
     stop = partial(together, random_loss, asked_to_stop_at_every_step)
-    for _ in range(STEPS):
-        assert fork(config, *EXACT, ranks=ranks, plant=stop) == [75] * ranks
+    for left in reversed(range(STEPS)):
+        assert fork(config, *EXACT, ranks=ranks, plant=stop) == [75 if left else 0] * ranks
     assert fork(config, *EXACT, ranks=ranks, plant=random_loss) == [0] * ranks
 
     assert [start["from_step"] for start in starts(run)] == list(range(STEPS + 1))
