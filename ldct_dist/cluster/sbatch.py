@@ -252,7 +252,7 @@ still_ours() {
 _REQUEUE = """\
   answer='Slurm has been told not to (Requeue=0), as `ldct-dist cancel` does'
   [[ $now == *" Requeue=0 "* ]] ||
-    { answer=$(insist scontrol requeue "$job") && exit 75; }   # asked twice, it still requeues once
+    { trap '' TERM; answer=$(insist scontrol requeue "$job") && exit 75; }   # twice is once; its TERM may come first
   echo "not requeued: $answer" >&2
 """
 _CHAIN = """\

@@ -123,6 +123,12 @@ def test_after_a_hang_the_job_is_requeued(job):
     assert job.calls("scontrol requeue")
 
 
+def test_a_requeue_that_ends_the_job_before_it_is_answered_is_none_that_failed(job):
+    """Slurm may end all that runs in the job, what asks for it included, before that has its answer."""
+    done = job.run(rank="exit 75", scontrol=f"echo '{OURS}'; [ $1 != requeue ] || kill $PPID $$")
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 def test_what_was_cancelled_leaves_its_nodes_at_once(job):
     """`ldct-dist cancel` has told Slurm to requeue the job no more, which would refuse that as often as it is asked."""
     slurm = f"echo '{OURS} Requeue=0 '; echo scontrol $1 >> {job.folder}/calls"
