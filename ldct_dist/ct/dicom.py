@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from pydicom import Dataset
 
-from ldct_dist.ct.geometry import Vector, stack
+from ldct_dist.ct.geometry import SAME_PLACE_MM, Vector, stack
 from ldct_dist.ct.headers import Header, UnknownSeries, read_headers
 from ldct_dist.ct.nature import NotAVolume, refuse_other_than_ct
 from ldct_dist.ct.pixels import Slice, read_dataset, read_slice
@@ -211,8 +212,10 @@ def _series(headers: Sequence[Header]) -> Series:
     orientation = _required(first.orientation, "ImageOrientationPatient", first)
     pixel_spacing = _required(first.pixel_spacing, "PixelSpacing", first)
     rows, columns = _required(first.matrix, "Rows and Columns", first)
-    if len(headers) == 1:
-        raise NotAVolume("a single slice is no volume; give the whole series")
+    if max(math.dist(position, positions[0]) for position in positions) < SAME_PLACE_MM:
+        raise NotAVolume(
+            "a single slice, or one place again and again (bolus tracking), is no volume; give the whole series"
+        )
     grid = stack(positions, orientation, pixel_spacing, names)
     return Series(
         slices=tuple(headers[i].stored for i in grid.order),

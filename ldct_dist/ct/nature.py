@@ -21,7 +21,7 @@ Reformats and virtual monoenergetic images are HU, and so are many that call the
 
 
 class NotAVolume(UserError):
-    """By its nature, not by damage: a scout, a dose report, a projection, a single slice, another modality."""
+    """By its nature, not by damage: a scout, a dose report, a projection, bolus tracking, another modality."""
 
 
 def refuse_other_than_ct(headers: Sequence[Header]) -> None:

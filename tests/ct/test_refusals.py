@@ -135,6 +135,7 @@ def test_what_is_no_axial_scan_is_passed_over_or_told_of(tmp_path):
         ("mip", {"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 MIP"]}),
         ("iodine", {"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "MATERIAL_FRACTION"], "RescaleType": None}),
         ("zeff", {"RescaleType": "Z_EFF"}),
+        ("monitoring", {"ImagePositionPatient": [-100.0, -120.0, 45.0]}),
         ("again", {"DerivationDescription": "Denoised by ldct_dist 0.1.0, unet3d-s"}),
     ):
         write_series(tmp_path / name, phantom(), Options(seed=name, tags=tags))
@@ -145,8 +146,10 @@ def test_what_is_no_axial_scan_is_passed_over_or_told_of(tmp_path):
     assert f"{tmp_path}/again" in told["made by ldct_dist from a scan, not a scan itself"]
     assert f"{tmp_path}/coronal" in told["not axial, as scans and what networks learn from are"]
     passed = [line for line in notices if line.startswith("passed over")]
-    assert [any(f"/{name}:" in line for line in passed) for name in ("mip", "iodine", "zeff")] == [True] * 3
-    assert len(notices) == 5
+    assert [
+        any(f"/{name}:" in line for line in passed) for name in ("mip", "iodine", "zeff", "monitoring")
+    ] == [True] * 4
+    assert len(notices) == 6
 
 
 def test_missing_slice_names_its_neighbours(tmp_path):
@@ -165,7 +168,7 @@ def test_the_same_slice_in_two_folders(tmp_path):
 
 def test_single_slice(tmp_path):
     write_series(tmp_path, phantom()[:1])
-    assert "a single slice is no volume" in refusal(tmp_path)
+    assert "a single slice, or one place again and again" in refusal(tmp_path)
 
 
 def test_one_bad_series_does_not_hide_a_good_one(tmp_path):
