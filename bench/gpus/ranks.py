@@ -56,6 +56,7 @@ def _train(world: World, ddp: bool = False) -> tuple[torch.Tensor, torch.Tensor]
     # In fp64: a GPU's TF32 rounds so much that Adam, which takes signs of small gradients, would differ after five steps.
     config = config_of("s", (4, 16, 16), 2, precision="fp64")
     strategy = DDPStrategy(build(config.model), config, world)
+    strategy.warm_up()
     if ddp:
         strategy._wrapped = DistributedDataParallel(strategy._wrapped, gradient_as_bucket_view=True)
     loss = build_loss(config.loss)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ldct_dist import config
 from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.train import trainer, validation
+from ldct_dist.train.strategy import ddp
 from ldct_dist.train.strategy.ddp import DDPStrategy
 
 RANK = 1
@@ -88,6 +89,13 @@ def stopped(victim: int, batch: int, rank: int) -> None:
 def stuck(victim: int, batch: int, rank: int) -> None:
     """The victim's main thread sleeps in the loader, as in a read from a file server that is gone."""
     _on_victim(victim, batch, rank, lambda: time.sleep(1000))
+
+
+def unreached(rank: int) -> None:
+    """One rank never meets the others to train with, as where a firewall lies between them."""
+    trainer.SLOW = 1.0
+    if rank == RANK:
+        ddp.DistributedDataParallel = lambda *_, **__: time.sleep(1000)
 
 
 def killed(batch: int, rank: int) -> None:

@@ -8,6 +8,7 @@ from plants import gradients_places
 from forked import fork
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.strategy import ddp
 from ldct_dist.train.strategy.ddp import DDPStrategy
 from ldct_dist.train.strategy.parts import MOMENTS, parts_of
 from ldct_dist.world import World
@@ -25,6 +26,7 @@ def test_the_first_pass_takes_no_more_memory_than_a_step(monkeypatch, micro_batc
     )
     strategy = DDPStrategy(build(config.model), config, World())
     strategy.world = World(0, 2)
+    monkeypatch.setattr(ddp, "DistributedDataParallel", lambda network, **_: network)
     seen, forward = [], DDPStrategy.__call__
     monkeypatch.setattr(DDPStrategy, "__call__", lambda self, hu: seen.append(len(hu)) or forward(self, hu))
     strategy.warm_up()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plants import killed, raising, stopped, stuck
+from plants import killed, raising, stopped, stuck, unreached
 
 from forked import ForkedRanks, fork
 from ldct_dist.cluster.local import LocalRanks
@@ -44,12 +44,13 @@ PLANTS = {
     "rank 1 stopped": partial(stopped, 1, BATCH),
     "rank 1 stuck": partial(stuck, 1, BATCH),
     "rank 1 stuck at once": partial(stuck, 1, 0),
+    "rank 1 unreached": unreached,
 }
 
 
 @pytest.fixture(scope="module")
 def hung(store, tmp_path_factory):
-    """Four runs of two ranks that hang, one after a SIGSTOP from outside, and how each ended.
+    """Five runs of two ranks that hang, one after a SIGSTOP from outside, and how each ended.
 
     At once, since they mostly wait.
     """
@@ -100,6 +101,15 @@ def test_before_anything_was_saved_it_is_another_exit_code(hung):
     """A scheduler that starts the run again would have it hang there again, and again."""
     _, codes = hung["rank 1 stuck at once"]
     assert set(codes) == {77}
+
+
+def test_ranks_that_do_not_reach_each_other_do_not_wait_for_ever(hung):
+    folder, codes = hung["rank 1 unreached"]
+    assert set(codes) == {77}
+    assert re.search(
+        r"no progress for 6 s on rank 0 .* \(last seen at step 0, first pass\)",
+        (folder / "run.log").read_text(),
+    )
 
 
 def test_stacks_of_all_threads_lie_in_the_run_folder(hung):

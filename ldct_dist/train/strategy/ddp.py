@@ -37,13 +37,7 @@ class DDPStrategy:
         self.ema = Ema(model, config.optim.ema)
         self.optimizer = build_optimizer(model.parameters(), config.optim)
         self._autocast = autocast(world.device, config.precision == "bf16")
-        wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-        if world.size > 1:
-            # Strides of an axis of one voxel or channel move no byte, and backends fill them in as they like.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            devices = [world.device] if world.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
-        self._wrapped = wrapped
+        self._wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
 
     def begin(self, weights: Denoiser) -> None:
         """Train from `weights`: the average starts there, the optimizer has seen nothing yet."""
@@ -52,13 +46,20 @@ class DDPStrategy:
         self.optimizer.state.clear()
 
     def warm_up(self) -> None:
-        """Two backwards whose gradients are thrown away.
+        """Reach the other ranks, and take two backwards whose gradients are thrown away.
 
+        NCCL may wait for ever for a rank that it does not reach, and not before now would that be noticed.
         DDP sorts its buckets anew after the first backward, which changes the order of summation over
         the ranks. Without this, the first step after a resume would add in another order than the
         unbroken run did. The second one lays the gradients into the new buckets.
         """
         if self.world.size > 1:
+            # Strides of an axis of one voxel or channel move no byte, and backends fill them in as they like.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            devices = [self.world.device] if self.world.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(
+                self._wrapped, device_ids=devices, gradient_as_bucket_view=True
+            )
             share = self.config.data.batch // self.world.size
             size = min(self.config.micro_batch or share, share)
             hu = torch.zeros((size, 1, *self.config.data.crop), device=self.world.device)
