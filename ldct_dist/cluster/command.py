@@ -13,8 +13,9 @@ from ldct_dist import config as configs
 from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.cluster.parts import Parts, array_script
 from ldct_dist.cluster.submit import Request
+from ldct_dist.denoise.claim import refuse_others
 from ldct_dist.denoise.cohort import cases_of
-from ldct_dist.denoise.tiles import refuse_strength
+from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
 from ldct_dist.files import refuse_inside
 from ldct_dist.models.weights import weights_hash
@@ -60,23 +61,26 @@ def parse_parts(
     # What a run's best weights are may change before the last task starts: all take this copy.
     weights = weights_of(Path(folders[0]))
     copy = jobs / f"{weights_hash(weights)}.safetensors"
-    words = [*folders[1:], *_manner(options)]
+    bf16, strength = _manner(options)
+    refuse_others(out, SeriesDenoiser.load(weights, "cpu", bf16, strength).name)
+    words = [
+        *folders[1:],
+        *(["--bf16"] if bf16 else []),
+        *([f"--strength={strength}"] if strength < 1 else []),
+    ]
     here = shlex.join(["ldct-dist", verb, folders[0], *words, "--part=0/1"])  # a cohort is denoised by parts
     tasks = min(len(cases), MOST_PARTS) if parts is None else parts
     script = array_script(verb, [verb, str(copy), *words], jobs, tasks, options, site, at_once)
     return Parts(script, here, pinned=(weights, copy))
 
 
-def _manner(options: dict[str, str | bool]) -> list[str]:
-    """Of these, taken out, what is denoise's own and none of sbatch's."""
-    words = ["--bf16"] if options.pop("bf16", False) else []
-    if (strength := options.pop("strength", None)) is not None:
-        try:
-            refuse_strength(float(str(strength)))
-        except ValueError as e:
-            raise UserError(f"--strength={strength}: give a share above 0 and up to 1") from e
-        words.append(f"--strength={strength}")
-    return words
+def _manner(options: dict[str, str | bool]) -> tuple[bool, float]:
+    """(bf16, strength): of these, taken out, what is denoise's own and none of sbatch's."""
+    bf16, strength = bool(options.pop("bf16", False)), options.pop("strength", "1")
+    try:
+        return bf16, float("" if strength is True else strength)
+    except ValueError as e:
+        raise UserError(f"--strength={strength}: give a share above 0 and up to 1") from e
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:

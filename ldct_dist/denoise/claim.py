@@ -16,16 +16,31 @@ def claim(out: Path, maker: str) -> None:
 
     Raises UserError where another maker was at work, and where `out` cannot be written.
     """
-    mark = out / MADE_BY
+    refuse_others(out, maker)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        unnamed = not mark.exists() and any(not path.name.startswith(".") for path in out.iterdir())
-        if not mark.exists() and not unnamed:
-            replace(mark, maker)
-        made_by = "a network that it does not name" if unnamed else mark.read_text()
+        if not (out / MADE_BY).exists():
+            replace(out / MADE_BY, maker)
     except OSError as e:
-        raise UserError(f"{out}: {e.strerror}; choose a folder that can be written") from e
+        raise _unwritable(out, e) from e
+    refuse_others(out, maker)  # one may have begun at the same time
+
+
+def refuse_others(out: Path, maker: str) -> None:
+    """Raises UserError where `out` holds what another maker made, or one that it does not name. Writes nothing."""
+    mark, made_by = out / MADE_BY, maker
+    try:
+        if mark.exists():
+            made_by = mark.read_text()
+        elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+            made_by = "a network that it does not name"
+    except OSError as e:
+        raise _unwritable(out, e) from e
     if made_by != maker:
         raise UserError(
             f"{out}: what is there was denoised by {made_by}, this would be by {maker}; choose another folder"
         )
+
+
+def _unwritable(out: Path, why: OSError) -> UserError:
+    return UserError(f"{out}: {why.strerror}; choose a folder that can be written")

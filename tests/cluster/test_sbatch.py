@@ -21,6 +21,8 @@ from ldct_dist.cluster.shape import CPUS_PER_PART, CPUS_PER_RANK, gpus_per_node,
 from ldct_dist.cluster.site import Site, read_site
 from ldct_dist.cluster.submit import dry_run, start
 from ldct_dist.config import to_yaml
+from ldct_dist.denoise.claim import claim
+from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
@@ -240,6 +242,25 @@ def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
         parse_parts(
             ["denoise", str(tmp_path / "run"), str(tmp_path / "in"), str(tmp_path / "out")], None, None
         )
+
+
+def test_what_every_part_of_a_cohort_would_refuse_is_refused_before_it_is_submitted(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    weights, out = tmp_path / "w.safetensors", tmp_path / "out"
+    save_weights(weights, build(ModelConfig(size="xs")))
+    words = ["denoise", str(weights), str(tmp_path / "in"), str(out)]
+    for strength in ("2", "much"):
+        with pytest.raises(UserError, match="give a share above 0 and up to 1"):
+            parse_parts([*words, f"--strength={strength}"], None, None)
+    claim(out, SeriesDenoiser.load(weights).name)
+    assert parse_parts(words, None, None).script.parts == 1
+    with pytest.raises(
+        UserError, match=r"by unet3d-xs, weights sha256 \w+, at strength 0\.5; choose another"
+    ):
+        parse_parts([*words, "--strength=0.5"], None, None)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="copy it again"):
+        parse_parts(words, None, None)
 
 
 def test_a_cohort_that_would_be_denoised_into_itself_is_refused_before_it_is_submitted(tmp_path):
