@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StringConstraints, model_validator
 
 from ldct_dist import config as configs
 from ldct_dist.config import Config
 from ldct_dist.errors import UserError
 
-Word = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+def _as_written(value: Any) -> Any:
+    """YAML reads 24:00:00 as 86400, and 0123 as 83. Raises ValueError for what it has read as a number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("YAML reads it as a number; write it in quotes")
+    return value
+
+
+Text = BeforeValidator(_as_written)
+Word = Annotated[str, Text, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$")]
 """Anything but control characters: those, a line break among them, could end a line of the job script."""
+Place = Annotated[Word, AfterValidator(lambda path: os.path.expanduser(os.path.expandvars(path)))]
+"""With ~ and variables as they are here, since the job script quotes it; no Path, which an image's URI is not."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
 FOLDERS = (Path("configs/sites"),)
@@ -21,8 +33,8 @@ FOLDERS = (Path("configs/sites"),)
 class Container(Config):
     """An Apptainer (Singularity) image that every rank runs in."""
 
-    image: Word
-    binds: list[Word] = Field(default_factory=list)
+    image: Place
+    binds: list[Place] = Field(default_factory=list)
     """SOURCE[:TARGET[:ro]]; the working directory and the run's folder are bound anyhow"""
     nv: bool = True
     """bring the node's NVIDIA driver along"""
@@ -38,7 +50,7 @@ class Site(Config):
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    options: dict[Option, Word | bool] = Field(default_factory=dict)
+    options: dict[Option, Annotated[Word | StrictBool, Text]] = Field(default_factory=dict)
     """further options of sbatch, by their long names without dashes; true for those without a value"""
     cpus_per_task: int | None = Field(None, gt=0)
     warn_s: int = Field(300, gt=0)
@@ -49,8 +61,8 @@ class Site(Config):
     """srun's --gpu-bind, such as per_task:1 or none"""
     modules: list[Word] = Field(default_factory=list)
     """arguments of `module load`, a line each"""
-    venv: Word | None = None
-    conda: Word | None = None
+    venv: Place | None = None
+    conda: Place | None = None
     """name or path of an environment; `conda` must be on the PATH, by a module or otherwise"""
     container: Container | None = None
     env: dict[Variable, Word] = Field(default_factory=dict)

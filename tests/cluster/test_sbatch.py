@@ -77,6 +77,25 @@ def test_scripts_are_those_recorded(name):
     subprocess.run(["bash", "-n", path], check=True)
 
 
+def test_a_number_of_a_profile_is_refused_rather_than_read_as_another_or_as_a_flag(tmp_path):
+    """mem: 0 was no option at all, mem: 1 one without a value; and a time of 24 h would be one of 86400 min."""
+    for line in ("options: {mem: 0}", "options: {mem: 1}", "options: {time: 24:00:00}", "account: 0123"):
+        (tmp_path / "site.yaml").write_text(line)
+        with pytest.raises(
+            UserError, match=r"(options\.\w+|account): YAML reads it as a number; write it in quotes"
+        ):
+            read_site(str(tmp_path / "site.yaml"))
+
+
+def test_software_in_a_home_is_found_from_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    box = {"image": "docker://lab/ldct", "binds": ["$HOME/data:/data"]}
+    assert f"source {tmp_path}/ldct/bin/activate" in render(variant(TRAIN, site=Site(venv="~/ldct")))
+    in_a_box = render(variant(TRAIN, site=Site.model_validate({"container": box})))
+    assert f"--bind={tmp_path}/data:/data " in in_a_box
+    assert " docker://lab/ldct " in in_a_box
+
+
 def test_the_script_to_copy_does_what_a_submitted_one_does():
     """From the first question to Slurm on, word for word: only its folder and its command are other ones."""
     here = Script("x", ["-m", "ldct_dist", "train", "$@"], Path("/code"), Path("/here"), Path("/"), "python")
