@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shlex
 import sys
 import time
 from contextlib import redirect_stderr
@@ -23,7 +25,7 @@ from ldct_dist.cluster.environment import left_out
 from ldct_dist.cluster.rank import Train
 from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
-from ldct_dist.cluster.shape import Options, gpus_per_node, number, shaped
+from ldct_dist.cluster.shape import Options, number, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code
 from ldct_dist.cluster.status import in_queue
@@ -221,12 +223,14 @@ def _executor_here(request: Request, cluster: str) -> Any:
         raise UserError(f"--cluster {cluster}: this machine is one node; leave --nodes out")
     executor = AutoExecutor(request.folder, cluster=cluster)
     if cluster == "local":
+        # submitit would hide all GPUs where none was asked for, and show the first ones else, whosever they are.
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "unset CUDA_VISIBLE_DEVICES" if gpus is None else f"CUDA_VISIBLE_DEVICES={shlex.quote(gpus)}"
         executor.update_parameters(
             tasks_per_node=request.tasks_per_node,
-            gpus_per_node=gpus_per_node(request.shape),
             timeout_min=60 * 24 * 365,  # a run ends by itself, or by time_limit_s
             # It is to outlive this terminal, and not to keep a pipe open that this command's output goes to.
-            local_setup=["trap '' HUP", "exec </dev/null >/dev/null 2>&1"],
+            local_setup=[seen, "trap '' HUP", "exec </dev/null >/dev/null 2>&1"],
         )
     return executor
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from commands import commands_on_path
 from ldct_dist import cli
+from ldct_dist.cluster.command import parse
+from ldct_dist.cluster.submit import _executor_here
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from runs import write_config
@@ -67,6 +70,18 @@ def test_an_array_on_this_machine_is_refused_with_the_command_to_give(
     line = refused(folder, monkeypatch, capfd, *VERBS[verb], "--cluster", cluster)
     assert line.startswith(f"error: --cluster {cluster}: ")
     assert line.endswith(f"; on this machine: {HERE[verb]}")
+
+
+@pytest.mark.parametrize("gpus", [None, "2,3"])
+@pytest.mark.parametrize("options", [[], ["--gpus-per-node=2"]])
+def test_a_run_in_the_background_here_sees_the_gpus_that_its_command_does(folder, monkeypatch, gpus, options):
+    if gpus is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    request = parse(["run.yaml", *options], site=None, allow_new_data=False)
+    job = _executor_here(request, "local").submit(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert set(job.results()) == {gpus}
 
 
 @pytest.mark.parametrize("verb", VERBS)
