@@ -8,6 +8,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +78,13 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def sync_tree(root: Path) -> None:
+    """The same for all of `root`, files and folders: call it before `root` gets its name."""
+    # Many at once: the file system then writes its journal once, and not for each.
+    with ThreadPoolExecutor(64) as threads:
+        list(threads.map(sync, [root, *root.rglob("*")]))
 
 
 def file_sha256(path: Path) -> str:

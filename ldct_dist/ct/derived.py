@@ -26,7 +26,7 @@ from ldct_dist.ct.pixels import Slice
 from ldct_dist.ct.values import number, pydicom_faults_as_user_errors, text
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
-from ldct_dist.files import refuse_taken
+from ldct_dist.files import refuse_taken, sync_tree
 
 STALE = (
     *("InstanceCreationDate", "InstanceCreationTime", "InstanceCreatorUID"),
@@ -100,6 +100,7 @@ def write_derived(
                 set_pixels(derived, source, _stored(source, slice_hu))
                 encoded = _encoded(derived)
             (partial / name).write_bytes(encoded)
+        sync_tree(partial)
         os.replace(partial, out)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror}); choose another folder or make room") from e

@@ -27,7 +27,7 @@ import numpy as np
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
-from ldct_dist.files import TEMPORARY, replace, sync
+from ldct_dist.files import TEMPORARY, replace, sync_tree
 from ldct_dist.store.record import (
     FORMAT,
     CaseRecord,
@@ -162,7 +162,7 @@ def write_case(
             low_dose=low_dose,
         )
         (temporary / "zarr.json").write_bytes(case_metadata(record))
-        _sync_tree(temporary)
+        sync_tree(temporary)
         if (store / CASES / name).exists():
             (store / CASES / name).rename(replaced)
         temporary.rename(store / CASES / name)
@@ -249,11 +249,3 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-
-
-def _sync_tree(root: Path) -> None:
-    """fsync all of `root`, files and folders, so that a case that has its name also has its bytes."""
-    paths = [root, *root.rglob("*")]
-    # At once: the file system then writes its journal once, and not for each.
-    with ThreadPoolExecutor(len(paths)) as threads:
-        list(threads.map(sync, paths))

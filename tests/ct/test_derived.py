@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import gdcm
@@ -354,3 +355,21 @@ def test_output_where_nothing_can_be(tmp_path, source):
     for out in (tmp_path / "file" / "out", tmp_path / ("n" * 300)):  # at the second, one may not even look
         with pytest.raises(UserError, match="cannot be written"):
             write_derived(source, read_series(source).hu, out, "no")
+
+
+def test_a_series_that_has_its_name_has_its_bytes(tmp_path, source, monkeypatch):
+    """Also after a power cut: each file is on disk before the folder is renamed."""
+    on_disk, fsync, rename = set(), os.fsync, os.replace
+
+    def noted(fd: int) -> None:
+        fsync(fd)
+        on_disk.add(os.fstat(fd).st_ino)
+
+    def renamed(source: Path, target: Path) -> None:
+        assert {path.stat().st_ino for path in (source, *source.iterdir())} <= on_disk
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    files = write_derived(source, read_series(source).hu, tmp_path / "out", "as it was")
+    assert len(files) == len(source.slices)

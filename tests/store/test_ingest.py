@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_line_and_whole_cases_stay(source, out, threads, monk
         if len(synced) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(layout, "_sync_tree", sync)
+    monkeypatch.setattr(layout, "sync_tree", sync)
     with pytest.raises(
         UserError, match=r"ct\.zarr: cannot be written \(No space left on device\); make room"
     ):

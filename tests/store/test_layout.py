@@ -121,9 +121,7 @@ def test_a_case_written_again_replaces_the_old_one_whole(tmp_path):
 
 def test_a_failing_write_leaves_the_old_case_and_nothing_else(tmp_path, monkeypatch):
     store = make_store(tmp_path / "ct.zarr", [(3, 8, 8)])
-    monkeypatch.setattr(
-        layout, "_sync_tree", lambda root: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(layout, "sync_tree", lambda root: (_ for _ in ()).throw(OSError(28, "No space left")))
     volume = Volume(np.zeros((3, 8, 8), np.int16), SPACING)
     with pytest.raises(OSError, match="No space left"):
         layout.write_case(store.path, "case-000", {1.0: volume}, patient="p", split="train")
