@@ -19,6 +19,7 @@ from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
 from ldct_dist.files import refuse_inside
 from ldct_dist.models.weights import weights_hash
+from ldct_dist.store.ingest import IngestConfig, check
 from ldct_dist.train.config import RunConfig
 
 INGEST_PARTS = 8
@@ -55,6 +56,8 @@ def parse_parts(
     if verb == "ingest":
         tasks = INGEST_PARTS if parts is None else parts
         script = array_script(verb, [verb, *words], jobs, tasks, options, site, at_once)
+        settings = configs.read(IngestConfig, None, [word for word in words if word not in folders])
+        check(Path(folders[0]), Path(folders[1]), settings)
         return Parts(script, shlex.join(["ldct-dist", verb, *words]), then=["finalise", folders[-1]])
     cases = cases_of(Path(folders[1]))
     refuse_inside(out, Path(folders[1]))

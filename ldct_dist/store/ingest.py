@@ -91,8 +91,7 @@ def ingest(
     start goes on from there.
     """
     source, out, config = Path(source), Path(out), config or IngestConfig()
-    check_shares(config.splits, config.split_of)
-    _check_places(source, out)
+    check(source, out, config)
     with Workers(config.workers or len(os.sched_getaffinity(0))) as workers:
         pairs, refused = find_pairs(source, config.pairing, workers.map)
         with _unwritable_as_user_error(out):
@@ -205,7 +204,9 @@ def _survey(out: Path, tasks: Sequence[Task], empty: tuple[str, ...]) -> Survey:
     return Survey(len(tasks), files, size, shutil.disk_usage(out).free, empty)
 
 
-def _check_places(source: Path, out: Path) -> None:
+def check(source: Path, out: Path, config: IngestConfig) -> None:
+    """Raises UserError for what is wrong already before a file is read. Writes nothing."""
+    check_shares(config.splits, config.split_of)
     if not os.path.exists(source):  # unlike Path's, this answers where nothing may be looked at
         raise UserError(
             f"{source}: no such file or folder, or none that may be read; give the DICOM files' folder, or a manifest"

@@ -249,7 +249,8 @@ def test_a_large_cohort_is_no_larger_an_array_than_slurm_takes(tmp_path):
 
 
 def test_an_array_may_be_told_how_many_of_its_tasks_run_at_once(tmp_path):
-    done = command("submit", "ingest", tmp_path, tmp_path / "x.zarr", "--at-once=2", "--dry-run")
+    (tmp_path / "in").mkdir()
+    done = command("submit", "ingest", tmp_path / "in", tmp_path / "x.zarr", "--at-once=2", "--dry-run")
     assert "#SBATCH --array=0-7%2\n" in done.stdout
     with pytest.raises(UserError, match="--at-once 0: at least one"):
         parse_parts(["ingest", "a", "b"], None, None, at_once=0)
@@ -261,6 +262,24 @@ def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
         parse_parts(
             ["denoise", str(tmp_path / "run"), str(tmp_path / "in"), str(tmp_path / "out")], None, None
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["nowhere", "x.zarr"], "nowhere: no such file or folder"),
+        (["in", "in/x.zarr"], "put the store outside"),
+        (["in", "x.zarr", "dos=0.25"], "dos: no such setting"),
+        (["in", "x.zarr", "splits={train: 2}"], "must add up to 1"),
+    ],
+)
+def test_what_every_part_of_an_ingest_would_refuse_is_refused_before_it_is_submitted(
+    words, fault, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match=fault):
+        parse_parts(["ingest", *words], None, None)
 
 
 def test_what_every_part_of_a_cohort_would_refuse_is_refused_before_it_is_submitted(tmp_path):
