@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
+
+import torch
 
 from ldct_dist.data.plan import lanes_of
 from ldct_dist.errors import UserError
@@ -30,8 +34,18 @@ def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: Run
     refuse_deepspeed(config, world)
     if config.init_from is not None and not folder.has_saved:
         first_weights(config)
-    if config.compile and world.device.type == "cpu" and shutil.which("g++") is None:
-        raise UserError("compile=true needs a C++ compiler on CPU: install g++, or set compile=false")
+    if config.compile:
+        refuse_without_compiler(world.device)
+
+
+def refuse_without_compiler(device: torch.device) -> None:
+    """torch.compile has g++ build what runs on a CPU, and Triton has a C compiler build what starts its kernels."""
+    named = ["g++"] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "gcc", "clang"]
+    if not any(map(shutil.which, named)):
+        raise UserError(
+            f"compile=true needs {' or '.join(dict.fromkeys(named))} on {platform.node()}: install one or load its module, "
+            "or set compile=false"
+        )
 
 
 def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
