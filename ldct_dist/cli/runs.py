@@ -160,7 +160,10 @@ def evaluate(
         list[str] | None, typer.Option(help="name=module:function, a function of a Volume that gives HU")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="CSV (case,label or case,slice,label): the report classifies, too")
+        Path | None,
+        typer.Option(
+            help="CSV (case,label or case,slice,label or patient,label; 0 or 1): the report classifies, too"
+        ),
     ] = None,
     cases_shown: Annotated[int, typer.Option(min=0, help="Cases of which the report holds images")] = 3,
     lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions, mm")] = 6.0,

@@ -22,9 +22,10 @@ from ldct_dist.evaluate.report.page import write_report
 from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.statistics import by_patient
 from ldct_dist.evaluate.study import Say, Study, StudyConfig, measure, methods_for
-from ldct_dist.evaluate.tasks import Cohort, read_labels
+from ldct_dist.evaluate.tasks import Cohort, of_cases, read_labels
 from ldct_dist.files import refuse_unwritable
 from ldct_dist.models.weights import weights_hash
+from ldct_dist.store.privacy import default_key_path, load_key
 from ldct_dist.store.reader import Store
 from ldct_dist.world import few
 
@@ -97,12 +98,17 @@ def _say(console: Console, status: Status) -> Say:
 
 def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:
     """What is refused is refused here: better told before all is denoised than after."""
+    known, unit = read_labels(labels)
+    if unit == "patient":
+        if not (key := default_key_path(store.path)).exists():
+            raise UserError(
+                f"{labels}: there is no {key}, by whose hashes the store knows its patients; lay it there again, or "
+                "label cases, by their names"
+            )
+        known = of_cases(known, {case.name: case.patient for case in store.cases}, load_key(key))
     cases = [store.cases[int(i)] for i in store.split(config.split)]
-    cohort = Cohort(
-        read_labels(labels),
-        protocol_named(config.protocol).window,
-        {case.name: case.patient for case in cases},
-    )
+    window = protocol_named(config.protocol).window
+    cohort = Cohort(known, window, {case.name: case.patient for case in cases})
     own = [(case.patient, label) for case in cases for _, label in cohort.chosen(case.name, case.shape[0])]
     whose, what = map(np.array, zip(*own, strict=True))
     patient_folds(what, whose, Training().folds, Training().seed)

@@ -18,6 +18,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.classify import Samples, Training
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply
 from ldct_dist.evaluate.protocols import Range
+from ldct_dist.store.privacy import patient_hash
 from ldct_dist.world import few
 
 SIDE = 64  # of the images that the classifier is given
@@ -28,47 +29,62 @@ _LESION_DOSE = 0.04
 _LESION_WINDOW = (-100.0, 220.0)
 
 Labels = dict[str, dict[int | None, int]]
-"""case -> slice, or None for the whole case -> 0 or 1."""
+"""case, or patient -> slice, or None for all of it -> 0 or 1."""
+_COLUMNS = "case,label or case,slice,label or patient,label"
 
 
-def read_labels(path: Path) -> Labels:
-    """A CSV with the columns case and label, and slice where slices have labels of their own; slices count from 0 at
-    the feet, labels are 0 or 1. Raises UserError naming the line that is not so.
+def read_labels(path: Path) -> tuple[Labels, str]:
+    """What a CSV says, and of what: of each "case", or of each "patient".
+
+    Its columns are label, case or patient, and slice where slices of cases have labels of their own; slices count from
+    0 at the feet, labels are 0 or 1. Raises UserError naming the line that is not so.
     """
     labels: Labels = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             lines = csv.DictReader(f)
-            missing = {"case", "label"} - set(lines.fieldnames or ())
-            if missing:
-                raise UserError(
-                    f"{path}: no column {' and '.join(sorted(missing))}; write case,label or case,slice,label"
-                )
+            columns = set(lines.fieldnames or ())
+            what = "patient" if columns & {"case", "patient", "slice"} == {"patient"} else "case"
+            if missing := {what, "label"} - columns:
+                raise UserError(f"{path}: no column {' and '.join(sorted(missing))}; write {_COLUMNS}")
             for line in lines:
-                if fault := _add(labels, line["case"], line.get("slice"), line["label"]):
+                if fault := _add(labels, what, line[what], line.get("slice"), line["label"]):
                     raise UserError(f"{path}, line {lines.line_num}: {fault}")
     except FileNotFoundError as e:
-        raise UserError(
-            f"{path}: no such file; give a CSV with the columns case,label or case,slice,label"
-        ) from e
+        raise UserError(f"{path}: no such file; give a CSV with the columns {_COLUMNS}") from e
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path}: cannot be read as CSV ({e})") from e
-    return labels
+    return labels, what
 
 
-def _add(labels: Labels, case: str | None, at: str | None, label: str | None) -> str | None:
+def _add(labels: Labels, what: str, name: str | None, at: str | None, label: str | None) -> str | None:
     """Take in what a line says, or answer what is wrong with it."""
-    if not case:
-        return "it names no case"
+    if not name:
+        return f"it names no {what}"
     if label not in ("0", "1") or not (not at or (at.isascii() and at.isdigit())):
         return "labels are 0 or 1, and slices whole numbers from 0 up"
-    own, where = labels.setdefault(case, {}), int(at) if at else None
+    own, where = labels.setdefault(name, {}), int(at) if at else None
     if own.get(where, int(label)) != int(label):
-        return f"case {case} is labelled {own[where]} further up; give it one label"
+        return f"{what} {name} is labelled {own[where]} further up; give it one label"
     if own and (None in own) != (where is None):
-        return f"case {case} has a label as a whole and one of a slice; give one or the other"
+        return f"{what} {name} has a label as a whole and one of a slice; give one or the other"
     own[where] = int(label)
     return None
+
+
+def of_cases(labels: Labels, patients: Mapping[str, str], key: bytes) -> Labels:
+    """Labels of patients as those of all their cases. patients: whose each case is, hashed with `key`.
+
+    A patient without a case goes by a number, since an ID has no place in a report.
+    """
+    cases: dict[str, list[str]] = {}
+    for case, patient in patients.items():
+        cases.setdefault(patient, []).append(case)
+    found: Labels = {}
+    for number, (patient, own) in enumerate(labels.items(), 1):
+        unknown = [f"patient {number} of the labels"]
+        found |= dict.fromkeys(cases.get(patient_hash(key, patient), unknown), own)
+    return found
 
 
 @dataclass
@@ -89,7 +105,8 @@ class Cohort:
     def __post_init__(self) -> None:
         if self.labels.keys().isdisjoint(self.patients):
             raise UserError(
-                f"labels: none of them is of a case that is evaluated; theirs are {few(list(self.labels), ', ')}"
+                "labels: none of them is of a case that is evaluated; theirs are "
+                + (few(list(self.labels), ", ") or "none at all")
             )
 
     def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:

@@ -74,6 +74,11 @@ def keyed_hash(key: bytes, *items: bytes | str) -> str:
     return mac.hexdigest()[:32]
 
 
+def patient_hash(key: bytes, patient: str) -> str:
+    """What a store calls a patient, `patient` being what the source calls them."""
+    return keyed_hash(key, "patient", patient)
+
+
 def scrubbed(acquisition: Acquisition, identifying: Collection[str]) -> Acquisition:
     """`acquisition` with its text short and plain, and without any value that holds an identifying word.
 

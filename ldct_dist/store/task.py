@@ -16,7 +16,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.paircheck import PairCheckConfig, check_images
 from ldct_dist.store.pairing import Pair
-from ldct_dist.store.privacy import identifying_words, keyed_hash, scrubbed
+from ldct_dist.store.privacy import identifying_words, keyed_hash, patient_hash, scrubbed
 from ldct_dist.store.record import CaseRecord, case_metadata, read_record
 
 
@@ -74,7 +74,7 @@ def task(
     dose = pair.dose or dose
     series = [s for s in (pair.full, pair.low) if s is not None]
     uids = [s.series_uid for s in series]
-    patient = keyed_hash(key, "patient", pair.patient)
+    patient = patient_hash(key, pair.patient)
     how = [f"{dose:g}", str(seed), simulation.model_dump_json(), patient]
     made_of = [*uids, *_states(series), *how]
     return Task(

@@ -18,7 +18,16 @@ from ldct_dist.evaluate.classify import (
     performance,
     resamples,
 )
-from ldct_dist.evaluate.tasks import LESION_TRAINING, SIDE, Cohort, lesion_samples, read_labels, shown
+from ldct_dist.evaluate.tasks import (
+    LESION_TRAINING,
+    SIDE,
+    Cohort,
+    lesion_samples,
+    of_cases,
+    read_labels,
+    shown,
+)
+from ldct_dist.store.privacy import patient_hash
 
 WINDOW = (-100.0, 220.0)
 
@@ -156,7 +165,7 @@ def test_classifier_takes_any_side_that_halves_three_times():
 
 def test_labels_by_case_and_by_slice(tmp_path):
     (tmp_path / "labels.csv").write_text("case,slice,label\na,,1\nb,2,0\nb,3,1\n")
-    cohort = Cohort(read_labels(tmp_path / "labels.csv"), (-40.0, 160.0), {"a": "p", "b": "q", "c": "r"})
+    cohort = Cohort(read_labels(tmp_path / "labels.csv")[0], (-40.0, 160.0), {"a": "p", "b": "q", "c": "r"})
     for name in "abc":
         volume = Volume(np.full((20, 32, 32), 60, np.int16), (5.0, 1.0, 1.0))
         cohort.add(name, volume, volume, {"low dose": volume.hu})
@@ -166,6 +175,18 @@ def test_labels_by_case_and_by_slice(tmp_path):
     assert set(samples.images) == {"low dose", "full dose"}
     assert samples.images["low dose"].shape == (10, SIDE, SIDE)
     np.testing.assert_allclose(samples.images["low dose"], 0.5)
+
+
+def test_labels_of_a_patient_are_of_all_their_cases():
+    key, (positive, negative) = bytes(32), ({None: 1}, {None: 0})
+    cases = {"a1": patient_hash(key, "L067"), "b": patient_hash(key, "L096"), "a2": patient_hash(key, "L067")}
+    labels = {"L096": negative, "L001": negative, "L067": positive}
+    assert of_cases(labels, cases, key) == {
+        **{"a1": positive, "a2": positive, "b": negative},
+        "patient 2 of the labels": negative,
+    }
+    other = bytes([1] * 32)
+    assert not of_cases(labels, cases, other).keys() & cases.keys()
 
 
 def test_smaller_images_have_less_noise():
@@ -191,6 +212,8 @@ def test_images_are_averaged_before_the_window_cuts_them():
         ("case,slice,label\na,0,1\na,-1,0\n", "line 3"),
         ("case,slice,label\n\na,²,1\n", "line 3: labels are 0 or 1, and slices whole numbers"),
         ("label,case\n1\n", "line 2: it names no case"),
+        ("patient,label\nL067,1\n,0\n", "line 3: it names no patient"),
+        ("patient,slice,label\nL067,3,1\n", "no column case"),
         ("case,label\na,1\na,1\na,0\n", "line 4: case a is labelled 1 further up"),
         ("case,slice,label\na,,1\na,3,0\n", "line 3: case a has a label as a whole and one of a slice"),
         ("case,label\n" + "a" * 200_000 + ",1\n", "cannot be read as CSV"),
@@ -207,6 +230,8 @@ def test_labels_of_nothing_evaluated_are_refused(tmp_path):
         read_labels(tmp_path / "none.csv")
     with pytest.raises(UserError, match="none of them is of a case"):
         Cohort({"x": {None: 1}}, WINDOW, {"y": "p"})
+    with pytest.raises(UserError, match="theirs are none at all"):
+        Cohort({}, WINDOW, {"y": "p"})
     with pytest.raises(UserError, match="theirs are x0, x1, x2, x3, and 996 more"):
         Cohort({f"x{i}": {None: 1} for i in range(1000)}, WINDOW, {"y": "p"})
     with pytest.raises(UserError, match="slices 0 to 2, not 7"):

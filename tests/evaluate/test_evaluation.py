@@ -11,6 +11,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.study import StudyConfig, measure
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
+from ldct_dist.store.privacy import load_key, patient_hash
 from ldct_dist.store.reader import Store
 from networks import random_network
 
@@ -65,9 +66,14 @@ def labelled(tmp_path):
     layout.create(tmp_path / "ct.zarr")
     hu = np.random.default_rng(0).integers(0, 100, (1, 16, 16), dtype=np.int16)
     low, full = (Volume(hu + off, (3.0, 1.0, 1.0)) for off in (np.int16(9), np.int16(0)))
+    key = load_key(tmp_path / "ct.zarr.key")
     for i in range(11):
         layout.write_case(
-            tmp_path / "ct.zarr", f"c{i}", {1.0: full, 0.25: low}, patient=f"p{i}", split="test"
+            tmp_path / "ct.zarr",
+            f"c{i}",
+            {1.0: full, 0.25: low},
+            patient=patient_hash(key, f"MRN-{i}"),
+            split="test",
         )
     layout.finalise(tmp_path / "ct.zarr")
     save_weights(tmp_path / "net.safetensors", random_network("unet3d"))
@@ -85,6 +91,21 @@ def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled):
     assert "not measured: labels of what is not in ct.zarr: C3" in words
     assert "not measured: classification of cases without a label: c10" in words
     assert "classified: 10 images of 10 patients" in words
+
+
+def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
+    """As a hospital has them, by PatientID: whose a case of a store is, only the store's key can tell."""
+    command, labels = labelled
+    labels.write_text("patient,label\nMRN-77,1\n" + "".join(f"MRN-{i},{i % 2}\n" for i in range(11)))
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "classified: 11 images of 11 patients" in words
+    assert "not measured: labels of what is not in ct.zarr: patient 1 of the labels" in words
+    assert not any(b"MRN" in path.read_bytes() for path in (tmp_path / "report").iterdir())
+    (key := tmp_path / "ct.zarr.key").unlink()
+    assert f"there is no {key}, by whose hashes" in str(CliRunner().invoke(app, command).exception)
+    assert not key.exists()
 
 
 def test_a_label_of_a_slice_that_is_not_there_is_refused_before_any_work(labelled):

@@ -122,6 +122,8 @@ def test_patient_keys_are_one_a_patient_and_need_the_secret(tmp_path, threads):
     for i, config in enumerate(settings):
         ingest(tmp_path / "in", tmp_path / f"{i}.zarr", config)
         keys.append(sorted(c.patient for c in Store(tmp_path / f"{i}.zarr").cases))
+        key = privacy.load_key(config.key)
+        assert keys[-1] == sorted(privacy.patient_hash(key, patient) for patient in "AAB")
     assert [len(set(k)) for k in keys] == [2, 2]
     assert not set(keys[0]) & set(keys[1])
 
