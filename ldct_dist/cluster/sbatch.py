@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ldct_dist.cluster.environment import KEPT, OF_A_JOB, beaten
-from ldct_dist.cluster.shape import Options, merged
+from ldct_dist.cluster.shape import Options, limit_s, merged
 from ldct_dist.cluster.site import Site
 from ldct_dist.errors import UserError
 
@@ -95,7 +95,9 @@ def _directives(script: Script) -> list[str]:
         "open-mode": "append",
     }
     if script.kind == "ranks":
-        fixed["signal"] = f"USR2@{script.site.warn_s}"
+        # Half of a short job's time: warned as it starts, it would do a step or two at each.
+        limit = limit_s(given) or 2 * script.site.warn_s
+        fixed["signal"] = f"USR2@{min(script.site.warn_s, limit // 2)}"
     if script.kind == "parts":
         fixed["array"] = f"0-{script.parts - 1}" + (f"%{script.at_once}" if script.at_once else "")
     if script.site.requeue and "no-requeue" not in given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from ldct_dist.cluster.site import Site
@@ -19,6 +20,7 @@ _RIVALS = (
     ("gpus", "gpus-per-node"),  # and gres, as far as it asks for GPUs
 )
 """options that say the same thing in other words: sbatch refuses two of a group that do not agree"""
+_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _UNREAD = ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks")
 
 
@@ -70,6 +72,18 @@ def number(options: Options, key: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise UserError(f"--{key}={text}: give a number from 1 on")
     return int(text)
+
+
+def limit_s(options: Options) -> int | None:
+    """--time in seconds, of minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]; None
+    where it says none, 0 where there is to be none."""
+    written = _LIMIT.fullmatch(str(options.get("time", "")))
+    if written is None:
+        return None
+    days, *rest = written.groups()
+    numbers = [int(n) for n in rest if n is not None]
+    units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
 
 
 def gpus_per_node(options: Options) -> int:

@@ -54,7 +54,8 @@ class Site(Config):
     """further options of sbatch, by their long names without dashes; true for those without a value"""
     cpus_per_task: int | None = Field(None, gt=0)
     warn_s: int = Field(300, gt=0)
-    """how long before the time limit, and at preemption, Slurm asks the ranks to save and stop"""
+    """how long before the time limit, and at preemption, Slurm asks the ranks to save and stop: half of a limit that is
+    shorter than twice that"""
     requeue: bool = True
     """false where jobs may not be requeued: the next job is then chained to this one"""
     gpu_bind: Word | None = None

@@ -319,6 +319,15 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("time", "warning"),
+    [("5", 150), ("5:30", 165), ("0:09:00", 270), ("0-0:1", 30), ("10:00", 300), ("1-0", 300), ("0", 300)],
+)
+def test_a_job_that_is_short_is_warned_half_way_not_as_it_starts(time, warning):
+    script = render(variant(TRAIN, options=TRAIN.options | {"time": time}))
+    assert f"#SBATCH --signal=USR2@{warning}\n" in script
+
+
+@pytest.mark.parametrize(
     ("resource", "gpus"),
     [
         ({"gpus-per-node": "4"}, 4),

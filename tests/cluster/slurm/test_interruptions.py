@@ -78,9 +78,9 @@ def test_requeued_by_a_person(cluster, store, unbroken, tmp_path):
 @pytest.mark.parametrize("requeue", [True, False])
 def test_at_the_time_limit_again_and_again(cluster, store, tmp_path, requeue):
     """A limit of a minute leaves time for one step each: a step, and twice what saving takes, must still fit."""
-    unbroken = train_here(tmp_path / "unbroken", store, steps=2)
+    unbroken = train_here(tmp_path / "unbroken", store, steps=3)
     options = OPTIONS | {"time": "1"} | ({} if requeue else {"no_requeue": True})
-    trial = Trial(cluster, store, tmp_path, options, steps=2)
+    trial = Trial(cluster, store, tmp_path, options, steps=3)
     first = trial.job.job_id
     trial.ends()
     assert [start["from_step"] for start in starts(trial.run)] == [0, 1, 2]
