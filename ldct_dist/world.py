@@ -99,7 +99,7 @@ class World:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave, unless this rank alone has failed: NCCL would wait for the others first, and nobody would learn why."""
-        if kind is None or issubclass(kind, (UserError, SystemExit)):
+        if not failed_alone(kind):
             self.leave()
 
     @property
@@ -196,6 +196,11 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any rank's `flag` is up, on every rank."""
         return bool(self.sum(torch.tensor(float(flag))).item())
+
+
+def failed_alone(kind: type[BaseException] | None) -> bool:
+    """Whether a rank that ends so is the only one: of mistakes, all know."""
+    return kind is not None and not issubclass(kind, (UserError, SystemExit))
 
 
 def loss_of_a_rank(error: BaseException | None) -> str | None:

@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from ldct_dist.train.ending import Ending
-from ldct_dist.world import World, few, loss_of_a_rank
+from ldct_dist.world import World, failed_alone, few, loss_of_a_rank
 
 LOOKS = 10
 """Times that a rank is looked at within `hang_s`"""
 BYTES = 256
 """A beat is always this long, so that rewriting it in place needs no room on a full disk."""
+FAILED = 0
+"""in place of how often the thread of a rank came round that failed by itself: it will not be waited for in vain"""
 LEFT = b" " * BYTES
 """in place of the beat of a rank that has left in peace"""
 
@@ -113,8 +115,11 @@ class Watch:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        if kind is None:  # else the others are to miss this rank, and to name it
-            with suppress(OSError):  # a disk that takes nothing any more keeps what was told there
+        with suppress(OSError):  # a disk that takes nothing any more keeps what was told there
+            if failed_alone(kind):  # the others are to name this rank
+                self._alive = FAILED - 1
+                self._write()
+            elif kind is None:
                 self._part()
 
     def _open(self) -> None:
@@ -173,6 +178,9 @@ class Watch:
 
     def _fault(self, seen: dict[int, Seen]) -> str | None:
         """Which rank has stopped, and where; None if none has."""
+        failed = [rank for rank, s in seen.items() if s.beat.alive == FAILED]
+        if failed:
+            return f"an error has ended {self._where(failed, seen)}"
         silent = [rank for rank, s in seen.items() if s.silent >= LOOKS]
         if silent:
             return f"no answer for {self.hang_s:g} s from {self._where(silent, seen)}"

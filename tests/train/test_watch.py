@@ -16,6 +16,7 @@ from plants import killed, raising, stopped, stuck, unreached
 
 from forked import ForkedRanks, fork
 from ldct_dist.cluster.local import LocalRanks
+from ldct_dist.errors import UserError
 from ldct_dist.train.watch import LEFT, LOOKS, Beat, Seen, Watch
 from ldct_dist.world import World
 from runs import same, write_config
@@ -249,6 +250,23 @@ def test_a_rank_that_left_in_peace_is_not_missed(tmp_path):
     assert sorted(seen) == [0, 1]
     other._put(LEFT)
     assert sorted(watch._look(seen)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (LookupError("a bug"), "an error has ended rank 1 (last seen at step 7, data)"),
+        (UserError("all know"), None),
+    ],
+)
+def test_a_rank_that_an_error_has_ended_is_not_waited_for(tmp_path, monkeypatch, error, told):
+    monkeypatch.setattr(World, "gather", lambda self, item, group=None: [item] * self.size)
+    watch, other = (watch_of(tmp_path, World(rank, 2), "here", "here") for rank in (0, 1))
+    watch._write()
+    other.__enter__()
+    other.enter("data", step=7)
+    other.__exit__(type(error), error, None)
+    assert watch._fault(watch._look({})) == told
 
 
 def test_a_look_opens_one_file_for_each_node_and_sees_every_rank(tmp_path, monkeypatch):
