@@ -159,7 +159,7 @@ def test_a_gpu_that_is_full_is_one_line_that_says_what_to_do(store, tmp_path):
         f"{told}. Including non-PyTorch memory, this process has 77 GiB in use. Of the"
     )
     config = write_config(tmp_path, store)
-    assert fork(config, *OPTIONS, plant=partial(raising, BATCH, error=full)) == [76, 2]
+    assert fork(config, *OPTIONS, f"hang_s={HANG_S}", plant=partial(raising, BATCH, error=full)) == [76, 2]
     log = config.with_suffix(".log").read_text()
     assert f"error: {socket.gethostname()}: {told}: lower micro_batch, or set " in log
     assert "Traceback" not in log
