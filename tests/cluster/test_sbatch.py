@@ -12,20 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commands import command, commands_on_path
+from commands import command
 from ldct_dist import submit
-from ldct_dist.cluster.command import MOST_PARTS, parse, parse_parts, split
-from ldct_dist.cluster.parts import array_script, submit_parts
+from ldct_dist.cluster.command import parse
+from ldct_dist.cluster.parts import array_script
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import CPUS_PER_PART, CPUS_PER_RANK, gpus_per_node, shaped
 from ldct_dist.cluster.site import Site, read_site
 from ldct_dist.cluster.submit import dry_run, start
 from ldct_dist.config import to_yaml
-from ldct_dist.denoise.claim import claim
-from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
-from ldct_dist.models.registry import ModelConfig, build
-from ldct_dist.models.weights import save_weights
 from runs import write_config
 from stores import make_store
 
@@ -186,127 +182,6 @@ def test_an_option_is_one_line_of_the_script_or_refused(value):
 def test_options_that_submit_sets_or_sbatch_cannot_have_are_refused(options):
     with pytest.raises(UserError):
         render(variant(TRAIN, options=options))
-
-
-def test_words_of_the_command_line_are_told_apart():
-    words = [
-        "c.yaml",
-        "optim.lr=1",
-        "--nodes",
-        "2",
-        "--gres=gpu:4",
-        "--exclusive",
-        "seed=3",
-        "--comment",
-        "a b",
-    ]
-    assert split(words) == (
-        ["c.yaml", "optim.lr=1", "seed=3"],
-        {"nodes": "2", "gres": "gpu:4", "exclusive": True, "comment": "a b"},
-    )
-
-
-def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7", srun="", squeue=""))
-    for case in ("a", "b"):
-        (tmp_path / "in" / case).mkdir(parents=True)
-    weights, out = tmp_path / "w.safetensors", tmp_path / "out"
-    save_weights(weights, build(ModelConfig(size="xs")))
-    array = parse_parts(
-        ["denoise", str(weights), str(tmp_path / "in"), str(out), "--bf16", "--strength=0.85"], None, None
-    )
-    assert not array.script.folder.exists()
-    then = weights.read_bytes()
-    assert submit_parts(array) == ["7"]
-    weights.write_bytes(b"of a later step")
-    (line,) = [
-        line for line in (tmp_path / "out.jobs/array.sbatch").read_text().splitlines() if " denoise " in line
-    ]
-    given = line.partition(" denoise ")[2].split()
-    assert Path(given[0]).read_bytes() == then
-    assert given[1:] == [
-        str(tmp_path / "in"),
-        str(out),
-        "--bf16",
-        "--strength=0.85",
-        "--part",
-        '"$SLURM_ARRAY_TASK_ID/2"',
-    ]
-
-
-def test_a_large_cohort_is_no_larger_an_array_than_slurm_takes(tmp_path):
-    for i in range(MOST_PARTS + 1):
-        (tmp_path / "in" / str(i)).mkdir(parents=True)
-    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
-    words = ["denoise", *(str(tmp_path / name) for name in ("w.safetensors", "in", "out"))]
-    script = render(parse_parts(words, None, None).script)
-    assert f"#SBATCH --array=0-{MOST_PARTS - 1}\n" in script
-    assert f'--part "$SLURM_ARRAY_TASK_ID/{MOST_PARTS}"' in script
-    assert parse_parts(words, None, 999).script.parts == 999
-    for asked in (words, ["ingest", "a", "b"]):
-        with pytest.raises(UserError, match="--parts 0: at least one"):
-            parse_parts(asked, None, 0)
-
-
-def test_an_array_may_be_told_how_many_of_its_tasks_run_at_once(tmp_path):
-    (tmp_path / "in").mkdir()
-    done = command("submit", "ingest", tmp_path / "in", tmp_path / "x.zarr", "--at-once=2", "--dry-run")
-    assert "#SBATCH --array=0-7%2\n" in done.stdout
-    with pytest.raises(UserError, match="--at-once 0: at least one"):
-        parse_parts(["ingest", "a", "b"], None, None, at_once=0)
-
-
-def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
-    (tmp_path / "in" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match="neither a weights file nor"):
-        parse_parts(
-            ["denoise", str(tmp_path / "run"), str(tmp_path / "in"), str(tmp_path / "out")], None, None
-        )
-
-
-@pytest.mark.parametrize(
-    ("words", "fault"),
-    [
-        (["nowhere", "x.zarr"], "nowhere: no such file or folder"),
-        (["in", "in/x.zarr"], "put the store outside"),
-        (["in", "x.zarr", "dos=0.25"], "dos: no such setting"),
-        (["in", "x.zarr", "splits={train: 2}"], "must add up to 1"),
-    ],
-)
-def test_what_every_part_of_an_ingest_would_refuse_is_refused_before_it_is_submitted(
-    words, fault, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match=fault):
-        parse_parts(["ingest", *words], None, None)
-
-
-def test_what_every_part_of_a_cohort_would_refuse_is_refused_before_it_is_submitted(tmp_path):
-    (tmp_path / "in" / "a").mkdir(parents=True)
-    weights, out = tmp_path / "w.safetensors", tmp_path / "out"
-    save_weights(weights, build(ModelConfig(size="xs")))
-    words = ["denoise", str(weights), str(tmp_path / "in"), str(out)]
-    for strength in ("2", "much"):
-        with pytest.raises(UserError, match="give a share above 0 and up to 1"):
-            parse_parts([*words, f"--strength={strength}"], None, None)
-    claim(out, SeriesDenoiser.load(weights).name)
-    assert parse_parts(words, None, None).script.parts == 1
-    with pytest.raises(
-        UserError, match=r"by unet3d-xs, weights sha256 \w+, at strength 0\.5; choose another"
-    ):
-        parse_parts([*words, "--strength=0.5"], None, None)
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(UserError, match="copy it again"):
-        parse_parts(words, None, None)
-
-
-def test_a_cohort_that_would_be_denoised_into_itself_is_refused_before_it_is_submitted(tmp_path):
-    (tmp_path / "in" / "a").mkdir(parents=True)
-    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
-    words = ["denoise", *(str(tmp_path / name) for name in ("w.safetensors", "in", "in/out"))]
-    with pytest.raises(UserError, match="choose a folder outside it"):
-        parse_parts(words, None, None)
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):

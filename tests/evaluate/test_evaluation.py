@@ -52,12 +52,17 @@ def test_an_unknown_filter_is_refused_before_any_is_tuned(command, tmp_path):
     assert done.output == ""
 
 
-def test_the_terminal_shows_means_over_patients_as_the_report_does(command):
+def told(command: list[str]) -> str:
+    """What it prints, in one line."""
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    words = " ".join(done.output.split())
+    return " ".join(done.output.split())
+
+
+def test_the_terminal_shows_means_over_patients_as_the_report_does(command):
+    words = told(command)
     assert "3 cases of 2 patients in test, means over patients, against full dose: abdomen, window" in words
-    assert float(re.search(r"low dose\s*│\s*([\d.]+)", done.output)[1]) == (15 + 40) / 2
+    assert float(re.search(r"low dose\s*│\s*([\d.]+)", words)[1]) == (15 + 40) / 2
 
 
 @pytest.fixture
@@ -85,9 +90,7 @@ def labelled(tmp_path):
 def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled):
     command, labels = labelled
     labels.write_text("case,label\nC3,1\n" + "".join(f"c{i},{i % 2}\n" for i in range(10)))
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    words = " ".join(done.output.split())
+    words = told(command)
     assert "not measured: labels of what is not in ct.zarr: C3" in words
     assert "not measured: classification of cases without a label: c10" in words
     assert "classified: 10 images of 10 patients" in words
@@ -97,9 +100,7 @@ def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
     """As a hospital has them, by PatientID: whose a case of a store is, only the store's key can tell."""
     command, labels = labelled
     labels.write_text("patient,label\nMRN-77,1\n" + "".join(f"MRN-{i},{i % 2}\n" for i in range(11)))
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    words = " ".join(done.output.split())
+    words = told(command)
     assert "classified: 11 images of 11 patients" in words
     assert "not measured: labels of what is not in ct.zarr: patient 1 of the labels" in words
     assert not any(b"MRN" in path.read_bytes() for path in (tmp_path / "report").iterdir())

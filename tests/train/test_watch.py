@@ -136,12 +136,7 @@ def test_started_again_it_is_bitwise_the_unbroken_run(hung, unbroken, name):
 def test_of_a_rank_that_is_gone_the_others_say_one_line_and_the_run_goes_on(store, unbroken, tmp_path, plant):
     """As after an OOM kill: gloo tells of it at once, and would have each of them end with a traceback and 1."""
     config = write_config(tmp_path, store)
-    codes = fork(
-        config,
-        *OPTIONS,
-        f"hang_s={HANG_S}",
-        plant=partial(plant, BATCH),
-    )
+    codes = fork(config, *OPTIONS, f"hang_s={HANG_S}", plant=partial(plant, BATCH))
     assert codes == [76, {killed: -signal.SIGKILL, raising: 1}[plant]]
     log, host = config.with_suffix(".log").read_text(), re.escape(socket.gethostname())
     assert re.search(
