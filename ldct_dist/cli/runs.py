@@ -165,6 +165,12 @@ def evaluate(
             help="CSV (case,label or case,slice,label or patient,label; 0 or 1): the report classifies, too"
         ),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of the ingest, where labels are of patients and it is not STORE.key beside the store"
+        ),
+    ] = None,
     cases_shown: Annotated[int, typer.Option(min=0, help="Cases of which the report holds images")] = 3,
     lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions, mm")] = 6.0,
     lesion_hu: Annotated[float, typer.Option(help="Contrast of the model observer's lesions, HU")] = 15.0,
@@ -192,7 +198,7 @@ def evaluate(
         "lesion_hu": lesion_hu,
     }
     filters = [name.strip() for name in baselines.split(",") if name.strip()]
-    run(named, store, options, out, filters, peer or [], labels, cases_shown, console)
+    run(named, store, options, out, filters, peer or [], labels, key, cases_shown, console)
 
 
 @app.command()

@@ -47,8 +47,14 @@ def submit(
     --time 24:00:00 --partition gpu
     """
     if arguments[0] in ("ingest", "denoise"):
+        if allow_new_data:
+            raise UserError(f"--allow-new-data: for a run that goes on, not for {arguments[0]}; leave it out")
         _submit_array(arguments, cluster, site, parts, at_once, dry_run)
         return
+    if parts is not None or at_once is not None:
+        raise UserError(
+            "--parts and --at-once: for an array, of ingest or denoise; a run is one job: leave them out"
+        )
     from ldct_dist.cluster.command import announce, parse
     from ldct_dist.cluster.submit import dry_run as render
     from ldct_dist.cluster.submit import start

@@ -38,12 +38,14 @@ def evaluate(
     baselines: Sequence[str],
     peers: Sequence[str],
     labels: Path | None,
+    key: Path | None,
     cases_shown: int,
     console: Console,
 ) -> None:
     """Measure, print, and write a report to `out` where that is given; baselines and labels are for the report.
 
-    weights: files, checkpoints or runs, by the names that tables call them. Raises UserError for what is not there.
+    weights: files, checkpoints or runs, by the names that tables call them. key: by which labels of patients find the
+    store's cases; STORE.key unless given. Raises UserError for what is not there.
     """
     weights = {name: weights_of(path) for name, path in weights.items()}
     config = configs.validate(StudyConfig, dict(options), "evaluate")
@@ -52,7 +54,7 @@ def evaluate(
     opened = Store(store)
     if out is None and labels is not None:
         raise UserError("--labels: classification is part of the report; add --out FOLDER")
-    cohort = _cohort(opened, config, labels) if labels else None
+    cohort = _cohort(opened, config, labels, key or default_key_path(opened.path)) if labels else None
     if out is not None:
         refuse_unwritable(out)
     pictures = Pictures(protocol_named(config.protocol), cases_shown)
@@ -96,14 +98,14 @@ def _say(console: Console, status: Status) -> Say:
     return say
 
 
-def _cohort(store: Store, config: StudyConfig, labels: Path) -> Cohort:
+def _cohort(store: Store, config: StudyConfig, labels: Path, key: Path) -> Cohort:
     """What is refused is refused here: better told before all is denoised than after."""
     known, unit = read_labels(labels)
     if unit == "patient":
-        if not (key := default_key_path(store.path)).exists():
+        if not key.exists():
             raise UserError(
-                f"{labels}: there is no {key}, by whose hashes the store knows its patients; lay it there again, or "
-                "label cases, by their names"
+                f"{labels}: there is no {key}, by whose hashes the store knows its patients; say where it is by --key, "
+                "or label cases, by their names"
             )
         known = of_cases(known, {case.name: case.patient for case in store.cases}, load_key(key))
     cases = [store.cases[int(i)] for i in store.split(config.split)]

@@ -72,6 +72,20 @@ def test_an_array_on_this_machine_is_refused_with_the_command_to_give(
     assert line.endswith(f"; on this machine: {HERE[verb]}")
 
 
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("submit", "--parts=4"),
+        ("submit", "--at-once=2"),
+        ("ingest", "--allow-new-data"),
+        ("denoise", "--allow-new-data"),
+    ],
+)
+def test_an_option_of_another_kind_of_job_is_refused(folder, monkeypatch, capfd, verb, option):
+    line = refused(folder, monkeypatch, capfd, *VERBS[verb], option)
+    assert line.startswith("error: --") and option.partition("=")[0] in line
+
+
 @pytest.mark.parametrize("gpus", [None, "2,3"])
 @pytest.mark.parametrize("options", [[], ["--gpus-per-node=2"]])
 def test_a_run_in_the_background_here_sees_the_gpus_that_its_command_does(folder, monkeypatch, gpus, options):

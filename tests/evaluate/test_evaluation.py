@@ -104,9 +104,11 @@ def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
     assert "classified: 11 images of 11 patients" in words
     assert "not measured: labels of what is not in ct.zarr: patient 1 of the labels" in words
     assert not any(b"MRN" in path.read_bytes() for path in (tmp_path / "report").iterdir())
-    (key := tmp_path / "ct.zarr.key").unlink()
+    key = tmp_path / "ct.zarr.key"
+    elsewhere = key.rename(tmp_path / "ours.key")
     assert f"there is no {key}, by whose hashes" in str(CliRunner().invoke(app, command).exception)
     assert not key.exists()
+    assert "classified: 11 images of 11 patients" in told([*command, "--key", str(elsewhere)])
 
 
 def test_a_label_of_a_slice_that_is_not_there_is_refused_before_any_work(labelled):
