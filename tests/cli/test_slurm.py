@@ -83,7 +83,8 @@ def test_an_array_on_this_machine_is_refused_with_the_command_to_give(
 )
 def test_an_option_of_another_kind_of_job_is_refused(folder, monkeypatch, capfd, verb, option):
     line = refused(folder, monkeypatch, capfd, *VERBS[verb], option)
-    assert line.startswith("error: --") and option.partition("=")[0] in line
+    assert line.startswith("error: --")
+    assert option.partition("=")[0] in line
 
 
 @pytest.mark.parametrize("gpus", [None, "2,3"])
