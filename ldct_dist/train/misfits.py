@@ -36,6 +36,8 @@ def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: Run
         first_weights(config)
     if config.compile:
         refuse_without_compiler(world.device)
+    if config.precision == "bf16":
+        refuse_emulated_bf16(world.device)
 
 
 def refuse_without_compiler(device: torch.device) -> None:
@@ -45,6 +47,15 @@ def refuse_without_compiler(device: torch.device) -> None:
         raise UserError(
             f"compile=true needs {' or '.join(dict.fromkeys(named))} on {platform.node()}: install one or load its module, "
             "or set compile=false"
+        )
+
+
+def refuse_emulated_bf16(device: torch.device) -> None:
+    """GPUs from before Ampere take bf16 and calculate it by emulation, several times slower than fp32."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"precision=bf16: {torch.cuda.get_device_name(device)} on {platform.node()} only emulates it, slowly; set "
+            "precision=fp32, or ask for newer GPUs"
         )
 
 

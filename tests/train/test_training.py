@@ -29,7 +29,6 @@ from ldct_dist.models.weights import load_weights
 from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
-from ldct_dist.train.misfits import refuse_without_compiler
 from ldct_dist.train.trainer import Trainer, train
 from on_gpu import on_gpu
 from runs import equal, final_state, losses, starts, unsharded, write_config
@@ -205,19 +204,6 @@ def test_compiled_it_learns_the_same(store, unbroken, tmp_path):
     assert fork(config, "compile=true", "validation.every=9", "checkpoint.every=9", ranks=1) == [0]
     for line, plain in zip(losses(tmp_path / "runs" / "run"), losses(unbroken), strict=True):
         assert line["loss"] == pytest.approx(plain["loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize(("device", "needed"), [("cpu", r"g\+\+"), ("cuda", "icx or gcc or clang")])
-def test_a_node_without_a_compiler_is_told_of_before_a_run_that_compiles(
-    tmp_path, monkeypatch, device, needed
-):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CC", "icx")
-    with pytest.raises(UserError, match=f"compile=true needs {needed} on "):
-        refuse_without_compiler(torch.device(device))
-    for name in ("g++", "clang"):
-        (tmp_path / name).touch(0o755)
-    refuse_without_compiler(torch.device(device))
 
 
 def test_on_a_login_node_torch_is_not_asked_where_cudas_compiler_is():
