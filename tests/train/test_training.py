@@ -22,7 +22,6 @@ from ldct_dist import config as configs
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import Plan
-from ldct_dist.errors import UserError
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.models.weights import load_weights
