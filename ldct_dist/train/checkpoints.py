@@ -50,21 +50,25 @@ class Checkpoints:
         """step of the latest checkpoint that was taken up or begun"""
         self._heard: Outcome | None = None
 
-    def take_up(self, back: bool = False) -> TrainState:
-        """Put the newest valid checkpoint, or else the first weights, into the strategy; the counters with them.
+    def take_up(self, regular: bool = False) -> TrainState:
+        """Load the newest valid checkpoint, or else the first weights, into the strategy; the counters that go with them.
 
-        back: the newest regular one, if there is any (see retention).
+        regular: prefer the newest one that was saved on schedule to one that a stop has made (`retention.is_regular`).
         All ranks end with a UserError if there are checkpoints, but none that is valid.
         """
         self.world.agree(lambda: retention.complete(self.folder.checkpoints))
-        root, regular = self.folder.checkpoints, partial(retention.is_regular, config=self.config.checkpoint)
-        found = newest_valid(root, self.world, regular) if back else Found()
+        root = self.folder.checkpoints
+        found = Found()
+        if regular:
+            on_schedule = partial(retention.is_regular, config=self.config.checkpoint)
+            found = newest_valid(root, self.world, on_schedule)
         if found.path is None:
             found = newest_valid(root, self.world)
         for line in found.passed_over:
             self._say(f"passed over checkpoint {line}")
         if found.path is None or found.manifest is None:
-            if found.passed_over:  # to begin anew would in time delete what may only be away for now
+            # A new beginning would in time delete checkpoints that may only be out of reach for now.
+            if found.passed_over:
                 self.world.refuse(
                     f"no checkpoint in {root} is sound: is a disk or a server away? Start again "
                     "once it is back, or, to begin anew, remove that folder"
@@ -92,7 +96,7 @@ class Checkpoints:
         return state
 
     def _claim(self) -> int:
-        """The next generation, which ends a start that is still running: so what is refused claims none.
+        """The next generation. Claiming it ends an earlier start that still runs, so a refused start claims none.
 
         Raises UserError if the newest checkpoint was trained on another store.
         """
@@ -106,7 +110,7 @@ class Checkpoints:
         return generations.claim(self.folder.generations)
 
     def save(self, state: TrainState) -> None:
-        """Start saving; at once, unless the save before is still under way."""
+        """Start saving, and return at once, unless an earlier save is still under way."""
         facts = {"updates": self.strategy.updates, "arithmetic": _arithmetic(self.config, self.world)}
         self.saver.save(state.step, self.strategy.parts(state.step), state.counters() | facts)
         self.saved = state.step
@@ -117,13 +121,15 @@ class Checkpoints:
         if self.saved != state.step or (outcome is not None and outcome.path is None):
             self.save(state)
             outcome = self.saver.finish()
-        if outcome is not None:
-            return outcome
-        # An earlier start has saved this step, and what was killed before lies there yet: no save came by.
-        return Outcome(self.folder.checkpoint(state.step), 0.0, warning=self.saver.prune())
+        if outcome is None:
+            # An earlier start has saved this step, so no save of this one has cleared away what a killed save left.
+            outcome = Outcome(self.folder.checkpoint(state.step), 0.0, warning=self.saver.prune())
+        if outcome.warning is not None and outcome is not self._heard:
+            self._say(f"warning: {outcome.warning}")
+        return outcome
 
     def hear(self, stop: Stop) -> None:
-        """Say what became of a save that has ended, and tell `stop` how long one takes."""
+        """Report a save that has ended since the last call, and tell `stop` how long it took."""
         outcome = self.saver.last
         if outcome is None or outcome is self._heard:
             return
@@ -155,7 +161,7 @@ def first_weights(config: RunConfig) -> Denoiser:
 
 
 def _arithmetic(config: RunConfig, world: World) -> dict[str, Any]:
-    """What the order of additions depends on, besides the config: with the same, sums are the same bit for bit."""
+    """What the order of additions depends on. Where none of it changes, sums are the same bit for bit."""
     return {
         "ranks": world.size,
         "threads": torch.get_num_threads(),

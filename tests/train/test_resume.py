@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from plants import asked_to_stop_at_every_step, random_loss, together
+from plants import asked_to_stop_at_every_step, nothing_may_be_deleted, random_loss, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
@@ -59,6 +59,19 @@ def test_a_run_that_was_done_when_it_was_started_again_keeps_nothing_of_killed_s
         (checkpoints / leftover / "weights.safetensors").write_bytes(bytes(1000))
     assert fork(config, *EXACT) == [0, 0]
     assert sorted(checkpoints.iterdir()) == kept
+
+
+def test_what_the_last_save_could_not_delete_is_said_once_as_after_any_other(store, tmp_path):
+    config = write_config(tmp_path, store)
+    few = (
+        "data.crop=[4,16,16]",
+        "steps=4",
+        "checkpoint.every=1",
+        "checkpoint.keep_last=3",
+        "validation.every=100",
+    )
+    assert fork(config, *few, ranks=1, plant=nothing_may_be_deleted) == [0]
+    assert config.with_suffix(".log").read_text().count("could not be deleted") == 1
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
