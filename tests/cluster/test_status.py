@@ -160,6 +160,26 @@ def test_an_event_file_cut_short_anywhere_is_read_as_far_as_it_goes(tmp_path):
     assert read_progress(run).crops_per_s is None
 
 
+def bytes_read() -> int:
+    """By this process, so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_of_a_million_steps_no_more_is_read_than_of_few(tmp_path):
+    run = make_run(tmp_path / "x")
+    expected = read_progress(run)
+    (events,) = (run / "tensorboard").iterdir()
+    whole = events.read_bytes()
+    events.write_bytes(whole * 1500)  # 10 MB, a large record in each copy
+    with open(run / "losses.jsonl", "r+b") as f:
+        lines = f.read()
+        f.write(b"\n" + lines * 5000)
+    before = bytes_read()
+    progress = read_progress(run)
+    assert bytes_read() - before < 500_000
+    assert replace(progress, written=None) == replace(expected, written=None)
+
+
 def test_a_run_lives_by_its_pid_here_and_by_its_latest_sign_elsewhere(tmp_path):
     silent = make_run(tmp_path / "silent")
     os.utime(silent / "losses.jsonl", (1000, 1000))
