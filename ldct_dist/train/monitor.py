@@ -26,7 +26,7 @@ from ldct_dist.world import World
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One step, over the whole global batch. loss in HU (HU^2 for mse), wait as a share of the step."""
+    """One step, over the whole global batch. loss in HU (HU^2 for mse); wait_s: of its seconds, those without data."""
 
     step: int
     loss: float
@@ -39,10 +39,10 @@ class StepFigures:
 
 
 class Mute:
-    """What the other ranks have: is told the same as a Monitor, and keeps it to itself."""
+    """The monitor of every rank but rank 0: it takes the same calls and does nothing."""
 
     def rewind(self, step: int) -> None:
-        """The run goes on from `step`: what was written of later steps is taken back."""
+        """The run goes on from `step`: what was written of later steps is to be taken back."""
 
     def step(self, figures: StepFigures) -> None: ...
 
@@ -73,7 +73,7 @@ class Monitor(Mute):
 
     def rewind(self, step: int) -> None:
         self.close()
-        _drop_from(self.folder, step)
+        _drop_losses_after(self.folder, step)
         self._board = Board(self.folder.tensorboard, kept=step)
         self._losses = open(self.folder.losses, "a", buffering=1)  # noqa: SIM115  closed in close()
         self._since: list[StepFigures] = []
@@ -111,7 +111,7 @@ class Monitor(Mute):
 
     @contextmanager
     def _whatever_the_disk(self) -> Iterator[None]:
-        """A full disk costs figures, and one line that says so; the weights are in memory, so training goes on."""
+        """A full disk costs figures, and one line that says so. Training goes on: the weights are in memory."""
         try:
             yield
         except OSError as e:
@@ -165,13 +165,13 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _drop_from(folder: RunFolder, first_step: int) -> None:
-    """Keep the loss lines of the steps up to `first_step`, which the checkpoint has behind it."""
+def _drop_losses_after(folder: RunFolder, last_step: int) -> None:
+    """Keep the loss lines up to `last_step`, that of the checkpoint: later steps are done again."""
     if not folder.losses.exists():
         return
     kept = []
     for line in folder.losses.read_bytes().splitlines():
         with suppress(ValueError, KeyError, TypeError):  # damaged, or cut short by a kill
-            if json.loads(line)["step"] <= first_step:
+            if json.loads(line)["step"] <= last_step:
                 kept.append(line + b"\n")
     replace(folder.losses, b"".join(kept))

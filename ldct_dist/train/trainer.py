@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -15,6 +14,7 @@ from ldct_dist.data.stage import StagedStore
 from ldct_dist.errors import UserError
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import outline
+from ldct_dist.train.agreement import Agreed, agree
 from ldct_dist.train.checkpoints import Checkpoints
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
@@ -49,18 +49,6 @@ def train(config: RunConfig, allow_new_data: bool = False) -> Ending:
         return Trainer(config, world, stop, allow_new_data).fit()
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks know after a backward pass: mean loss and norm of the gradient, whether all was finite
-    on all of them, and how many ask to stop.
-    """
-
-    loss: float
-    norm: float
-    finite: bool
-    wishes: int
-
-
 class Trainer:
     """One start of a run: takes up the newest valid checkpoint, and steps."""
 
@@ -73,12 +61,12 @@ class Trainer:
         model = world.each(lambda: outline(config.model))
         world.each(lambda: refuse_misfits(config, model, self.store, self.folder, world))
         self.loader = world.each(lambda: Loader(self.plan, world.rank, world.size, world.device))
-        # Without values until `take_up`: no rank holds a network beside the one that it trains for longer than that.
+        # Its weights get their values in `take_up`, so that no rank holds a second network for longer than it must.
         self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)
         self.loss = build_loss(config.loss)
         self.margin = config.loss.margin_for(model.radius, config.data.crop)
         self.state = TrainState(self.store.fingerprint)
-        # The first thing written: every mistake above leaves no trace.
+        # The first thing that is written: a mistake found above leaves no trace.
         for line in world.agree(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
         if note := note_on_margin(config, model):
@@ -101,67 +89,66 @@ class Trainer:
             batches = range(self.state.position, self.state.moved + self.config.steps)
             validated = held_out(self.store, self.config) if self.config.validates else ()
             with self.store.staging(self.plan, self.world, batches, validated):
-                ending = self.fall_due()
+                ending = self.between_steps()
                 while ending is None:
                     ending = self.advance()
             return ending
 
-    def take_up(self, back: bool = False) -> None:
-        """Go to the newest valid checkpoint, or to the first weights; `back`: from steps that were skipped."""
+    def take_up(self, regular: bool = False) -> None:
+        """Load the newest valid checkpoint, or begin with the first weights; `regular`: see `Checkpoints.take_up`."""
         self._enter("taking up a checkpoint", SLOW)
-        self.state = self.checkpoints.take_up(back)
+        self.state = self.checkpoints.take_up(regular)
         self._began = self.state.step
         self.world.agree(lambda: self.monitor.rewind(self.state.step))
 
     def advance(self) -> Ending | None:
-        """One step and what falls due after it; an Ending if the run is to stop here."""
-        start, step, lr = time.perf_counter(), self.state.step, self.lr
+        """One step, and what is due after it; an Ending if the run is to stop here."""
+        start, lr = time.perf_counter(), self.lr
         agreed = self.train_step(*self._fetch())
         seconds = self.stop.step_s = time.perf_counter() - start
-        applied = not self.state.guard.stretch
-        figures = StepFigures(step + 1, agreed.loss, lr, agreed.norm, applied, self.loader.waited_s, seconds)
+        figures = StepFigures(
+            step=self.state.step,
+            loss=agreed.loss,
+            lr=lr,
+            grad_norm=agreed.norm,
+            applied=not self.state.guard.stretch,
+            wait_s=self.loader.waited_s,
+            seconds=seconds,
+        )
         self.monitor.step(figures)
         self.checkpoints.hear(self.stop)
-        return self._leave() if agreed.wishes and self.state.step < self.config.steps else self.fall_due()
+        if agreed.to_stop and self.state.step < self.config.steps:
+            return self._leave()
+        return self.between_steps()
 
     def train_step(self, batch: Batch, damage: str | None = None) -> Agreed:
         """One optimizer step on this rank's share of the global batch, or none if the guard finds fault with it.
 
-        If any rank's batch comes with `damage`, all ranks end.
+        damage: what is wrong with this rank's data. If any rank's is damaged, all ranks end.
         """
-        config, state = self.config, self.state
+        state = self.state
         # Random numbers of a step follow from the step alone: nothing to save, nothing to restore.
-        torch.manual_seed(config.seed * 1_000_003 + state.step * self.world.size + self.world.rank)
-        losses = []
-        size = config.micro_batch or len(batch)
-        patience = SLOW if config.compile else 1.0
-        for start, micro in enumerate(batch.split(size)):
-            with self.strategy.accumulating(last=(start + 1) * size >= len(batch)):
-                self._enter("forward", patience)
-                mask = mask_from_box(micro.box, micro.low.shape[2:], self.margin)
-                weights = mask if micro.weights is None else mask * micro.weights
-                each = self.loss(self.strategy(micro.low), micro.full, weights)
-                self._enter("backward", patience)
-                self.strategy.backward(each.sum() / len(batch))
-            losses.append(each.detach())
-
+        torch.manual_seed(self.config.seed * 1_000_003 + state.step * self.world.size + self.world.rank)
+        losses = self._accumulate_gradients(batch)
         self._enter("agreement")
-        agreed = self._agree(torch.cat(losses), self.strategy.clip(), damage)
-        fault = state.guard.fault(agreed.loss, agreed.finite, config.guard.spike)
+        agreed = agree(self.world, losses, self.strategy.clip(), self._to_stop, damage is not None)
+        if agreed.damaged:
+            self._end_on(damage)
+        fault = state.guard.fault(agreed.loss, agreed.finite, self.config.guard.spike)
         if fault is None:
             self._enter("optimizer", SLOW)  # a save under way may still be copying the weights
             self.checkpoints.saver.staged()
             self.strategy.step(self.lr)
             state.guard.applied(agreed.loss)
         else:
-            state.guard.skip(f"{fault}: {blame(torch.cat(losses).tolist(), batch.crops, self.world)}")
+            state.guard.skip(f"{fault}: {blame(losses.tolist(), batch.crops, self.world)}")
             self._say(f"step {state.step + 1} skipped: {state.guard.stretch[-1]}")
         self.strategy.forget_gradients()
         state.step += 1
         return agreed
 
-    def fall_due(self) -> Ending | None:
-        """Between two steps: going back, validation, saving, the end; an Ending if the run is to stop here."""
+    def between_steps(self) -> Ending | None:
+        """What is due before the next step: going back, validation, saving, the end; an Ending if the run stops here."""
         state, config = self.state, self.config
         if len(state.guard.stretch) >= config.guard.patience:
             return self._roll_back()
@@ -169,9 +156,11 @@ class Trainer:
         if state.step > 0 and state.step % config.validation.every == 0 and not state.is_validated:
             validated = self._validate()
             if validated is None:
-                return self._leave(in_validation=True)
+                # The next start makes up for it, but only once: a job that is too short for a validation is to come
+                # to its next step all the same.
+                return self._leave(without_validation=state.step == self._began)
             improved = state.note_validation(validated.rmse_hu, validated.basis)
-        # Not within a bad stretch: going back is to lead to before it.
+        # Not after skipped steps: going back is to lead to before them.
         regular = state.step % config.checkpoint.every == 0 and not state.guard.stretch
         if improved or (regular and self.checkpoints.saved != state.step):
             self._enter("saving", SLOW)
@@ -184,10 +173,10 @@ class Trainer:
         return learning_rate(self.config.optim, self.state.step, self.config.steps)
 
     def _fetch(self) -> tuple[Batch, str | None]:
-        """This rank's next batch; or one of air, and what is wrong with the data.
+        """This rank's next batch; where its data is damaged, a batch of air and what is wrong.
 
-        A rank that ended here would leave the others waiting for its gradients. It goes along to the end of
-        the step, where all learn of it.
+        A rank that ended here would leave the others waiting for its gradients. So it takes part in the step, at
+        whose end all learn of the damage.
         """
         self._enter("data")
         try:
@@ -195,16 +184,21 @@ class Trainer:
         except UserError as e:
             return self.loader.air(), str(e)
 
-    def _agree(self, losses: torch.Tensor, norm: torch.Tensor, damage: str | None) -> Agreed:
-        """In one all-reduce and one wait for the GPU, what the ranks must not differ in; flags count who raises them."""
-        finite = losses.isfinite().all() & norm.isfinite()
-        flags = (losses.new_full((), flag) for flag in (self._to_stop, damage is not None))
-        mine = torch.stack([n.double() for n in (losses.double().mean(), finite, *flags)])
-        told = torch.cat((self.world.sum(mine), norm.to(mine).view(1)))
-        loss, finite_ranks, wishes, damaged, gradient = told.tolist()
-        if damaged:
-            self._end_on(damage)
-        return Agreed(loss / self.world.size, gradient, finite_ranks == self.world.size, int(wishes))
+    def _accumulate_gradients(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward, one micro-batch after the other; the loss of each of this rank's crops, (b,)."""
+        micro_batches = list(batch.split(self.config.micro_batch or len(batch)))
+        patience = SLOW if self.config.compile else 1.0
+        losses = []
+        for micro in micro_batches:
+            with self.strategy.accumulating(last=micro is micro_batches[-1]):
+                self._enter("forward", patience)
+                mask = mask_from_box(micro.box, micro.low.shape[2:], self.margin)
+                weights = mask if micro.weights is None else mask * micro.weights
+                by_crop = self.loss(self.strategy(micro.low), micro.full, weights)
+                self._enter("backward", patience)
+                self.strategy.backward(by_crop.sum() / len(batch))
+            losses.append(by_crop.detach())
+        return torch.cat(losses)
 
     @property
     def _to_stop(self) -> bool:
@@ -227,16 +221,15 @@ class Trainer:
         self._enter("validation")
         return not self.world.any(self._to_stop)
 
-    def _leave(self, in_validation: bool = False) -> Ending:
+    def _leave(self, without_validation: bool = False) -> Ending:
         """All ranks have agreed to stop at this step: save, commit, and say how to go on.
 
-        The next start makes up for a validation that was cut short, but only once: a job that is too short for
-        it is to come to its next step all the same.
+        without_validation: the next start is not to validate this step's weights either.
         """
         if self.world.any(self.checkpoints.saver.fenced):
             self._say(f"stopped at step {self.state.step}: a newer start of this run has taken over")
             return Ending.FENCED
-        if in_validation and self.state.step == self._began:
+        if without_validation:
             self.state.pass_over_validation()
             self.checkpoints.save(self.state)
         self._enter("saving before the stop", SLOW)
@@ -280,13 +273,16 @@ class Trainer:
                 "if they are sound, start a new run with a lower optim.lr"
             )
             return Ending.FENCED if outcome is not None and outcome.fenced else Ending.UNSTABLE
-        self.take_up(back=True)
+        self.take_up(regular=True)
         self.state = self.state.after_rollback_of(before)
         self._say(f"{what}: gone back to step {self.state.step}, on with batch {self.state.position}")
         return None
 
     def _end_on(self, damage: str | None) -> NoReturn:
-        """Keep what was learnt, and end every rank with the first damage; None on ranks that have none."""
+        """Keep what was learnt, and end every rank with what is wrong on the first of those whose data is damaged.
+
+        damage: None on a rank whose data is not.
+        """
         known = [d for d in self.world.gather(damage) if d is not None]
         if self.state.step > 0:
             self._enter("saving before the end", SLOW)
