@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -20,16 +19,10 @@ import torch
 import torch.distributed as dist
 
 from ldct_dist.errors import UserError
+from ldct_dist.rendezvous import launched_as, meet, own_device
 
 T = TypeVar("T")
-NAMED = 4
-"""of many, those that a line names"""
 _LEAVE_S = 5.0
-_MEET_S = 600.0  # many ranks that import from one file system take minutes
-
-
-class Unmet(UserError):
-    """Not all ranks came."""
 
 
 @dataclass(frozen=True)
@@ -46,59 +39,55 @@ class World:
     def join(cls, threads: int | None = None, timeout_s: float = 1800.0, works_on_cpu: bool = False) -> World:
         """Read the launcher's variables, set the device and the threads, and meet the other ranks.
 
-        threads: for the arithmetic on CPU; None: the rank's share of the cores that it may use, but one where the
-        arithmetic is a GPU's. works_on_cpu: some of it is the CPU's all the same.
-        Raises UserError when the launcher promised a rank but not where to meet; on all ranks, when one of them has not
-        the GPU that it should have; Unmet when some do not come within minutes.
+        threads: for the arithmetic on the CPU; None: this rank's share of the cores that it may use, or one where a GPU
+        does the arithmetic. works_on_cpu: the CPU does some of it even then.
+        Raises UserError where the launcher does not say where to meet, and, on all ranks, where one of them has not the
+        GPU that it should have; Unmet where some ranks do not come within minutes.
         """
-        rank, size, local_rank, local_size = _launcher()
+        rank, size, local_rank, local_size = launched_as()
         device, fault = torch.device("cpu"), None
         try:
-            device = _device(local_rank, local_size)
+            device = own_device(local_rank, local_size)
         except UserError as e:
             if size == 1:
                 raise
             fault = str(e)
-        if size > 1:
-            missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
-            if missing:
-                raise UserError(
-                    f"{size} ranks were started without {' and '.join(missing)}: export them in the job "
-                    "script (see slurm/train.sbatch), or start with torchrun"
-                )
-            # Connections are files, and a rank has two to each of the others, rank 0 three: the usual 1024 end at 340 ranks.
-            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            store, timeout = _meet(rank, size, fault, timeout_s), timedelta(seconds=timeout_s)
-            dist.init_process_group(
-                backend_of(device), store=store, rank=rank, world_size=size, timeout=timeout
-            )
         world = cls(rank, size, local_rank, local_size, device)
+        if size > 1:
+            world._connect(fault, timeout_s)
         world.refuse_uneven_gpus()
         if threads is None:
             threads = world.share_of_cores() if device.type == "cpu" or works_on_cpu else 1
         torch.set_num_threads(threads)
         return world
 
-    def leave(self) -> None:
-        """Part from the other ranks, and wait until this process' other threads rest.
+    def _connect(self, fault: str | None, timeout_s: float) -> None:
+        """Form the process group. fault: what is wrong with this rank, which ends all of them."""
+        store, told = meet(self.rank, self.size, fault, timeout_s)
+        if told is not None:
+            self.refuse(told)
+        timeout, backend = timedelta(seconds=timeout_s), backend_of(self.device)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
-        gloo's threads live on as long as anything refers to its groups, as DDP and DeepSpeed do to the end. One that has
-        yet to let go of a tensor when the interpreter ends aborts the process, and makes a failure of a run that is done.
+    def leave(self) -> None:
+        """Leave the process group, and wait until no other thread of this process is at work.
+
+        gloo's threads live as long as anything refers to its groups, as DDP and DeepSpeed do to the end. If one of them
+        still holds a tensor when the interpreter ends, the process aborts, and a run that is done counts as failed.
         """
         if not dist.is_initialized():
             return
         dist.destroy_process_group()
         end, rested = time.monotonic() + _LEAVE_S, 0
         while rested < 2 and time.monotonic() < end:
-            time.sleep(0.01)  # which frees the interpreter's lock, for a thread that waits for it
+            time.sleep(0.01)  # frees the interpreter's lock for a thread that waits for it
             rested = 0 if _others_run() else rested + 1
 
     def __enter__(self) -> World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Leave, unless this rank alone has failed: NCCL would wait for the others first, and nobody would learn why."""
+        """Leave the others, unless this rank alone has failed: NCCL would first wait for them, and its error stay unseen."""
         if not failed_alone(kind):
             self.leave()
 
@@ -111,7 +100,7 @@ class World:
         return f"rank {self.rank} on {socket.gethostname()}"
 
     def group(self) -> dist.ProcessGroup | None:
-        """A gloo group of its own, so that a background thread's collectives never meet the trainer's."""
+        """A new gloo group for a background thread, whose collectives must not mix with the training thread's."""
         return dist.new_group(backend="gloo") if self.size > 1 else None
 
     def gather(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -130,15 +119,15 @@ class World:
         dist.broadcast_object_list(box, src=owner)
         return box[0]
 
-    def agree(self, act: Callable[[], T]) -> T:
-        """`act` on rank 0 alone; its result on every rank. After a UserError or OSError all end, as `refuse` says."""
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Do `act` on rank 0 alone; its result on every rank. A UserError or OSError ends all ranks, as `refuse` says."""
         result, error = self.broadcast(self._outcome(act) if self.is_main else None)
         if error is not None:
             self.refuse(error)
         return result
 
-    def each(self, act: Callable[[], T]) -> T:
-        """`act` on every rank, its own result on each. After a UserError or OSError on any all end, as `refuse` says."""
+    def on_each(self, act: Callable[[], T]) -> T:
+        """Do `act` on every rank; on each its own result. A UserError or OSError on any ends all, as `refuse` says."""
         result, error = self._outcome(act)
         errors = [e for e in self.gather(error) if e is not None]
         if errors:
@@ -146,7 +135,7 @@ class World:
         return cast(T, result)
 
     def _outcome(self, act: Callable[[], T]) -> tuple[T | None, str | None]:
-        """What `act` returned, or what is to be said of its failure: of a disk's, also where it is."""
+        """(what `act` returned, None), or (None, its error in one line; an OSError's names this rank as well)."""
         try:
             return act(), None
         except UserError as e:
@@ -155,15 +144,16 @@ class World:
             return None, f"{self.name}: {e}"
 
     def refuse(self, message: str) -> NoReturn:
-        """End all ranks over a user's mistake that all of them know of: the first says it, in one line."""
+        """End all ranks over a user's mistake; all of them call it. Rank 0 alone prints the line."""
         if self.is_main:
             raise UserError(message)
         raise SystemExit(2)
 
     def share_of_cores(self) -> int:
-        """Of the cores that this rank may use, its part of those that other ranks may use too; at least one.
+        """How many cores are this rank's; at least one.
 
-        A launcher may have given each rank cores of its own, or all ranks of a node the same.
+        A launcher may have given each rank cores of its own, or all ranks of a node the same ones: each core is shared
+        out evenly over the ranks that may use it.
         """
         cores = {(socket.gethostname(), core) for core in os.sched_getaffinity(0)}
         users = Counter(core for theirs in self.gather(cores) for core in theirs)
@@ -188,36 +178,30 @@ class World:
                 )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` added over the ranks, in place."""
+        """The sum of `tensor` over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank's `flag` is up, on every rank."""
+        """Whether any rank's `flag` is true; the same on every rank."""
         return bool(self.sum(torch.tensor(float(flag))).item())
 
 
 def failed_alone(kind: type[BaseException] | None) -> bool:
-    """Whether a rank that ends so is the only one: of mistakes, all know."""
+    """Whether a rank that ends with this exception ends alone. A user's mistake ends all of them."""
     return kind is not None and not issubclass(kind, (UserError, SystemExit))
 
 
 def loss_of_a_rank(error: BaseException | None) -> str | None:
-    """What gloo says of the other end of a connection, if that broke: it has no class of errors for it."""
+    """gloo's words for a broken connection, if `error` is one: gloo has no exception class of its own for it."""
     if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
         return str(error).partition("] ")[2].partition(". ")[0]
     return None
 
 
-def few(told: Sequence[str], between: str = "; ") -> str:
-    """What each of so many tells, in one line: the first of them, and how many more. A full disk is met by all ranks."""
-    rest = len(told) - NAMED
-    return between.join((*told[:NAMED], *([f"and {rest} more"] if rest > 0 else [])))
-
-
 def _others_run() -> bool:
-    """Whether another thread of this process runs, or would if a core were free."""
+    """Whether another thread of this process is running, or ready to run."""
     for task in Path("/proc/self/task").iterdir():
         try:
             state = (task / "stat").read_text().rpartition(") ")[2][0]
@@ -229,71 +213,5 @@ def _others_run() -> bool:
 
 
 def backend_of(device: torch.device) -> str:
-    """What ranks with such a device talk by; what lies in the CPU's memory goes by gloo in any case."""
+    """The process group's backend for ranks with such a device. Tensors on the CPU always travel by gloo."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def _meet(rank: int, size: int, fault: str | None, timeout_s: float) -> dist.Store:
-    """Where the ranks exchange keys, once all are there. A rank that ended before, with a `fault` of its own, would be
-    waited for by the others, and hold their nodes."""
-    meeting_s = min(timeout_s, _MEET_S)
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        url = f"env://?rank={rank}&world_size={size}"
-        store, _, _ = next(dist.rendezvous(url, timeout=timedelta(seconds=meeting_s)))
-        if fault is not None:
-            store.set("ldct/fault", fault)
-        if store.add("ldct/here", 1) == size:
-            store.set("ldct/all", "")
-        store.wait(["ldct/all"])
-        told = store.get("ldct/fault").decode() if store.check(["ldct/fault"]) else None
-        if store.add("ldct/told", 1) == size:
-            store.set("ldct/over", "")
-        if rank == 0:  # the keys lie in its process
-            store.wait(["ldct/over"])
-    except (dist.DistError, RuntimeError) as e:
-        raise Unmet(
-            f"{socket.gethostname()} did not meet the other ranks at {address} within {meeting_s:g} s: did one of them "
-            "not start? Is the interface the right one (GLOO_SOCKET_IFNAME), and its ports open? "
-            f"({str(e).splitlines()[0]})"
-        ) from e
-    if told is not None:
-        World(rank, size).refuse(told)
-    store.set_timeout(timedelta(seconds=timeout_s))
-    return store
-
-
-def _launcher() -> tuple[int, int, int, int]:
-    """rank, world size, local rank, ranks on this node."""
-    e = os.environ
-    if "RANK" in e and "WORLD_SIZE" in e:
-        local = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
-        return int(e["RANK"]), int(e["WORLD_SIZE"]), *local
-    # SLURM_PROCID is also set in the batch step itself, where nobody else is to be met.
-    if "SLURM_PROCID" in e and "SLURM_STEP_ID" in e and int(e.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        per_node = e.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-        return int(e["SLURM_PROCID"]), int(e["SLURM_STEP_NUM_TASKS"]), int(e["SLURM_LOCALID"]), int(per_node)
-    return 0, 1, 0, 1
-
-
-def _device(local_rank: int, local_size: int) -> torch.device:
-    """This rank's own. Raises UserError unless there is one GPU a rank, where Slurm gave GPUs to the job."""
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if "SLURM_STEP_ID" in os.environ else 0
-    # A site's Slurm shows a task either all GPUs of the node or its own alone, as device 0.
-    if given and (given != local_size or visible not in (1, given)):
-        raise UserError(
-            f"{local_size} ranks on {socket.gethostname()}, {given} GPUs there from Slurm, {visible} seen by "
-            f"each: start one task per GPU (--gpus-per-node = --ntasks-per-node)"
-            + ("" if visible else "; none at all means torch without CUDA, or a node without driver")
-        )
-    if not visible:
-        return torch.device("cpu")
-    index = 0 if visible == 1 else local_rank
-    if index >= visible:
-        raise UserError(
-            f"local rank {local_rank} on {socket.gethostname()} sees {visible} GPUs: "
-            "start one task per GPU (--gpus-per-node = --ntasks-per-node)"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)

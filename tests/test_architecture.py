@@ -10,8 +10,8 @@ from pathlib import Path
 import ldct_dist
 
 ORDER = [
-    *("errors", "files", "provenance", "config", "world", "ct", "store", "data", "models", "checkpoint"),
-    *("denoise", "evaluate", "train", "cluster", "demo", "cli"),
+    *("errors", "files", "provenance", "config", "rendezvous", "world", "ct", "store", "data", "models"),
+    *("checkpoint", "denoise", "evaluate", "train", "cluster", "demo", "cli"),
 ]
 ROOT = Path(ldct_dist.__file__).parent
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldct_dist.errors import UserError
-from ldct_dist.world import World, _device
+from ldct_dist.rendezvous import own_device
+from ldct_dist.world import World
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def node(monkeypatch):
 @pytest.mark.parametrize(("visible", "index"), [(4, 3), (1, 0)])
 def test_a_rank_takes_its_own_gpu_whether_slurm_shows_it_all_or_one(node, visible, index):
     node(4, visible)
-    assert _device(3, 4) == torch.device("cuda", index)
+    assert own_device(3, 4) == torch.device("cuda", index)
 
 
 @pytest.mark.parametrize(
@@ -38,13 +39,13 @@ def test_a_rank_takes_its_own_gpu_whether_slurm_shows_it_all_or_one(node, visibl
 def test_a_wrong_number_of_gpus_is_one_line(node, given, visible, ranks):
     node(given, visible)
     with pytest.raises(UserError, match=f"{ranks} ranks on .*, {given} GPUs .* {visible} seen") as refused:
-        _device(1, ranks)
+        own_device(1, ranks)
     assert ("torch without CUDA" in str(refused.value)) == (visible == 0)
 
 
 def test_without_gpus_from_slurm_it_is_the_cpu(node):
     node(None, 0)
-    assert _device(1, 4) == torch.device("cpu")
+    assert own_device(1, 4) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -48,8 +48,8 @@ def test_a_gpu_leaves_cores_alone_unless_some_arithmetic_is_the_cpus(
     monkeypatch, device, works_on_cpu, asked, threads
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
-    monkeypatch.setattr(world, "_launcher", lambda: (0, 1, 0, 1))
-    monkeypatch.setattr(world, "_device", lambda *_: torch.device(device))
+    monkeypatch.setattr(world, "launched_as", lambda: (0, 1, 0, 1))
+    monkeypatch.setattr(world, "own_device", lambda *_: torch.device(device))
     monkeypatch.setattr(World, "refuse_uneven_gpus", lambda self: None)
     told = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
@@ -57,7 +57,7 @@ def test_a_gpu_leaves_cores_alone_unless_some_arithmetic_is_the_cpus(
     assert told == [threads]
 
 
-@pytest.mark.parametrize("call", [World.agree, World.each])
+@pytest.mark.parametrize("call", [World.on_main, World.on_each])
 def test_what_a_disk_refuses_ends_all_ranks_with_a_line_that_says_where(call):
     def act():
         raise OSError(122, "Disk quota exceeded", "/scratch/run")

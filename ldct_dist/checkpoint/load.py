@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.manifest import NAME, Corrupt, Manifest
-from ldct_dist.errors import UserError
-from ldct_dist.world import World, few
+from ldct_dist.errors import UserError, few
+from ldct_dist.world import World
 
 WEIGHTS = "weights.safetensors"  # the moving average: what one denoises with
 
@@ -34,7 +34,7 @@ class Found:
 def newest_valid(root: Path, world: World, among: Callable[[Manifest], bool] = lambda _: True) -> Found:
     """The newest checkpoint under `root`, `among` some or all, of which every byte is as written; the same on every
     rank."""
-    sound, broken = world.agree(lambda: retention.newest_first(root))
+    sound, broken = world.on_main(lambda: retention.newest_first(root))
     passed_over = [f"{path.name}: {why}" for path, why in broken]
     for path, manifest in sound:
         if not among(manifest):

@@ -23,8 +23,9 @@ from ldct_dist.checkpoint import pieces, retention
 from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.checkpoint.pieces import Held, Part, Piece
 from ldct_dist.checkpoint.retention import CheckpointConfig
+from ldct_dist.errors import few
 from ldct_dist.files import TEMPORARY
-from ldct_dist.world import World, few
+from ldct_dist.world import World
 
 LOOK_S = 1.0
 """between two looks at the claims of other starts"""

@@ -23,9 +23,10 @@ from ldct_dist.cluster.site import read_site
 from ldct_dist.data.plan import DataConfig
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import outline
+from ldct_dist.rendezvous import Unmet
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.strategy.parts import STATE_BYTES
-from ldct_dist.world import Unmet, World
+from ldct_dist.world import World
 
 JOIN_TIMEOUT_S = 60.0
 Report = Callable[[Finding], None]
@@ -100,7 +101,7 @@ def _examine(
     world: World, runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, report: Report
 ) -> bool:
     hosts = world.gather(os.uname().nodename)
-    inside = world.agree(lambda: _fresh_folder(runs))
+    inside = world.on_main(lambda: _fresh_folder(runs))
     probe = Probe(
         world,
         hosts,

@@ -13,7 +13,7 @@ from rich.status import Status
 from ldct_dist import config as configs
 from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.ct.volume import Volume
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.classify import Training, classify, patient_folds
 from ldct_dist.evaluate.compare import COLUMNS, Comparison, print_classification, print_comparison
 from ldct_dist.evaluate.methods import LOW, peers_beside
@@ -27,7 +27,6 @@ from ldct_dist.files import refuse_unwritable
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.privacy import default_key_path, load_key
 from ldct_dist.store.reader import Store
-from ldct_dist.world import few
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from pydantic import Field
 from ldct_dist.config import Config
 from ldct_dist.ct.dose_config import seed_of
 from ldct_dist.ct.volume import Volume
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.baselines import baseline_named
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply, network, tuned_baselines
 from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
@@ -27,7 +27,6 @@ from ldct_dist.evaluate.protocols import Protocol, protocol_named
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 from ldct_dist.store.record import CaseRecord
-from ldct_dist.world import few
 
 _ENOUGH_REGIONS = 4
 _TUNED_ON = 4  # cases

@@ -14,12 +14,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
 from ldct_dist.ct.phantom import Disc, discs
 from ldct_dist.ct.volume import Volume
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.classify import Samples, Training
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply
 from ldct_dist.evaluate.protocols import Range
 from ldct_dist.store.privacy import patient_hash
-from ldct_dist.world import few
 
 SIDE = 64  # of the images that the classifier is given
 _SLICES_A_CASE = 8

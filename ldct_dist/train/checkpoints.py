@@ -44,7 +44,7 @@ class Checkpoints:
     ) -> None:
         self.config, self.folder, self.strategy, self.world = config, folder, strategy, world
         self.store, self.allow_new_data, self._say = store, allow_new_data, say
-        self.generation = world.agree(self._claim)
+        self.generation = world.on_main(self._claim)
         self.saver = Saver(folder.checkpoints, folder.generations, self.generation, config.checkpoint, world)
         self.saved: int | None = None
         """step of the latest checkpoint that was taken up or begun"""
@@ -56,7 +56,7 @@ class Checkpoints:
         regular: prefer the newest one that was saved on schedule to one that a stop has made (`retention.is_regular`).
         All ranks end with a UserError if there are checkpoints, but none that is valid.
         """
-        self.world.agree(lambda: retention.complete(self.folder.checkpoints))
+        self.world.on_main(lambda: retention.complete(self.folder.checkpoints))
         root = self.folder.checkpoints
         found = Found()
         if regular:
@@ -73,7 +73,7 @@ class Checkpoints:
                     f"no checkpoint in {root} is sound: is a disk or a server away? Start again "
                     "once it is back, or, to begin anew, remove that folder"
                 )
-            self.strategy.begin(self.world.each(lambda: first_weights(self.config)))
+            self.strategy.begin(self.world.on_each(lambda: first_weights(self.config)))
             if self.config.init_from is not None:
                 self._say(
                     f"fine-tuning: a new run that starts from the weights in {self.config.init_from} (not a resume)"

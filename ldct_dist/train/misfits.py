@@ -9,7 +9,7 @@ import shutil
 import torch
 
 from ldct_dist.data.plan import lanes_of
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.losses import share_counted
 from ldct_dist.models.registry import Denoiser
@@ -18,7 +18,7 @@ from ldct_dist.train.checkpoints import first_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder, flat
 from ldct_dist.train.strategy.engine import refuse_deepspeed
-from ldct_dist.world import World, few
+from ldct_dist.world import World
 
 OWN = {"store", "runs", "init_from", "threads"}
 """of the settings, those that a node may have of its own: where things lie there, and its cores"""

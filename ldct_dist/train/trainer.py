@@ -54,20 +54,20 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, stop: Stop, allow_new_data: bool = False) -> None:
         self.config, self.world, self.stop = config, world, stop
-        self.store = world.each(lambda: StagedStore(config.store, config.data.stage))
+        self.store = world.on_each(lambda: StagedStore(config.store, config.data.stage))
         refuse_disagreement(config, self.store, world)
-        self.plan = world.each(lambda: Plan(self.store, config.data, config.seed))
+        self.plan = world.on_each(lambda: Plan(self.store, config.data, config.seed))
         self.folder = RunFolder(config.runs / config.name)
-        model = world.each(lambda: outline(config.model))
-        world.each(lambda: refuse_misfits(config, model, self.store, self.folder, world))
-        self.loader = world.each(lambda: Loader(self.plan, world.rank, world.size, world.device))
+        model = world.on_each(lambda: outline(config.model))
+        world.on_each(lambda: refuse_misfits(config, model, self.store, self.folder, world))
+        self.loader = world.on_each(lambda: Loader(self.plan, world.rank, world.size, world.device))
         # Its weights get their values in `take_up`, so that no rank holds a second network for longer than it must.
         self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)
         self.loss = build_loss(config.loss)
         self.margin = config.loss.margin_for(model.radius, config.data.crop)
         self.state = TrainState(self.store.fingerprint)
         # The first thing that is written: a mistake found above leaves no trace.
-        for line in world.agree(lambda: self.folder.open(config)):
+        for line in world.on_main(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
         if note := note_on_margin(config, model):
             self._say(note)
@@ -83,7 +83,7 @@ class Trainer:
         with self.watch, self.loader, self.monitor:
             self.take_up()
             start = self.checkpoints.generation, self.state.step
-            self.world.agree(lambda: self.folder.record_start(self.world, *start))
+            self.world.on_main(lambda: self.folder.record_start(self.world, *start))
             self._enter("first pass", SLOW)
             self.strategy.warm_up()
             batches = range(self.state.position, self.state.moved + self.config.steps)
@@ -99,7 +99,7 @@ class Trainer:
         self._enter("taking up a checkpoint", SLOW)
         self.state = self.checkpoints.take_up(regular)
         self._began = self.state.step
-        self.world.agree(lambda: self.monitor.rewind(self.state.step))
+        self.world.on_main(lambda: self.monitor.rewind(self.state.step))
 
     def advance(self) -> Ending | None:
         """One step, and what is due after it; an Ending if the run is to stop here."""

@@ -27,8 +27,9 @@ from itertools import count
 from pathlib import Path
 from typing import NoReturn
 
+from ldct_dist.errors import few
 from ldct_dist.train.ending import Ending
-from ldct_dist.world import World, failed_alone, few, loss_of_a_rank
+from ldct_dist.world import World, failed_alone, loss_of_a_rank
 
 LOOKS = 10
 """Times that a rank is looked at within `hang_s`"""
@@ -104,7 +105,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._meet(self.world.gather((self.world.name, socket.gethostname())))
-        self.world.each(self._open)
+        self.world.on_each(self._open)
         self._thread.start()
         return self
 

@@ -44,7 +44,7 @@ class DeepSpeedStrategy:
         self._engine = build_engine(model, self._adam, config, world)
         self._zero = zero_of(self._engine.optimizer)
         self._owned = {name: self._zero.owned(p) for name, p in parameters.items()}
-        disk = world.each(self._move_to_disk)
+        disk = world.on_each(self._move_to_disk)
         self._state = [_state(master, disk) for master in self._zero.masters]
         self._room: list[dict[str, torch.Tensor]] | None = None
         if disk is not None:
