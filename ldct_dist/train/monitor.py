@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TextIO
@@ -15,13 +16,15 @@ import numpy as np
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.protocols import protocol_named
-from ldct_dist.files import replace
+from ldct_dist.files import replacing
 from ldct_dist.train.board import Board
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost.usage import Usage
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.validation import Validated
 from ldct_dist.world import World
+
+_LOSS_LINE = re.compile(rb'(\{"step": (\d+)\b.*\})\n?')  # the last may lack its end after a kill
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,18 @@ def _finite(value: float) -> float | None:
 
 
 def _drop_losses_after(folder: RunFolder, last_step: int) -> None:
-    """Keep the loss lines up to `last_step`, that of the checkpoint: later steps are done again."""
+    """Keep the loss lines up to `last_step`, that of the checkpoint: later steps are done again. Damaged ones go.
+
+    Line by line, and without JSON: after a million steps there are 120 MB of them, and all ranks wait.
+    """
     if not folder.losses.exists():
         return
-    kept = []
-    for line in folder.losses.read_bytes().splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # damaged, or cut short by a kill
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + b"\n")
-    replace(folder.losses, b"".join(kept))
+    with (
+        open(folder.losses, "rb") as lines,
+        replacing(folder.losses) as temporary,
+        open(temporary, "wb") as kept,
+    ):
+        for line in lines:
+            whole = _LOSS_LINE.fullmatch(line)
+            if whole and int(whole[2]) <= last_step:
+                kept.write(whole[1] + b"\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -24,6 +25,19 @@ def test_lines_of_later_steps_are_taken_back_and_a_damaged_one_takes_no_other_wi
     with Monitor(folder, CONFIG, World()) as monitor:
         monitor.rewind(5)
     assert [line["step"] for line in losses(folder.path)] == [1, 2, 4, 5]
+
+
+def test_taking_lines_back_takes_no_more_memory_however_many_there_are(tmp_path):
+    folder = RunFolder(tmp_path)
+    line = {"loss": 9.75, "lr": 1e-3, "grad_norm": 0.5, "applied": True}
+    folder.losses.write_text("".join(json.dumps({"step": step} | line) + "\n" for step in range(1, 20001)))
+    with Monitor(folder, CONFIG, World()) as monitor:
+        tracemalloc.start()
+        monitor.rewind(19990)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(losses(folder.path)) == 19990
+    assert peak < folder.losses.stat().st_size / 4
 
 
 def test_where_tensorboard_has_no_room_to_begin_nothing_else_is_said(tmp_path, monkeypatch):
