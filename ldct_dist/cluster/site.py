@@ -27,7 +27,7 @@ Place = Annotated[Word, AfterValidator(lambda path: os.path.expanduser(os.path.e
 """With ~ and variables as they are here, since the job script quotes it; no Path, which an image's URI is not."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
-FOLDERS = (Path("configs/sites"),)
+FOLDER = Path("configs/sites")
 
 
 class Container(Config):
@@ -86,14 +86,14 @@ class Site(Config):
         return {key: value for key, value in named.items() if value is not None} | self.options
 
 
-def read_site(name: str | None, folders: tuple[Path, ...] = FOLDERS) -> Site:
+def read_site(name: str | None) -> Site:
     """The profile NAME of configs/sites, or at a path that ends in .yaml; None: an empty one."""
     if name is None:
         return Site()
     if name.endswith(".yaml"):
         return configs.read(Site, Path(name))
-    known = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    known = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
     if name not in known:
         there = ", ".join(known) or "none"
-        raise UserError(f"--site {name}: no {folders[0]}/{name}.yaml here (there are: {there})")
+        raise UserError(f"--site {name}: no {FOLDER}/{name}.yaml here (there are: {there})")
     return configs.read(Site, known[name])

@@ -50,12 +50,12 @@ class Row:
         }
 
 
-def status(paths: Sequence[Path], now: float | None = None) -> tuple[list[Row], str | None]:
+def status(paths: Sequence[Path]) -> tuple[list[Row], str | None]:
     """(a row for each run in or below `paths`, a line on why Slurm could not be asked, or None).
 
     Slurm is asked once for all runs. Raises UserError for a path that holds no run.
     """
-    now = time.time() if now is None else now
+    now = time.time()
     looks = [(name, _look(folder)) for folder, name in find_runs(paths).items()]
     known, fault = jobs.ask({look.job for _, look in looks if look.job is not None})
     return [_row(name, look, known.get(look.job or ""), now) for name, look in looks], fault

@@ -22,6 +22,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.statistics import holm, tail
 
 _BATCH = 16
+_CHANNELS = 8  # of the first convolution; each later one has twice as many
 _RESAMPLES = 2000
 
 
@@ -52,10 +53,10 @@ class Classifier(nn.Module):
     """(b, 1, side, side) in [0, 1] -> (b,) logits: convolutions with LeakyReLU and pooling, then fully connected
     layers."""
 
-    def __init__(self, side: int, channels: int = 8) -> None:
+    def __init__(self, side: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        widths = [1, channels, 2 * channels, 4 * channels]
+        widths = [1, _CHANNELS, 2 * _CHANNELS, 4 * _CHANNELS]
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.1), nn.MaxPool2d(2)]
         inner = widths[-1] * (side // 8) ** 2

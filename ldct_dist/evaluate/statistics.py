@@ -16,9 +16,9 @@ from scipy.stats import bootstrap, norm, rankdata, t, wilcoxon
 
 _RESAMPLES = 9999
 _EXACT = 500  # patients: takes a quarter of a second
-_FEW = (
-    10  # patients: with fewer, even a corrected bootstrap covers less than it says, .92 with 5 and .88 with 4
-)
+_FEW = 10
+"""Patients: with fewer, even a corrected bootstrap covers less than it says, .92 with 5 and .88 with 4."""
+_SEED = 0  # of the bootstrap: the same study gives the same interval
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,17 @@ def by_patient(values: Sequence[float], patients: Sequence[str]) -> dict[str, fl
 def estimate(
     values: Sequence[float],
     patients: Sequence[str],
-    seed: int = 0,
     within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
-    """Mean over patients of each patient's mean; seed: of the bootstrap; within: what such a mean can be, where the
-    interval is cut off. The truth lies there, so it covers it as often as before.
+    """Mean over patients of each patient's mean.
+
+    within: the lowest and highest value that such a mean can have. The interval is cut off there, and covers the truth
+    as often as before, since the truth lies there too.
 
     With fewer than 10 patients, Student's t interval, which takes them to be normally distributed. From there on the
     bootstrap's expanded percentiles, which allow for skew.
     """
-    found = _mean(np.array(list(by_patient(values, patients).values())), seed)
+    found = _mean(np.array(list(by_patient(values, patients).values())))
     if found.low is None or found.high is None:
         return found
     return replace(found, low=max(found.low, within[0]), high=min(found.high, within[1]))
@@ -118,8 +119,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _mean(means: np.ndarray, seed: int = 0) -> Estimate:
-    """means: (n,), of the patients."""
+def _mean(means: np.ndarray) -> Estimate:
+    """The estimate from the patients' own means, (n,)."""
     n = len(means)
     if n < 2:
         return Estimate(float(means[0]) if n else None, None, None, n, None)
@@ -133,7 +134,7 @@ def _mean(means: np.ndarray, seed: int = 0) -> Estimate:
         n_resamples=_RESAMPLES,
         confidence_level=1 - 2 * tail(n),
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(_SEED),
     ).confidence_interval
     return Estimate(mean, float(found.low), float(found.high), n, "expanded percentile bootstrap")
 

@@ -24,6 +24,7 @@ SIDE = 64  # of the images that the classifier is given
 _SLICES_A_CASE = 8
 
 LESION_TRAINING = Training(folds=4, epochs=14)
+_LESION_SLICES = 160
 _LESION_DOSE = 0.04
 _LESION_WINDOW = (-100.0, 220.0)
 
@@ -140,12 +141,15 @@ def shown(hu: np.ndarray, window: Range, side: int = SIDE) -> np.ndarray:
     return np.clip((means - window[0]) / (window[1] - window[0]), 0, 1)
 
 
-def lesion_task(count: int, dose: float, seed: int = 0) -> tuple[Volume, Volume, np.ndarray]:
-    """Is there a lesion? (low dose, full dose, labels): `count` slices, each another patient's liver around a suspicious
-    place; in every other one a lesion of -40 HU, 10 to 16 mm wide, and vessels in all."""
-    rng = np.random.default_rng(seed)
+def _lesion_scans() -> tuple[Volume, Volume, np.ndarray]:
+    """(low dose, full dose, labels) of a generated task: is there a lesion?
+
+    Each slice shows the liver of another patient around a suspicious place. All have vessels; every other one has a
+    lesion, 40 HU darker than the liver and 10 to 16 mm wide.
+    """
+    rng = np.random.default_rng(0)
     spacing, side, inner = (5.0, 3.0, 3.0), 64, slice(16, 48)
-    labels = np.arange(count) % 2
+    labels = np.arange(_LESION_SLICES) % 2
     slices = []
     for label in labels:
         filled = [Disc(0, 0, rng.uniform(82, 88), 60.0)]
@@ -158,18 +162,18 @@ def lesion_task(count: int, dose: float, seed: int = 0) -> tuple[Volume, Volume,
             filled.append(Disc(x, y, rng.uniform(5, 8), 20.0))
         slices.append(discs((1, side, side), spacing, filled))
     scanner = DoseConfig(photons=1e5, cutoff_per_mm=0.17)
-    full = simulate_full_dose(np.concatenate(slices), spacing, seed, scanner)
-    low = simulate_low_dose(full, dose, seed + 1, scanner)
+    full = simulate_full_dose(np.concatenate(slices), spacing, seed=0, config=scanner)
+    low = simulate_low_dose(full, _LESION_DOSE, seed=1, config=scanner)
     low, full = (replace(scan, hu=np.ascontiguousarray(scan.hu[:, inner, inner])) for scan in (low, full))
     return low, full, labels
 
 
-def lesion_samples(methods: Mapping[str, Method], count: int = 160) -> Samples:
-    """The `lesion_task` at 4 % of the dose, as low dose, under each method and at full dose; for `LESION_TRAINING`.
+def lesion_samples(methods: Mapping[str, Method]) -> Samples:
+    """The generated task at 4 % of the dose: at low dose, under each method and at full dose; for `LESION_TRAINING`.
 
     A method is given one slice at a time, since the next is another patient's.
     """
-    low, full, labels = lesion_task(count, _LESION_DOSE)
+    low, full, labels = _lesion_scans()
     images = {LOW: low.hu}
     for name, method in methods.items():
         images[name] = np.concatenate([apply(name, method, replace(low, hu=hu[None])) for hu in low.hu])
@@ -178,4 +182,4 @@ def lesion_samples(methods: Mapping[str, Method], count: int = 160) -> Samples:
         kind: np.stack([shown(hu, _LESION_WINDOW, side=32) for hu in volume])
         for kind, volume in images.items()
     }
-    return Samples(seen, labels, tuple(f"patient {i}" for i in range(count)))
+    return Samples(seen, labels, tuple(f"patient {i}" for i in range(len(labels))))

@@ -102,7 +102,8 @@ def test_recomputation_takes_less_memory_and_more_arithmetic_the_more_levels_it_
         count(run_config(model={"activation_checkpointing": m}), 4) for m in ("none", "selective", "full")
     ]
     assert costs[0].peak > 1.2 * costs[1].peak > 1.4 * costs[2].peak
-    assert costs[0].hardware_flops < costs[1].hardware_flops < costs[2].hardware_flops
+    done = [sum(op.flops for op in cost.ops) for cost in costs]
+    assert done[0] < done[1] < done[2]
     assert costs[0].flops == costs[1].flops == costs[2].flops
 
 
@@ -113,10 +114,12 @@ def test_bf16_halves_activations_and_adds_copies_of_the_weights():
 
 
 def test_larger_micro_batches_and_crops_are_as_large_as_foretold():
-    config = run_config(precision="bf16", model={"size": "s"})
+    config, wide = (
+        run_config(precision="bf16", model={"size": "s"}, data={"crop": crop}) for crop in (CROP, (8, 96, 64))
+    )
     activations = Activations.of(config)
     assert activations.peak(5) == pytest.approx(count(config, 5).peak, rel=0.01)
-    assert activations.peak(6) == pytest.approx(count(config, 1, (8, 96, 64)).peak, rel=0.01)
+    assert activations.peak(6) == pytest.approx(count(wide, 1).peak, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ class Ground:
 
     def facts(self, image: np.ndarray) -> dict[str, Any]:
         """bias_hu and, as far as they can be told, noise_hu and conspicuous: of a row of the study."""
-        bias = tissue_bias(image, self.full, self.tissues)
-        found: dict[str, Any] = {"bias_hu": {tissue: of.hu for tissue, of in bias.items()}}
+        found: dict[str, Any] = {"bias_hu": tissue_bias(image, self.full, self.tissues)}
         if self.soft is not None:
             # In the full dose's flat windows: smooth images have others, which would leave out what is left of their
             # noise.

@@ -32,20 +32,16 @@ class Detectability:
     absent: int
 
 
-def laguerre_gauss(
-    size: int, spacing: tuple[float, float], diameter_mm: float, count: int = CHANNELS
-) -> np.ndarray:
-    """(count, size, size) channels around the middle of a patch, as wide as a lesion of that diameter asks for."""
+def laguerre_gauss(size: int, spacing: tuple[float, float], diameter_mm: float) -> np.ndarray:
+    """(CHANNELS, size, size) channels around the middle of a patch, as wide as a lesion of that diameter asks for."""
     y, x = ((np.arange(size) - (size - 1) / 2) * mm for mm in spacing)
     # The first channel has the second moment of a disc: sigma = diameter / 4.
     width = sqrt(2 * pi) * diameter_mm / 4
     r2 = 2 * pi * (y[:, None] ** 2 + x**2) / width**2
-    return np.stack([sqrt(2) / width * np.exp(-r2 / 2) * eval_laguerre(n, r2) for n in range(count)])
+    return np.stack([sqrt(2) / width * np.exp(-r2 / 2) * eval_laguerre(n, r2) for n in range(CHANNELS)])
 
 
-def detectability(
-    present: np.ndarray, absent: np.ndarray, channels: np.ndarray, confidence: float = 0.95
-) -> Detectability:
+def detectability(present: np.ndarray, absent: np.ndarray, channels: np.ndarray) -> Detectability:
     """d' of patches with a lesion, (n, size, size) HU, against (m, size, size) without one.
 
     All patches must hold noise of their own: the same noise with and without a lesion would not tell its spread.
@@ -70,8 +66,7 @@ def detectability(
     # squared / scale is non-central F with (p, free - p + 1) degrees and non-centrality d'^2 weight.
     weight = n1 * n0 / (n1 + n0)
     statistic = squared * weight * (free - p + 1) / (p * free)
-    tail = (1 - confidence) / 2
-    low, high = (_noncentrality(statistic, p, free - p + 1, q) for q in (1 - tail, tail))
+    low, high = (_noncentrality(statistic, p, free - p + 1, q) for q in (0.975, 0.025))
     return Detectability(sqrt(max(0.0, unbiased)), sqrt(low / weight), sqrt(high / weight), n1, n0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import binary_erosion
@@ -23,21 +22,11 @@ TISSUES = {
 _IN_PLANE = np.ones((1, 3, 3), bool)
 
 
-@dataclass(frozen=True)
-class Bias:
-    """hu: mean of image - full dose over the class's voxels."""
-
-    hu: float
-    voxels: int
-
-
-def tissue_bias(image_hu: np.ndarray, full: Volume, classes: Mapping[str, np.ndarray]) -> dict[str, Bias]:
-    """The bias in each of the full dose's `tissues` of which there is some; image_hu (z, y, x)."""
+def tissue_bias(image_hu: np.ndarray, full: Volume, classes: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean of image - full dose, HU, in each of the full dose's `tissues` of which there is some; image_hu (z, y, x)."""
     error = image_hu.astype(np.float32) - full.hu
     return {
-        name: Bias(float(error[where].mean(dtype=np.float64)), int(where.sum()))
-        for name, where in classes.items()
-        if where.any()
+        name: float(error[where].mean(dtype=np.float64)) for name, where in classes.items() if where.any()
     }
 
 

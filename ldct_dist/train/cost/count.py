@@ -24,7 +24,6 @@ from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.train.config import RunConfig
 
-Triple = tuple[int, int, int]
 aten = torch.ops.aten
 
 
@@ -66,24 +65,18 @@ class StepCost:
     def peak(self) -> int:
         return max(self.live)
 
-    @property
-    def hardware_flops(self) -> int:
-        """with recomputation"""
-        return sum(op.flops for op in self.ops)
 
-
-def count(config: RunConfig, crops: int, crop: Triple | None = None) -> StepCost:
-    """The cost of a micro-batch of `crops` crops; `crop` in place of config.data.crop, voxels (z, y, x)."""
-    size = crop or config.data.crop
-    cost = _run(config, config.model, crops, size)
+def count(config: RunConfig, crops: int) -> StepCost:
+    """The cost of a micro-batch of so many crops."""
+    cost = _run(config, config.model, crops)
     if config.model.activation_checkpointing == "none":
         return cost
     kept = config.model.model_copy(update={"activation_checkpointing": "none"})
-    flops = _run(config, kept, crops, size).flops
-    return replace(cost, flops=flops)
+    return replace(cost, flops=_run(config, kept, crops).flops)
 
 
-def _run(config: RunConfig, model_config: ModelConfig, crops: int, crop: Triple) -> StepCost:
+def _run(config: RunConfig, model_config: ModelConfig, crops: int) -> StepCost:
+    crop = config.data.crop
     with FakeTensorMode():
         model = build(model_config)
         lay_out(model, config.channels_last)
