@@ -11,10 +11,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Board:
-    """The figures of a run; close it. kept: the last step of which what was written holds.
+    """A run's TensorBoard file; close it. kept: figures of later steps, from an earlier start, are no longer valid.
 
-    TensorBoard writes in a thread, which ends at the first failure with a traceback of its own; later calls raise it
-    again. Here they raise it alone, and the next call after that begins a new file.
+    TensorBoard writes in a thread of its own. At the first failure that thread prints a traceback and ends, and every
+    later call raises the error again. Here the thread ends in silence, and once a call has raised the error the next one
+    begins a new file.
     """
 
     def __init__(self, folder: Path, kept: int) -> None:
@@ -26,7 +27,7 @@ class Board:
 
     @contextmanager
     def writing(self) -> Iterator[SummaryWriter]:
-        """What is written within may raise OSError, then or at a later call."""
+        """For what is written in the block; a failure to write it raises OSError here, or from a later call."""
         if self._writer is None:
             self._writer = SummaryWriter(str(self.folder), flush_secs=10)
         try:
@@ -38,10 +39,10 @@ class Board:
             raise
 
     def close(self) -> None:
-        """Raises OSError if what is still to be written cannot be."""
+        """Write what is still to be written. Raises OSError if that fails."""
         if self._writer is not None:
             self._writer.close()
-        if not self._lost:  # else its thread may have yet to tell of its end
+        if not self._lost:  # else the thread that failed may still be about to call the hook
             threading.excepthook = self._told_before
 
     def _hear(self, failed: threading.ExceptHookArgs) -> None:

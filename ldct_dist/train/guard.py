@@ -1,6 +1,6 @@
-"""Judging steps: one whose loss or gradient is not finite, or whose loss leaps, changes nothing.
+"""Judging steps: one whose loss or gradient is not finite, or whose loss spikes, does not change the weights.
 
-Every rank comes to the same verdict, since it follows from numbers that all ranks have agreed on.
+Every rank comes to the same verdict, since it follows from numbers that are the same on all of them.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from ldct_dist.data.plan import Crop
 from ldct_dist.world import World
 
 WINDOW = 64
-"""losses that the running median is taken over; a leap is only called one once half of them are there"""
+"""losses that the running median is taken over; there is no spike before half of them are known"""
 
 NAMED = 3
 """skipped steps that the line about a rollback names"""
 
 
 class GuardConfig(Config):
-    """What is done about steps that would spoil the weights."""
+    """What to do about steps that would spoil the weights."""
 
     spike: float | None = Field(20.0, gt=1)
-    """a loss above this many times the running median is not learnt from; null: any finite one is"""
+    """a step whose loss is above this many times the running median is skipped; null: only losses that are not finite"""
     patience: Positive = 10
-    """steps skipped in a row before the run goes back to its last checkpoint, and on with other data"""
+    """steps skipped in a row before the run goes back to its last checkpoint and continues with other data"""
     rollbacks: int = Field(3, ge=0)
     """times a run goes back before it gives up"""
 
 
 @dataclass
 class Guard:
-    """What the verdict on a step depends on; a checkpoint holds it, so a resumed run judges alike."""
+    """What the verdict on a step depends on. It is saved in checkpoints, so that a resumed run judges alike."""
 
     skipped: int = 0
-    """steps that changed nothing, over the whole run"""
+    """steps skipped over the whole run"""
     rollbacks: int = 0
     stretch: list[str] = field(default_factory=list)
     """why each of the latest steps was skipped; empty after a step that was applied"""
@@ -47,7 +47,7 @@ class Guard:
     """losses of the latest steps that were applied, at most WINDOW"""
 
     def fault(self, loss: float, finite: bool, spike: float | None) -> str | None:
-        """What is wrong with a step of this mean loss; `finite`: loss and gradients were, on all ranks."""
+        """What is wrong with a step, None if nothing is. loss: the global batch's mean; finite: as in Agreed."""
         if not math.isfinite(loss):
             return "the loss is not finite"
         if not finite:
@@ -65,15 +65,15 @@ class Guard:
         self.stretch.append(why)
 
     def summary(self) -> str:
-        """Why the latest steps were skipped; the first few of many."""
+        """Why the latest steps were skipped, in one line; of many, the first few."""
         rest = len(self.stretch) - NAMED
         return "; ".join(self.stretch[:NAMED]) + (f"; and {rest} more, named above" if rest > 0 else "")
 
 
 def blame(losses: Sequence[float], crops: Sequence[Crop], world: World) -> str:
-    """Which samples of the global batch have a loss that is not finite, or else the one with the greatest.
+    """The samples of the global batch whose loss is not finite, or, if all are, the one with the largest loss.
 
-    losses: of this rank's crops. All ranks ask together, and get the same answer.
+    losses: one for each of this rank's `crops`. All ranks call it together and get the same answer.
     """
     mine = [(loss, crop.key[0], crop) for loss, crop in zip(losses, crops, strict=True)]
     worst = [max(mine, key=lambda m: m[0])]
@@ -87,6 +87,6 @@ def blame(losses: Sequence[float], crops: Sequence[Crop], world: World) -> str:
 
 
 def _place(crop: Crop) -> str:
-    """Case, lane, and the corners of block and crop in voxels (z, y, x)."""
+    """Where a sample comes from: case, lane, and the first voxels (z, y, x) of block and crop."""
     block = [s.start for s in crop.block.region]
     return f"{crop.block.case} (lane {crop.key[0]}, block at {block}, crop at {list(crop.start)})"

@@ -1,4 +1,4 @@
-"""What the parts of a config ask of each other, and of this machine."""
+"""Whether the parts of a config go together, with the store and with this machine: checked before a run starts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ldct_dist.train.strategy.engine import refuse_deepspeed
 from ldct_dist.world import World
 
 OWN = {"store", "runs", "init_from", "threads"}
-"""of the settings, those that a node may have of its own: where things lie there, and its cores"""
+"""settings that may differ from node to node: where files are there, and how many cores it has"""
 
 
 def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: RunFolder, world: World) -> None:
-    """Raises UserError where they do not go together. Nothing is written yet."""
+    """Raises UserError where they do not go together. Writes nothing."""
     lanes_of(world.rank, world.size, config.data.batch)
     refuse_crop(config, model)
     protocol_named(config.validation.protocol)
@@ -41,7 +41,10 @@ def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: Run
 
 
 def refuse_without_compiler(device: torch.device) -> None:
-    """torch.compile has g++ build what runs on a CPU, and Triton has a C compiler build what starts its kernels."""
+    """Raises UserError where torch.compile would find no compiler.
+
+    It needs g++ for code that runs on a CPU; on a GPU, Triton needs a C compiler for what launches its kernels.
+    """
     named = ["g++"] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "gcc", "clang"]
     if not any(map(shutil.which, named)):
         raise UserError(
@@ -60,8 +63,10 @@ def refuse_emulated_bf16(device: torch.device) -> None:
 
 
 def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
-    """End all ranks unless they were given the same. Each reads config and store for itself: amid a change of them, or by
-    a node's outdated view, it would go a way of its own, which nobody sees.
+    """End all ranks unless they were given the same config and store.
+
+    Each rank reads both for itself. If they are being changed, or a node sees an outdated version, a rank would
+    otherwise train something else than the others, and nobody would notice.
     """
     mine = flat(config.model_dump(mode="json", exclude=OWN)) | {"store's fingerprint": store.fingerprint}
     (_, first), *others = world.gather((world.name, mine))
@@ -77,7 +82,7 @@ def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
 
 
 def note_on_margin(config: RunConfig, model: Denoiser) -> str | None:
-    """What a user should know who left it to the crop's size how much of a crop the loss counts."""
+    """How much of a crop the loss counts, for a user who has not set loss.margin; None if it is set."""
     if config.loss.margin is not None:
         return None
     margin = config.loss.margin_for(model.radius, config.data.crop)
@@ -89,7 +94,7 @@ def note_on_margin(config: RunConfig, model: Denoiser) -> str | None:
 
 
 def refuse_crop(config: RunConfig, model: Denoiser) -> None:
-    """Raises UserError where the network does not take crops of this size, or the loss counts nothing of them."""
+    """Raises UserError if the network does not take crops of this size, or if the loss would count none of their voxels."""
     if any(c % s for c, s in zip(config.data.crop, model.stride, strict=True)):
         raise UserError(
             f"data.crop={list(config.data.crop)}: {config.model.name} takes crops whose sides are multiples of "

@@ -48,16 +48,19 @@ class RunFolder:
         return retention.directory(self.checkpoints, step)
 
     def generation(self, number: int) -> Path:
-        """The folder that claims a generation: what its ranks tell each other lies there."""
+        """The folder that claims a generation; the ranks' heartbeats and stack traces are in it."""
         return self.generations / f"{number:06d}"
 
     @property
     def has_saved(self) -> bool:
-        """Whether there is a checkpoint, sound or not: until then nothing depends on what the run was given."""
+        """Whether there is a checkpoint, valid or not. Until there is, nothing depends on the config of earlier starts."""
         return bool(retention.saved(self.checkpoints))
 
     def open(self, config: RunConfig) -> list[str]:
-        """Create the folder, or check that `config` is still the run's; the keys that changed. Raises as `check` does."""
+        """Create the folder, or go on with the one that is there; its config is then `config`.
+
+        Returns and raises as `check` does, and raises UserError where the folder cannot be written.
+        """
         changed = self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,9 +71,9 @@ class RunFolder:
         return changed
 
     def check(self, config: RunConfig) -> list[str]:
-        """What `config` would change of the run that is there, a line a key. Writes nothing.
+        """The keys in which `config` differs from the recorded one, a line each. Writes nothing.
 
-        Raises UserError if a key changed that would make what was saved another run's.
+        Raises UserError if there are checkpoints and a key has changed with which they would be another run's.
         """
         changed = list(self._changes(config)) if self.config.exists() else []
         changeable = tuple(f"{key}." for key in CHANGEABLE)
@@ -103,7 +106,7 @@ class RunFolder:
         replace(self.environment, json.dumps([*self._starts(), entry], indent=1))
 
     def _starts(self) -> list[Any]:
-        """What was recorded so far; nothing if that is damaged, since no step depends on it."""
+        """The starts recorded so far; none if the file is damaged, since no step depends on it."""
         try:
             starts = json.loads(self.environment.read_text())
         except (FileNotFoundError, ValueError):
@@ -119,7 +122,7 @@ class RunFolder:
             raise UserError(
                 f"{self.config}: damaged; delete it, and the run goes on with the config that it is given"
             )
-        # A setting that was not there yet when the run began was, by its default, what the run did without it.
+        # A setting that is newer than the run counts as having had its default, which is what the run did without it.
         defaults = RunConfig(name=config.name, store=config.store, steps=config.steps)
         old = flat(defaults.model_dump(mode="json")) | flat(recorded)
         new = flat(config.model_dump(mode="json"))
@@ -129,14 +132,14 @@ class RunFolder:
 
 
 def _slurm_job() -> str | None:
-    """The job's id; of an array's task `array_task`, since the last task's own number is the whole array's."""
+    """The job's id; for a task of an array ARRAY_TASK, since the last task's own id is also that of the whole array."""
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """What stands in a config, by its dotted names."""
+    """A config's values by their dotted names."""
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}{key}.").items()}

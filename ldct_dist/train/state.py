@@ -10,8 +10,8 @@ from ldct_dist.train.guard import Guard
 
 @dataclass
 class TrainState:
-    """Counters of a run. There is no more to remember: samples follow from the seed and `position`, random
-    numbers from the seed and `step`.
+    """Counters of a run. No other state is needed: samples follow from the seed and `position`, random numbers from
+    the seed and `step`.
     """
 
     store: str
@@ -19,12 +19,12 @@ class TrainState:
     step: int = 0
     """steps done"""
     moved: int = 0
-    """batches passed over by rollbacks: data is not gone back to"""
+    """batches passed over by rollbacks, which go back to earlier weights, but not to earlier data"""
     guard: Guard = field(default_factory=Guard)
     best: float | None = None
     """lowest validation RMSE so far, HU, of those measured on `basis`"""
     basis: dict[str, Any] | None = None
-    """what the latest validation was measured on, and how; None where none was, or by a version that did not say"""
+    """what the latest validation was measured on, and how; None if there was none, or an old version did not record it"""
     validated: tuple[int, float | None] | None = None
     """step of the latest validation, and its RMSE in HU; None where it has none"""
 
@@ -39,7 +39,7 @@ class TrainState:
         return self.validated is not None and self.validated[0] == self.step
 
     def note_validation(self, rmse_hu: float | None, basis: dict[str, Any]) -> bool:
-        """Keep the RMSE measured at this step; whether it is the lowest so far on this basis."""
+        """Record the RMSE measured at this step; returns whether it is the lowest so far on this basis."""
         self.validated = (self.step, rmse_hu)
         if basis != self.basis:
             self.basis, self.best = basis, None
@@ -48,18 +48,21 @@ class TrainState:
         return improved
 
     def pass_over_validation(self) -> None:
-        """The weights of this step go without."""
+        """Count this step as validated, without a figure."""
         self.validated = (self.step, None)
 
     def after_rollback_of(self, before: TrainState) -> TrainState:
-        """This state of a checkpoint, once `before` has gone back to it: it meets the data after `before`."""
+        """This state, of a checkpoint, changed to follow `before`, which was rolled back to it.
+
+        The run continues with the batch that `before` would have been given next.
+        """
         self.moved = before.position - self.step
         self.guard.skipped, self.guard.rollbacks = before.guard.skipped, before.guard.rollbacks + 1
         self.guard.stretch = []
         return self
 
     def counters(self) -> dict[str, Any]:
-        """JSON for the manifest; `validation` is the score of exactly these weights, if there is one."""
+        """For the manifest's JSON. `validation`: the RMSE of exactly this step's weights, if it was measured."""
         return {
             "store": self.store,
             "step": self.step,

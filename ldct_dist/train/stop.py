@@ -14,11 +14,12 @@ MARGIN_S = 5.0
 
 
 class Stop:
-    """True once this process was asked to stop, or once its time limit is near.
+    """Knows whether this process is to stop, since it was asked to or since its time limit is near.
 
-    A context manager: the handlers that stood before are put back at the end. A second SIGINT ends the
-    process at once, wherever it is, for a person who does not want to wait for the checkpoint.
-    grace_s: what the scheduler leaves between a signal and the kill.
+    Use it as a context manager: signal handlers are restored at the end. A second SIGINT ends the process at once,
+    wherever it is, for a person who does not want to wait for the checkpoint.
+    limit_s: seconds from now; None: Slurm's time limit, if there is one. grace_s: seconds between the scheduler's signal
+    and the kill.
     """
 
     def __init__(self, limit_s: float | None = None, grace_s: float = math.inf) -> None:
@@ -26,7 +27,7 @@ class Stop:
         self.deadline = time.time() + limit_s if limit_s is not None else _slurm_deadline()
         self.reason: str | None = None
         self.step_s = self._round_s = 0.0
-        """longest stretch of work lately between two looks at the flag: a step, or a volume of validation"""
+        """longest time lately between two looks at the flag: a step, or a volume of validation"""
         self.save_s: float | None = None
         """how long saving takes; None until it was measured"""
         self._warned = False
@@ -51,12 +52,12 @@ class Stop:
         return self.reason is not None
 
     def note_round(self, seconds: float) -> None:
-        """A round of a validation took that long: the next one may, too, also after the steps until then."""
+        """A round of a validation took so long. Later rounds may as well, so it counts from now on."""
         self._round_s = max(self._round_s, seconds)
         self.step_s = max(self.step_s, self._round_s)
 
     def too_slow(self) -> str | None:
-        """A warning, once, if a save after a signal may come too late."""
+        """A warning, the first time that a save after a signal would come too late for grace_s."""
         needed = self.step_s + (self.save_s or 0.0)
         if needed <= self.grace_s or self._warned:
             return None

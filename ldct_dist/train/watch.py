@@ -1,15 +1,15 @@
-"""Noticing that a rank has stopped, whichever it is, and leaving, so that the scheduler can start again.
+"""The watchdog: notices that a rank has stopped, whichever it is, and leaves, so that the scheduler can start again.
 
-Each rank has a thread that writes a beat into its place in a file of its node, and reads those of all nodes: it
-works while the main thread sits in a collective, and it does not matter which rank or host is gone, which a store
-kept by rank 0 could not survive. The folder is the run's, which all ranks share anyway for checkpoints. A file for
-each rank would be one more to open for every rank at every look: 262,000 at 512 ranks.
-Cost: one small write every tenth of `hang_s`, whatever the number of ranks; others are looked at only while
-the own main thread stands still, as it soon does when any rank has stopped. The step itself only counts.
+A thread of each rank writes a heartbeat into its place in a file of its node, and reads the files of all nodes. It works
+while the main thread waits in a collective, and whichever rank or host is gone; a store kept by rank 0 would not survive
+the loss of that one. The files are in the run's folder, which all ranks share anyway for checkpoints. There is one a
+node, not one a rank: at each look every rank opens all of them, which would be 262,000 files for 512 ranks.
+It costs one small write every tenth of `hang_s`. The others' files are only read while this rank's main thread stands
+still, as it soon does when any rank has stopped. The training step itself only counts up.
 
-Two things can be wrong. A rank may be silent: its process is stopped or gone, or its host is. Or it may be
-stuck: all ranks pass the same phases in the same order, so the rank that is furthest behind and does not
-move is the one that the others wait for. A rank whose process has died is also told of by gloo, at once.
+There are two kinds of fault. A rank may be silent: its process, or its host, is stopped or gone. Or it may be stuck: all
+ranks pass the same phases in the same order, so the others wait for the rank that is furthest behind and does not move.
+If a rank's process has died, gloo reports that at once as well.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from ldct_dist.train.ending import Ending
 from ldct_dist.world import World, failed_alone, loss_of_a_rank
 
 LOOKS = 10
-"""Times that a rank is looked at within `hang_s`"""
+"""how often a rank is looked at within `hang_s`"""
 BYTES = 256
-"""A beat is always this long, so that rewriting it in place needs no room on a full disk."""
+"""length of a heartbeat; always the same, so that it can be rewritten in place on a full disk"""
 FAILED = 0
-"""in place of how often the thread of a rank came round that failed by itself: it will not be waited for in vain"""
+"""`Beat.alive` of a rank that an error has ended: nobody is to wait for it"""
 LEFT = b" " * BYTES
-"""in place of the beat of a rank that has left in peace"""
+"""what a rank that has ended as it should leaves in place of its heartbeat"""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank tells of itself. alive: how often its thread came round; phases: how many it has entered."""
+    """A rank's heartbeat. alive: how many it has written, or FAILED; phases: how many it has entered; ticks: grows while
+    something moves within a phase; patience: how many hang_s the phase may last without a tick."""
 
     alive: int
     phases: int
@@ -59,7 +60,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Seen:
-    """The latest beat of a rank, and at how many looks before it was silent, and stuck."""
+    """The latest heartbeat read of a rank, and for how many looks it has been silent, and stuck."""
 
     beat: Beat
     silent: int = 0
@@ -76,11 +77,11 @@ class Watch:
     """Ends the process once a rank has done nothing for `hang_s` seconds: with Ending.HUNG if this start has
     `saved` anything by then, else with Ending.HUNG_EARLY.
 
-    Use it as a context manager around all work in which ranks wait for each other. The main thread says
-    where it is by `enter`; within a long phase, any thread shows by `tick` that it moves. Time is counted in
-    looks, and a look counts only if this rank could write its own beat: a file system that stalls for all,
-    or a machine that was suspended, makes nobody suspicious. Every rank names the one that stopped, with the
-    step and phase it was last seen in, within 1.5 times `hang_s`; the stacks of its own threads go to `folder`.
+    Use it as a context manager around all work in which ranks wait for each other. The main thread calls `enter` at
+    each new phase; within a long one, any thread calls `tick` to show that something moves. Time is counted in looks,
+    and a look counts only if this rank could write its own heartbeat, so a file system that stalls for all, or a
+    machine that was suspended, makes nobody suspicious. Within 1.5 times `hang_s`, every rank names the one that
+    stopped, with the step and phase it was last seen in, and writes the stacks of its own threads to `folder`.
     """
 
     def __init__(self, folder: Path, hang_s: float, world: World, saved: Callable[[], bool]) -> None:
@@ -95,12 +96,12 @@ class Watch:
         self._stacks = folder / f"rank-{world.rank:05d}.stacks"
 
     def enter(self, phase: str, step: int, patience: float = 1.0) -> None:
-        """The main thread begins `phase`, as all ranks do, which may last patience * hang_s without a tick."""
+        """The main thread begins `phase`, as that of every rank does. It may last patience * hang_s without a tick."""
         self._phase, self._step, self._patience = phase, step, patience
         self._phases += 1
 
     def tick(self, *_: object) -> None:
-        """Something moves within the phase."""
+        """Something has moved within the phase."""
         self._ticks = next(self._count)
 
     def __enter__(self) -> Watch:
@@ -116,7 +117,7 @@ class Watch:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        with suppress(OSError):  # a disk that takes nothing any more keeps what was told there
+        with suppress(OSError):  # where the disk takes nothing any more, the last heartbeat stays
             if failed_alone(kind):  # the others are to name this rank
                 self._alive = FAILED - 1
                 self._write()
@@ -128,7 +129,7 @@ class Watch:
         self._write()
 
     def _part(self) -> None:
-        """Take back what this rank has told the others."""
+        """Remove this rank's files and heartbeat: it has ended as it should."""
         self._stacks.unlink()
         self._put(LEFT)
         path = self._places[self.world.rank][0]
@@ -136,7 +137,7 @@ class Watch:
             path.unlink(missing_ok=True)
 
     def _meet(self, ranks: list[tuple[str, str]]) -> None:
-        """Where each rank's beat lies: (file, first byte). ranks: their names and hosts."""
+        """Work out where each rank's heartbeat is: (file, first byte). ranks: their names and hosts."""
         self._names = [name for name, _ in ranks]
         known: dict[str, list[int]] = {}
         for rank, (_, host) in enumerate(ranks):
@@ -148,7 +149,7 @@ class Watch:
         mine: tuple[int, int] | None = None
         seen: dict[int, Seen] = {}
         while not self._over.wait(self.hang_s / LOOKS):
-            # In C, for the case that somebody keeps the interpreter's lock and this thread stops too.
+            # A timer in C, in case a thread never gives the interpreter's lock back, which stops this thread too.
             faulthandler.dump_traceback_later(1.5 * self.hang_s, file=self._file)
             try:
                 self._write()
@@ -162,16 +163,16 @@ class Watch:
                 self._leave(fault)
 
     def _look(self, before: dict[int, Seen]) -> dict[int, Seen]:
-        """The ranks that have not left, this one included."""
+        """Read the heartbeats of all ranks that are still at work, this one included."""
         seen: dict[int, Seen] = {}
         files = {path: _content(path) for path in {path for path, _ in self._places}}
         for rank, (path, start) in enumerate(self._places):
             written = files[path][start : start + BYTES]
             if not written.strip(b" \0"):
-                continue  # left, or still to come
+                continue  # it has left, or has yet to write its first
             try:
                 beat = Beat(**json.loads(written))
-            except ValueError:  # just being written
+            except ValueError:  # it is being written just now
                 seen |= {rank: before[rank]} if rank in before else {}
                 continue
             seen[rank] = before[rank].then(beat) if rank in before else Seen(beat)
