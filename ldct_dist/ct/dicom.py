@@ -166,27 +166,39 @@ def _files_below(
     folder: Path, refuse: Callable[[UserError], object], skip: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Path]:
     """The files that `find_series` looks into; `refuse` hears of folders that cannot be read."""
-
-    def unreadable(e: OSError) -> None:
-        refuse(UnknownSeries(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
-
     seen = set()
-    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+    waiting = [os.fspath(folder)]
+    while waiting:
+        parent = waiting.pop()
         real = os.path.realpath(parent)
         if real in seen:  # a link back into the tree would repeat its slices, or never end
-            folders.clear()
             continue
         seen.add(real)
+        try:
+            with os.scandir(parent) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as e:
+            refuse(UnknownSeries(f"{e.filename}: {e.strerror}; make the folder readable or remove it"))
+            continue
+        folders = [entry for entry in found if _is_folder(entry)]
         # Hidden: .snapshot and .Trash hold other copies of the same slices.
-        folders[:] = sorted(name for name in folders if not (name.startswith(".") or skip(name)))
-        yield from (path for name in sorted(names) if _to_be_read(path := Path(parent, name)))
+        waiting += [e.path for e in reversed(folders) if not (e.name.startswith(".") or skip(e.name))]
+        yield from (Path(e.path) for e in found if not _is_folder(e) and _to_be_read(e))
 
 
-def _to_be_read(path: Path) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to where one may not look
+        return False
+
+
+def _to_be_read(entry: os.DirEntry[str]) -> bool:
     """No pipe, which one would wait for. What cannot be looked at, such as a link to a slice that was not fetched, is:
     reading it says why."""
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        # As the folder's listing says: to look at millions of files, one by one, takes a shared file system an hour.
+        return entry.is_file(follow_symlinks=False) or stat.S_ISREG(entry.stat().st_mode)
     except OSError:
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -248,3 +249,20 @@ def test_a_file_that_changed_after_the_search_is_noticed(tmp_path):
     write_series(tmp_path, phantom((5, 32, 32)))
     with pytest.raises(UserError, match="changed since the folder was searched"):
         read_series(series)
+
+
+def test_files_are_not_looked_at_one_by_one_before_their_headers_are_read(tmp_path, monkeypatch):
+    """On a shared file system a look takes up to a millisecond, and a source may have millions of files."""
+    written = write_series(tmp_path, phantom())
+    looked_at: list[str] = []
+    look = os.stat
+
+    def counted(path, **how):
+        looked_at.append(os.fspath(path))
+        return look(path, **how)
+
+    monkeypatch.setattr(os, "stat", counted)
+    read: list[Path] = []
+    find_series(tmp_path, lambda paths: read.extend(paths) or [])
+    assert read == sorted(written)
+    assert not set(map(str, written)) & set(looked_at)
