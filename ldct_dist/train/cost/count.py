@@ -1,8 +1,7 @@
-"""What a step costs, counted on tensors without memory: FLOPs, bytes moved, and memory as it comes and goes.
+"""What a step costs, counted on tensors that take no memory: FLOPs, bytes moved, and memory in use over time.
 
-The network runs forward and backward as in training, on fake tensors: shapes and types are real, voxels are
-not. So the figures hold for any network, checkpointing mode and precision, and a billion parameters take
-seconds and no memory.
+The network runs forward and backward as in training, but on fake tensors, which have a shape and a type and no values.
+So the figures hold for any network, checkpointing mode and precision, and a billion parameters take seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Op:
-    """FLOPs of one kernel, and the bytes it must read and write at least."""
+    """One kernel: its FLOPs, and the bytes that it reads and writes at the least."""
 
     flops: int
     bytes: int
@@ -38,23 +37,23 @@ class Op:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of forward and backward of one micro-batch.
+    """The cost of forward and backward of one micro-batch of `crops` crops.
 
-    Memory in bytes, besides the weights; their copies in bf16 are part of it. ops: all kernels, those of
-    recomputation included.
+    Memory is in bytes and leaves out the weights, but not their copies in bf16. ops: all kernels, with those of
+    recomputation.
     """
 
     crops: int
     sizes: tuple[int, ...]
-    """elements of each weight"""
+    """elements of each of the network's weights"""
     flops: int
     """without recomputation: what MFU counts"""
     saved: int
-    """what lives between forward and backward"""
+    """memory in use between forward and backward"""
     live: tuple[int, ...]
-    """what lives after each kernel, besides gradients of the weights"""
+    """memory in use after each kernel, without the weights' gradients"""
     gradients: tuple[int, ...]
-    """those of them that there are by then, if there were none before"""
+    """memory of the weights' gradients after each kernel, if there were none before the step"""
     ops: tuple[Op, ...]
 
     @property
@@ -85,7 +84,7 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int) -> StepCost:
         box = torch.empty(crops, 3, 2, dtype=torch.int64)
         sizes = tuple(p.numel() for p in model.parameters())
         for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-            # as autocast does on CUDA, and does not on the CPU, whose kernels are counted here
+            # Autocast does so on CUDA, but not on the CPU, whose kernels are counted here.
             norm.register_forward_pre_hook(lambda _, given: (given[0].float(),))
         counter = _Counter()
         for p in model.parameters():
@@ -106,9 +105,9 @@ def _run(config: RunConfig, model_config: ModelConfig, crops: int) -> StepCost:
 
 
 class _Counter(TorchDispatchMode):
-    """Hears of every kernel, and of every storage from the kernel that makes it until nobody holds it.
+    """Follows every kernel, and every storage from the kernel that makes it until nothing refers to it.
 
-    live: bytes now, without the gradients that weights have; trace, gradients: as in StepCost.
+    live: bytes in use now, without the weights' gradients. trace, gradients: `StepCost.live` and `.gradients` so far.
     """
 
     def __init__(self) -> None:
@@ -133,7 +132,7 @@ class _Counter(TorchDispatchMode):
         return answer
 
     def gradient(self, weight: torch.Tensor) -> None:
-        """Told after each weight's gradient has come to be."""
+        """Called once the gradient of `weight` is there."""
         assert weight.grad is not None
         size = self._sizes.pop(weight.grad.untyped_storage()._cdata)
         self.live -= size

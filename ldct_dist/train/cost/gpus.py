@@ -1,4 +1,4 @@
-"""What GPUs can do, from their data sheets; dense figures, SXM boards, as they stand in nodes of a cluster."""
+"""What GPUs can do, from their data sheets: without sparsity, and of SXM boards, which is what nodes of clusters have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Gpu:
     """One GPU of a node. Bandwidths are in bytes a second and one direction, FLOPs in FLOPs a second."""
 
     memory: int
-    """bytes, of which the allocator can have some"""
+    """bytes in all, of which the allocator gets a part"""
     bf16: float | None
     fp32: float
     """of convolutions, which torch runs in TF32 where the GPU can"""
@@ -35,7 +35,7 @@ class Gpu:
         return {"bf16": self.bf16, "fp32": self.fp32, "fp64": None}[precision]
 
     def between(self, gpus: int) -> float:
-        """Bytes a second that each of so many GPUs in a ring sends and receives."""
+        """Bytes a second that each GPU sends, and receives, in a ring of so many."""
         return self.nvlink if gpus <= self.per_node else min(self.nvlink, self.network * self.per_node)
 
 
@@ -49,7 +49,7 @@ GPUS = {
     "a100-40g": Gpu(memory=39 * GIB, bandwidth=1.56e12, **_AMPERE),  # type: ignore[arg-type]
     "v100-32g": Gpu(31 * GIB, None, 15.7e12, 0.9e12, 150e9, 6.25e9, 12e9, 8),
 }
-# What torch.cuda.get_device_name says. Boards other than SXM run at lower clocks, so they have a peak of their own.
+# By parts of torch.cuda.get_device_name. Boards other than SXM have lower clocks, so they have peaks of their own.
 _BOARDS = {"H100": "h100-80g", "H200": "h200-141g", "A100": "a100-80g", "V100": "v100-32g"}
 _NAMES = (
     ("H100 PCIe", 756e12, 378e12),

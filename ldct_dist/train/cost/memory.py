@@ -1,8 +1,8 @@
-"""Where a rank's memory goes, part by part, under each way of sharing a network out.
+"""What a rank's memory is used for, part by part, under each strategy.
 
 ZeRO after Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020):
-stage 1 shares out the optimizer's state, 2 the gradients too, 3 the weights too. What DeepSpeed holds besides is in
-cost/zero.py.
+stage 1 shards the optimizer's state, 2 the gradients as well, 3 the weights as well. What DeepSpeed holds beyond that
+is in cost/zero.py.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from ldct_dist.train.strategy.parts import STATE_BYTES
 PROCESS = 2 << 30
 """bytes of the node's memory that Python, torch, CUDA and NCCL take in each process"""
 BATCHES = 1 + READY
-"""on the device: the one at work, and those that the loader has made ahead"""
+"""on the device at a time: the one in use, and those that the loader has made ahead"""
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """A strategy: `zero` None is DDP. offload: what lies in the node's memory, the optimizer with its
-    gradients, or the weights too; nvme: on its disk."""
+    """A strategy and where it keeps what."""
 
     name: str
     zero: int | None = None
+    """ZeRO's stage; None: DDP"""
     offload_optimizer: bool = False
+    """whether the optimizer's state, with the gradients, is in the node's memory and not on the GPU"""
     offload_weights: bool = False
+    """whether the weights are there as well"""
     nvme: bool = False
+    """whether what is offloaded is on the node's disk instead"""
 
 
 STRATEGIES = (
@@ -47,7 +50,7 @@ STRATEGIES = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU when they are most. workspace: what comes and goes within a step, and the strategy's buffers."""
+    """Bytes on one GPU at their peak. workspace: what is in use for a part of a step only, and the strategy's buffers."""
 
     weights: float
     gradients: float
@@ -63,15 +66,15 @@ class Memory:
 
     @property
     def without_batches_ahead(self) -> float:
-        """what a step takes that no loader feeds"""
+        """the total of a step for which no loader makes batches ahead"""
         return self.total - self.batches * (1 - 1 / BATCHES)
 
 
 @dataclass(frozen=True)
 class Node:
-    """Bytes of a node's memory and of its disk, all its ranks together: what an `sbatch --mem` has to be above.
+    """Bytes of a node's memory and of its disk that all its ranks take together: a job's --mem has to be larger.
 
-    The copies of the state that is being saved beside training count from the first save on.
+    It includes the copy of the state that is made to be saved beside training.
     """
 
     memory: float
@@ -80,11 +83,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of activations for any number of crops, or for one so many times as large.
+    """Bytes of activations for any number of crops; a single crop 1.5 times as large counts as 1.5.
 
-    From the costs of two micro-batches, `few` and one crop more, of `voxels` voxels each: what lives after a kernel
-    grows with the voxels from what the weights' copies take, and the kernels are the same ones (for a single crop
-    they are not quite: its layouts are ambiguous, which spares copies).
+    Extrapolated from the costs of two micro-batches, of `few` crops and of one `more`, with `voxels` voxels a crop: both
+    run the same kernels, after each of which the memory in use is a constant (the weights' copies) plus a part that is
+    proportional to the voxels. From two crops and three: a single one has an ambiguous memory layout, which spares it
+    some copies.
     """
 
     few: StepCost
@@ -102,13 +106,15 @@ class Activations:
         return max(self._live(crops))
 
     def peak_with_gradients(self, crops: float) -> tuple[float, float]:
-        """What lives at most where the weights' gradients come as the activations go, and what of it are gradients."""
+        """(peak, the weights' gradients in it), where gradients are allocated while activations are freed."""
         pairs = zip(self._live(crops), self.few.gradients, strict=True)
         return max((live + gradients, float(gradients)) for live, gradients in pairs)
 
     def peak_without_copies(self, crops: float, copied: int, first: int = 0) -> float:
-        """What lives at most once there are gradients of `first` weights, besides copies of the weights, of so many bytes
-        each. They go as the gradients come."""
+        """The peak from the time on at which `first` weights have gradients, without the weights' copies.
+
+        copied: bytes of the copy of one weight. A copy is freed when the weight's gradient is there.
+        """
         pairs = zip(self._live(crops), (size // 4 for size in self.few.gradients), strict=True)
         p = self.few.parameters
         return max(
@@ -125,20 +131,21 @@ class Activations:
 def memory(
     sharing: Sharing, config: RunConfig, activations: Activations, crops: float, share: float, gpus: int
 ) -> Memory:
-    """Of one of `gpus` ranks, with `crops` crops a micro-batch and `share` crops a rank and step."""
+    """The memory of one of `gpus` ranks, with `crops` crops a micro-batch and `share` crops a rank and step."""
     p = float(activations.few.parameters)
     tensors = 3 if config.data.augment.lesions.count else 2  # low, full and weights, fp32
     batches = BATCHES * share * tensors * 4.0 * activations.voxels
     saved, peak = activations.saved(crops), activations.peak(crops)
     if sharing.zero is None:
-        # DDP's buckets, and sums over micro-batches, hold all gradients all the time; else they come as activations go
+        # DDP's buckets hold all gradients all the time, and so do sums over micro-batches. On a single GPU with one
+        # micro-batch, gradients are allocated while activations are freed.
         gradients = 4 * p
         if gpus == 1 and share <= crops:
             peak, gradients = activations.peak_with_gradients(crops)
             peak -= gradients
         saved = min(saved, peak)
         return Memory(4 * p, gradients, 8 * p, 4 * p, batches, saved, peak - saved)
-    # autocast's copies of the weights in bf16 are needless where the weights are in bf16 themselves, as DeepSpeed's are
+    # DeepSpeed's weights are in bf16 themselves, so autocast makes no copies of them in bf16.
     low, copied = (2, 2) if config.precision == "bf16" else (4, 0)
     network = Network(activations.few.sizes, low, gpus, share > crops)
     zero = held(sharing.zero, network, sharing.offload_optimizer, sharing.offload_weights)
@@ -161,13 +168,15 @@ def memory(
 
 
 def node(sharing: Sharing, config: RunConfig, parameters: int, gpus: int, per_node: int) -> Node:
-    """Of a node with at most `per_node` of `gpus` ranks."""
+    """What a node takes that has up to `per_node` of `gpus` ranks, for a network of so many parameters."""
     ranks, p = min(gpus, per_node), parameters / gpus
     low = 2 if config.precision == "bf16" else 4
-    # the first weights, whole on every rank until they are handed over, before any save
+    # Every rank has the first weights whole until they are handed over; that is over before the first save.
     first, saving = 4.0 * parameters, STATE_BYTES * p
     offloaded = sums = 0.0
-    if sharing.offload_optimizer:  # with the step's gradients, and weights at work or on their way to the GPU
+    if (
+        sharing.offload_optimizer
+    ):  # with the step's gradients, and weights that are in use or on their way to the GPU
         offloaded = (STATE_BYTES + 4 + low) * p
     if sharing.offload_optimizer and (sharing.zero == 3 or low == 4):
         sums = 4 * p  # of gradients, in memory of their own, from which the step's are copied

@@ -21,7 +21,7 @@ from ldct_dist.train.strategy.parts import STATE_BYTES
 OUTSIDE = 1.5 * GIB
 """of a GPU's memory that CUDA, cuDNN and NCCL take for themselves"""
 FRAGMENTED = 0.05
-"""of what remains that the allocator cannot use"""
+"""share of the rest that the allocator cannot use"""
 SLICE = 512
 """voxels that a CT slice is wide: no crop is wider"""
 MOST = 1_000_000
@@ -30,7 +30,7 @@ MOST = 1_000_000
 
 @dataclass(frozen=True)
 class Fit:
-    """A micro-batch, in bytes, and whether it fits."""
+    """What a micro-batch takes on a GPU, in bytes, and whether it fits."""
 
     micro_batch: int
     memory: Memory
@@ -40,7 +40,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Times:
-    """Of a step on each GPU, and of the whole run; sent: bytes a GPU and step; efficiency: against a GPU alone."""
+    """How long a step and the whole run take. sent: bytes a GPU and step; efficiency: 1 where no time goes to waiting
+    for other GPUs."""
 
     sent: float
     step_s: float
@@ -51,16 +52,18 @@ class Times:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy on one number of GPUs. `fits` is what each micro-batch needs; the largest that fits is taken as
-    `micro_batch`, None if there is none. largest_crop: voxels (z, y, x) of a single crop a GPU that still fits.
-    changed: how this is another run than the config's, which so many GPUs cannot share evenly; None where it is not.
+    """One strategy on one number of GPUs.
+
+    fits: what each size of micro-batch takes. micro_batch: the largest of them that fits; None if none does.
+    largest_crop: voxels (z, y, x) of the largest crop that fits if a GPU has one at a time. changed: how this run differs
+    from the config's, where so many GPUs cannot share its batch evenly, else None.
     """
 
     strategy: str
     gpus: int
     batch: int
     steps: int
-    """that see as many crops as the config's steps do with its batch"""
+    """as many as make up the crops of the config's steps and batch"""
     changed: str | None
     fits: list[Fit]
     largest_crop: tuple[int, int, int] | None
@@ -164,7 +167,7 @@ def _row(
 
 
 def _micro_batches(wanted: int | None, share: int) -> list[int]:
-    """The config's, or the powers of two up to a rank's share, and the share."""
+    """The config's own size; without one, the powers of two up to a rank's share, and the share itself."""
     if wanted is not None:
         return [min(wanted, share)]
     return sorted({2**i for i in range(share.bit_length())} | {share})
@@ -178,7 +181,7 @@ def _largest_crop(
     gpus: int,
     usable: float,
 ) -> tuple[int, int, int] | None:
-    """As deep as the config's and square; deeper, once it is as wide as a slice."""
+    """The largest crop (z, y, x) that fits: square and as deep as the config's, or deeper if it is as wide as a slice."""
     deep = config.data.crop[0]
     crops = [(deep, edge, edge) for edge in range(stride[1], SLICE, stride[1])]
     crops += [(z, SLICE, SLICE) for z in range(deep, 32 * deep, stride[0])]

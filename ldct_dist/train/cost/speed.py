@@ -1,4 +1,4 @@
-"""How long a step takes and what it sends, from bandwidths and the shares of them that programs reach."""
+"""How long a step takes and what it sends, from the data sheets' figures and the share of them that programs reach."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ldct_dist.train.cost.memory import Sharing
 from ldct_dist.train.strategy.config import BUCKET
 
 ARITHMETIC = 0.5
-"""of the data sheet's FLOPs that convolutions reach"""
+"""share of the data sheet's FLOPs that convolutions reach"""
 COPIES = 0.8
-"""of the memory's bandwidth that pointwise kernels reach"""
+"""share of the memory's bandwidth that pointwise kernels reach"""
 LINKS = 0.7
-"""of a link's bandwidth that collectives reach"""
+"""share of a link's bandwidth that collectives reach"""
 LAUNCH_S = 5e-6
-"""to start a kernel: small crops wait for nothing else"""
+"""seconds to launch a kernel, which is all that those of small crops take"""
 NVME = 2e9
-"""bytes a second from and to the NVMe of a node, of which its memory is taken to hold nothing"""
+"""bytes a second from and to the NVMe of a node, if its page cache holds nothing of it"""
 HOST_ADAM = 25e9
 """bytes a second that Adam moves in the node's memory, for each GPU of the node"""
 LAST_BUCKET = 25 << 20
@@ -34,7 +34,7 @@ AVERAGE_BYTES = 12
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one step on each GPU: seconds in all, and of those the ones that wait for communication alone."""
+    """One step on one GPU. exposed_s: those of its seconds in which it only waits for communication."""
 
     step_s: float
     exposed_s: float
@@ -43,12 +43,12 @@ class Timing:
 
     @property
     def efficiency(self) -> float:
-        """Against a GPU that need not communicate."""
+        """Share of the time that is not spent on waiting for communication."""
         return 1 - self.exposed_s / self.step_s
 
 
 def compute_s(cost: StepCost, crops: int, gpu: Gpu, precision: Precision) -> float:
-    """Forward and backward of so many crops at once: the roofline of each kernel, one after the other."""
+    """Seconds for forward and backward of so many crops at once: the sum of the kernels' rooflines."""
     peak = gpu.peak(precision)
     assert peak is not None
     arithmetic, copies = ARITHMETIC * peak, COPIES * gpu.bandwidth
@@ -59,7 +59,10 @@ def compute_s(cost: StepCost, crops: int, gpu: Gpu, precision: Precision) -> flo
 def timing(
     sharing: Sharing, config: RunConfig, cost: StepCost, share: int, micro: int, gpu: Gpu, gpus: int
 ) -> Timing:
-    """Of a step in which each of `gpus` ranks has `share` crops, `micro` at a time; `cost`: of any number of crops."""
+    """The timing of a step in which each of `gpus` ranks has `share` crops, `micro` at a time.
+
+    cost: of a micro-batch of any size, which is scaled.
+    """
     p, passes = float(cost.parameters), -(-share // micro)
     compute = share / micro * compute_s(cost, micro, gpu, config.precision)
     link = LINKS * gpu.between(gpus)
@@ -80,11 +83,13 @@ def timing(
 
 
 def _sent(sharing: Sharing, p: float, low: int, passes: int, gpus: int) -> tuple[float, float, float]:
-    """Bytes that each GPU sends while it computes, and when it has; and the share of computing that the former hide in.
+    """(bytes that each GPU sends while it computes, bytes that it sends afterwards, share of the computing time that the
+    former can hide in).
 
-    In rings: an all-reduce sends twice what a gather or a scatter of the same data does. Gradients are sent in fp32.
-    Counted in DeepSpeed 0.19: ZeRO 1 and 2 all-reduce them, so that each rank has what it owns (average_tensor, with its
-    use_multi_rank_bucket_allreduce), and ZeRO 3 alone scatters; 2 and 3 after each micro-batch.
+    For ring algorithms, in which an all-reduce sends twice what a gather or a scatter of the same data does. Gradients
+    are sent in fp32. As counted in DeepSpeed 0.19: ZeRO 1 and 2 all-reduce the gradients although each rank needs only
+    what it owns (average_tensor, use_multi_rank_bucket_allreduce), and only ZeRO 3 scatters them; 2 and 3 do so after
+    each micro-batch.
     """
     others = (gpus - 1) / gpus
     backward, reduce, weights = 2 / 3, 2 * others * 4 * p, others * low * p
@@ -92,12 +97,12 @@ def _sent(sharing: Sharing, p: float, low: int, passes: int, gpus: int) -> tuple
         after = min(reduce, 2 * others * LAST_BUCKET)
         return reduce - after, after, backward / passes
     if sharing.zero == 3:
-        # each micro-batch gathers the weights twice, but for those of the end of forward, where backward begins
+        # Each micro-batch gathers the weights twice, but for those with which forward ends and backward begins.
         again = others * low * (p - min(p, BUCKET))
         return passes * (reduce / 2 + weights + again), 0.0, 1.0
     if sharing.zero == 2:
         reduce *= passes
-    # one bucket, or BF16_Optimizer, reduces when backward has ended
+    # With a single bucket, and in BF16_Optimizer, gradients are reduced after backward.
     if p <= BUCKET or (sharing.zero == 1 and low == 2):
         return 0.0, reduce + weights, 0.0
     return reduce, weights, backward if sharing.zero == 2 else backward / passes

@@ -47,7 +47,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _print_table(table: Table, console: Console) -> None:
-    """Row by row in words where the console is too narrow for its columns."""
+    """Print the table; where the console is too narrow for it, a line of words for each row."""
     unlimited = console.options.update(width=1000)
     if console.measure(table, options=unlimited).minimum <= console.width:
         console.print(table)
@@ -132,7 +132,7 @@ def _size(voxels: tuple[int, int, int]) -> str:
 
 
 def _unit(most: float) -> tuple[str, int]:
-    """The unit in which figures of so many bytes at most are best read, and its bytes."""
+    """(the unit for figures of which the largest is `most` bytes, bytes of one unit)."""
     return ("GiB", GIB) if most >= GIB else ("MiB", MIB)
 
 

@@ -15,8 +15,10 @@ from ldct_dist.world import World
 
 
 class Usage:
-    """Of each of the ranks' devices, as rank 0 sees it. FLOPs are counted once, as the run starts, and on GPUs alone:
-    what a CPU could reach at best is not known well enough to compare with.
+    """The use of one rank's device, of which rank 0's stands for all.
+
+    FLOPs are counted once, as the run starts, and only for GPUs: the peak of a CPU is not known well enough to compare
+    with.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -29,8 +31,9 @@ class Usage:
             self.peak = peak_of_device(torch.cuda.get_device_name(world.device), config.precision)
 
     def scalars(self, steps: int, seconds: float) -> dict[str, float]:
-        """By TensorBoard's names, over so many steps that took so long; MFU as Chowdhery et al. (PaLM, 2022) define it:
-        FLOPs without recomputation, against the data sheet's peak.
+        """Figures by their names in TensorBoard, for so many steps that took so many seconds.
+
+        MFU as Chowdhery et al. (PaLM, 2022) define it: FLOPs without recomputation, against the data sheet's peak.
         """
         rate = steps / seconds
         told = {
@@ -47,7 +50,7 @@ class Usage:
         return told
 
     def _peak_bytes(self) -> int:
-        """Of tensors on the GPU, or of the process."""
+        """The most memory used so far: by tensors on the GPU, or without one by the process."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,10 +19,10 @@ NORM = 8
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on one GPU. weights and gradients: kept from step to step, or until the step.
+    """Bytes on one GPU. weights stay from step to step, gradients until the step.
 
-    The rest comes and goes. beside: in backward, from its start. reducing: while a bucket of gradients is reduced, the
-    first one when so many elements of them, `first`, are there. stepping: after backward.
+    The rest is in use for a part of the step. beside: during backward, from its start. reducing: while a bucket of
+    gradients is reduced, for the first time when `first` elements of gradients are there. stepping: after backward.
     """
 
     weights: float
@@ -35,9 +35,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Network:
-    """What ZeRO has to do with it. sizes: elements of each weight, in the order of the optimizer.
+    """What ZeRO's memory depends on. sizes: elements of each weight, in the optimizer's order.
 
-    low: bytes of a weight that the network computes with. passes: whether a step has several micro-batches.
+    low: bytes of an element of the weights that the network computes with. passes: whether a step has several
+    micro-batches.
     """
 
     sizes: tuple[int, ...]
@@ -55,7 +56,7 @@ class Network:
 
     @property
     def whole(self) -> bool:
-        """whether one bucket holds all gradients, which are then reduced when backward has ended"""
+        """whether one bucket holds all gradients, so that they are reduced after backward"""
         return self.parameters <= BUCKET
 
     @property
@@ -64,7 +65,8 @@ class Network:
 
     @property
     def first(self) -> int:
-        """elements of gradients that there are when so many are reduced first, at least; they come in reverse order"""
+        """the least number of elements whose gradients are there when a bucket is first reduced; the last weights' come
+        first"""
         if self.whole:
             return self.parameters
         if self.largest <= self.bucket:
@@ -73,7 +75,7 @@ class Network:
 
 
 def held(zero: int, network: Network, optimizer_offloaded: bool, weights_offloaded: bool) -> Held:
-    """Bytes that a GPU holds under ZeRO stage `zero`, but for the optimizer's state; offloaded: to the node's memory."""
+    """What a GPU holds under ZeRO stage `zero`, without the optimizer's state. Offloaded is to the node's memory."""
     if zero == 3:
         return _stage_3(network, optimizer_offloaded, weights_offloaded)
     if zero == 1 and network.low == 2 and not optimizer_offloaded:
@@ -142,7 +144,10 @@ def _stage_3(network: Network, optimizer_offloaded: bool, weights_offloaded: boo
 
 @lru_cache
 def owned_in_part(sizes: tuple[int, ...], gpus: int) -> int:
-    """Elements of all weights of which a rank owns some, where they are shared out in a row: of the rank with most."""
+    """Elements of the weights that a rank owns at least a part of, for the rank with most of them.
+
+    The weights are laid out one after the other, and each rank owns an equal stretch.
+    """
     share = -(-sum(sizes) // gpus)
     ends = list(accumulate(sizes))
     ranks = {(end - 1) // share for end in ends} | {
