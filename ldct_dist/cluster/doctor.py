@@ -33,7 +33,7 @@ Report = Callable[[Finding], None]
 
 
 def launch_here(arguments: Sequence[str], tasks: int) -> int:
-    """Examine this machine with `tasks` ranks; the exit code: 0 all is well, 1 not."""
+    """Examine this machine with `tasks` ranks; the exit code: 0 if all checks passed, else 1."""
     _quieten()
     with LocalRanks(["doctor-rank", *arguments], tasks) as ranks:
         return int(ranks.wait() != 0)
@@ -71,15 +71,14 @@ def job_command(arguments: Sequence[str], runs: Path, site: str | None, options:
 
 
 def _quieten() -> None:
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # it warns of names that it looks up for its logs alone
+    # torch warns of host names that it looks up for its logs alone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.stdout.isatty():
         os.environ.setdefault("FORCE_COLOR", "1")  # srun's tasks write into a pipe
 
 
 def rank(runs: Path, config: RunConfig | None, grace_s: float, write_mib: int, report: Report) -> bool:
-    """This rank's share of the examination; rank 0 reports each finding as it comes. False on rank 0 if one was not well."""
+    """This rank's share of the examination. Rank 0 reports each finding as it comes; False there if a check failed."""
     name_interface()
     try:
         world = World.join(timeout_s=JOIN_TIMEOUT_S)

@@ -13,9 +13,8 @@ from ldct_dist.errors import UserError
 
 NEEDED = ("case", "patient", "full", "low")
 OPTIONAL = ("dose", "split")
-_WORD = re.compile(
-    r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.IGNORECASE
-)  # zarr.json is Zarr's own
+# zarr.json is Zarr's own
+_WORD = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,9 @@ def _fourier_sum(half: np.ndarray, places: Sequence[np.ndarray], shape: Sequence
         np.exp(2j * np.pi * np.outer(at, f)).astype(half.dtype)
         for at, f in zip(places, frequencies, strict=True)
     )
+    # All frequencies but the first and the middle one stand for their mirror images as well.
     both = np.ones(len(frequencies[2]), np.float32)
-    both[1 : (shape[2] + 1) // 2] = (
-        2  # all but the first and the middle one stand for their mirror images, too
-    )
+    both[1 : (shape[2] + 1) // 2] = 2
     rows = np.matmul(y, half * both)  # (z, places in y, x)
     layers = np.tensordot(z, rows, (1, 0))
     return np.tensordot(layers, x, (2, 1)).real

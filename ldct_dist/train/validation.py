@@ -25,14 +25,14 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Validated:
-    """Mean figures over the cases, none if any failed; and the first case's low dose, denoised and full dose,
-    on rank 0.
-    """
+    """The outcome of a validation."""
 
     figures: Figures
+    """means over the cases; empty if any failed"""
     failed: list[str]
     """cases for which the network's answer is not finite"""
     first: dict[str, Volume] | None
+    """on rank 0: the first case at low dose, denoised and at full dose"""
     basis: dict[str, Any]
     """what was measured, and how: figures of another basis mean something else"""
 
@@ -56,9 +56,9 @@ def validate(
 ) -> Validated | None:
     """Denoise the cases of the validation split and measure them; the same figures on every rank.
 
-    Before each round of one case a rank, all ranks call `go_on` with the seconds that the round before took; where
-    it says no, the answer is None. `tick` hears of every tile.
-    Raises UserError, the same on every rank, if one of them cannot denoise or measure a case, which it names.
+    The ranks work in rounds of one case each. Before each round all of them call `go_on` with the seconds that the last
+    one took; where that says no, the answer is None. `tick` hears of every tile.
+    Raises UserError, the same on every rank and naming the case, if a case cannot be denoised or measured.
     """
     cases = held_out(store, config)
     mine: list[tuple[int, str, Figures | None]] = []
@@ -73,9 +73,7 @@ def validate(
         try:
             figures, images = _measure(model, store, name, config, world.device, tick)
         except UserError as e:
-            fault = (
-                f"validation on {name}: {e}"  # for all to hear: the other ranks wait for this one's figures
-            )
+            fault = f"validation on {name}: {e}"  # raised below: the other ranks wait for this one's figures
             continue
         mine.append((i, name, figures))
         first = images if i == 0 else first
@@ -83,7 +81,7 @@ def validate(
     shares = world.gather((mine, fault))
     if faults := [f for _, f in shares if f is not None]:
         raise UserError(faults[0])
-    # by case number, so that the mean adds up in the same order for every number of ranks
+    # In the order of the cases, so that the mean is summed in the same order whatever the number of ranks.
     rows = sorted((row for share, _ in shares for row in share), key=lambda row: row[0])
     failed = [name for _, name, figures in rows if figures is None]
     whole = [figures for _, _, figures in rows if figures is not None] if not failed else []
@@ -110,6 +108,6 @@ def _measure(
 
 
 def _basis(store: Store, config: RunConfig, cases: int) -> dict[str, Any]:
-    """JSON for the manifest. The cases are the first so many of the split."""
+    """`Validated.basis`, for the manifest's JSON. The first `cases` of the split are validated."""
     v = config.validation
     return {"store": store.fingerprint, "split": v.split, "cases": cases, "protocol": v.protocol}

@@ -43,10 +43,8 @@ def judge_shared(probe: Probe, seen: list[tuple[list[int], float, bool, str | No
         )
     unseen = sorted({rank for missing, *_ in seen for rank in missing})
     if unseen:
-        return (
-            False,
-            f"what {probe.where(unseen)} writes in {runs} is not seen by all: {seen[unseen[0]][3] or 'choose another folder (--runs)'}",
-        )
+        why = seen[unseen[0]][3] or "choose another folder (--runs)"
+        return False, f"what {probe.where(unseen)} writes in {runs} is not seen by all: {why}"
     winners = sum(won for _, _, won, _ in seen)
     if winners != 1:
         return (
@@ -90,9 +88,8 @@ def judge_save(probe: Probe, seen: list[float]) -> Verdict:
     text = f"{took} for {size(probe.checkpoint_bytes)}"
     short = [f"there are only {s:g} s {occasion}" for occasion, s in probe.grace.items() if 0 < s < seconds]
     if short:
-        return (
-            False,
-            f"{text}, but {', '.join(short)}: ask the site for more, or choose a faster folder (--runs)",
+        return False, (
+            f"{text}, but {', '.join(short)}: ask the site for more, or choose a faster folder (--runs)"
         )
     none = "none {}: a preempted run goes back to its last checkpoint"
     told = [f"{s:g} s {occasion}" if s else none.format(occasion) for occasion, s in probe.grace.items()]

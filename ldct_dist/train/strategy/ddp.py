@@ -46,27 +46,28 @@ class DDPStrategy:
         self.optimizer.state.clear()
 
     def warm_up(self) -> None:
-        """Reach the other ranks, and take two backwards whose gradients are thrown away.
+        """Connect to the other ranks, and do two backward passes whose gradients are thrown away.
 
-        NCCL may wait for ever for a rank that it does not reach, and not before now would that be noticed.
-        DDP sorts its buckets anew after the first backward, which changes the order of summation over
-        the ranks. Without this, the first step after a resume would add in another order than the
-        unbroken run did. The second one lays the gradients into the new buckets.
+        Connecting is done here, under the watch, since NCCL may wait for ever for a rank that it does not reach.
+        DDP sorts its buckets anew after the first backward pass, which changes the order of summation over the ranks:
+        without this, the first step after a resume would be summed in another order than in the unbroken run. The
+        second pass lays the gradients into the new buckets.
         """
-        if self.world.size > 1:
-            # Strides of an axis of one voxel or channel move no byte, and backends fill them in as they like.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            devices = [self.world.device] if self.world.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(
-                self._wrapped, device_ids=devices, gradient_as_bucket_view=True
-            )
-            share = self.config.data.batch // self.world.size
-            size = min(self.config.micro_batch or share, share)
-            hu = torch.zeros((size, 1, *self.config.data.crop), device=self.world.device)
-            for _ in range(2):
-                self.optimizer.zero_grad()
-                self(hu).float().sum().mul(0.0).backward()
-            self.forget_gradients()
+        if self.world.size == 1:
+            return
+        # Strides of an axis of one voxel or channel move no byte, and backends fill them in as they like.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        self._wrapped = DistributedDataParallel(
+            self._wrapped, device_ids=devices, gradient_as_bucket_view=True
+        )
+        share = self.config.data.batch // self.world.size
+        size = min(self.config.micro_batch or share, share)
+        hu = torch.zeros((size, 1, *self.config.data.crop), device=self.world.device)
+        for _ in range(2):
+            self.optimizer.zero_grad()
+            self(hu).float().sum().mul(0.0).backward()
+        self.forget_gradients()
 
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
         """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
@@ -97,7 +98,7 @@ class DDPStrategy:
         self.ema.update(self.model)
 
     def forget_gradients(self) -> None:
-        # DDP's lie in its buckets for good: others would come to lie beside those until ranks talk to each other.
+        # DDP's gradients are views of its buckets, and stay: new ones would take memory beside the buckets.
         self.optimizer.zero_grad(set_to_none=self.world.size == 1)
 
     @property
