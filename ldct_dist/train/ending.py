@@ -10,7 +10,7 @@ class Ending(IntEnum):
 
     DONE = 0
     UNSTABLE = 65
-    """losses stayed out of hand after several rollbacks: the line names the samples, look at them first"""
+    """steps were still skipped after several rollbacks: the line names their samples, look at them first"""
     FENCED = 70
     """a newer start of the run has taken over: do not start this one again"""
     RESUMABLE = 75

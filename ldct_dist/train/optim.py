@@ -13,7 +13,8 @@ from ldct_dist.train.config import OptimConfig
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Optimizer:
-    """Fused: one pass over the state a step, where torch's default on GPUs takes several, and a copy of the moments."""
+    """Adam or AdamW, fused: one pass over the state a step. torch's default on GPUs takes several, and a copy of the
+    moments."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     return kind(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 

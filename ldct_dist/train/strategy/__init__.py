@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Strategy(Protocol):
-    """All that the Trainer knows of it. Every rank makes the same calls in the same order."""
+    """What the Trainer calls. Every rank makes the same calls in the same order."""
 
     def begin(self, weights: Denoiser) -> None:
         """Train from `weights`: the average starts there, the optimizer has seen nothing yet."""
 
     def warm_up(self) -> None:
-        """What a start does once, so that its steps add up as those of a run without a break."""
+        """Done once at each start, so that a resumed run adds in the same order as an unbroken one."""
 
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
         """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
@@ -35,14 +35,14 @@ class Strategy(Protocol):
         """Add the gradient of this rank's `loss`; after the last micro-batch it is the mean over ranks."""
 
     def clip(self) -> torch.Tensor:
-        """The gradient's L2 norm, a scalar, not finite where the gradient is not. What `step` applies is scaled down
-        to optim.clip_norm."""
+        """The gradient's L2 norm over all ranks, a scalar; not finite where the gradient is not. Gradients above
+        optim.clip_norm are scaled down to it, here or in `step`."""
 
     def step(self, lr: float) -> None:
-        """Apply the gradients, and let the average follow."""
+        """Apply the gradients to the weights, and update the average."""
 
     def forget_gradients(self) -> None:
-        """Whether they were applied or not."""
+        """Drop the gradients, applied or not."""
 
     @property
     def averaged(self) -> Denoiser:
@@ -50,17 +50,18 @@ class Strategy(Protocol):
 
     @property
     def updates(self) -> int:
-        """Steps applied so far, which the average's decay depends on."""
+        """Steps applied so far: the average's decay depends on it."""
 
     def parts(self, step: int) -> dict[str, Part]:
-        """Files of a checkpoint, the same for every strategy; their tensors may be changed once they are staged."""
+        """The files of a checkpoint, the same for every strategy. Their tensors may be changed once a save has staged
+        them."""
 
     def load(self, tensors: Iterable[tuple[str, str, torch.Tensor]], updates: int) -> None:
-        """Put (file, name, whole tensor) of a checkpoint back, whichever strategy and number of ranks wrote it."""
+        """Load the (file, name, whole tensor) of a checkpoint, whichever strategy and number of ranks wrote it."""
 
 
 def build_strategy(model: Denoiser, config: RunConfig, world: World) -> Strategy:
-    """ZeRO 0 shares nothing out, which is what DDP is. DeepSpeed is imported by runs that ask for it alone."""
+    """The strategy that the config asks for. ZeRO 0 shards nothing, so it is DDP; only ZeRO 1 to 3 import DeepSpeed."""
     if config.zero == 0:
         from ldct_dist.train.strategy.ddp import DDPStrategy
 

@@ -22,9 +22,9 @@ from ldct_dist.world import World
 
 
 class DDPStrategy:
-    """Holds the network, its moving average and its optimizer; with one rank it adds nothing to them.
+    """Holds the network, its moving average and its optimizer; with one rank that is all.
 
-    The network's gradients after `backward` are the mean over ranks, bitwise the same on all of them.
+    After the last `backward` the gradients are the mean over the ranks, bitwise the same on all of them.
     """
 
     def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
@@ -91,7 +91,7 @@ class DDPStrategy:
         return nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
 
     def step(self, lr: float) -> None:
-        """Apply the gradients, and let the average follow."""
+        """Apply the gradients to the weights, and update the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -119,7 +119,7 @@ class DDPStrategy:
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, str, torch.Tensor]], updates: int) -> None:
-        """Put (file, name, tensor) of a checkpoint back where `parts` took them from, at any world size."""
+        """Load the (file, name, tensor) of a checkpoint, written by any strategy at any world size."""
         self.optimizer.state.clear()
         for file, name, tensor in tensors:
             if file in (WEIGHTS, RAW_WEIGHTS):
@@ -130,11 +130,11 @@ class DDPStrategy:
             parameter = self.model.get_parameter(name)
             state = self.optimizer.state[parameter]
             state[key] = torch.empty_like(parameter).copy_(tensor)
-            # Adam counts the steps of each tensor, where that is.
+            # Adam keeps a count of steps for each parameter, on the parameter's device.
             state["step"] = torch.tensor(float(updates), device=parameter.device)
         self.ema.updates = updates
 
     @property
     def updates(self) -> int:
-        """Steps applied so far, which the average's decay depends on."""
+        """Steps applied so far: the average's decay depends on it."""
         return self.ema.updates

@@ -1,7 +1,7 @@
-"""ZeRO (Rajbhandari et al. 2020) by DeepSpeed: ranks share out what each would else hold whole.
+"""ZeRO (Rajbhandari et al. 2020) by DeepSpeed: the ranks shard what under DDP each of them holds whole.
 
-ZeRO 1 shares out the optimizer's state, the moving average and the fp32 weights, 2 the gradients as well, 3 the
-working weights too. What a rank owns is the same stretch of all of these.
+ZeRO 1 shards the optimizer's state, the moving average and the fp32 weights, 2 the gradients as well, 3 the working
+weights as well. A rank owns the same stretch of all of these.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from ldct_dist.train.strategy.zero import Owned, zero_of
 from ldct_dist.world import World
 
 KEPT = ("average", "raw", *MOMENTS)
-"""what a rank keeps of each weight that it owns"""
+"""what a rank keeps for its part of each weight"""
 
 
 class DeepSpeedStrategy:
     """Holds this rank's share of the network, of its moving average and of its optimizer's state.
 
-    Micro-batches before the last one talk to no other rank under ZeRO 1; under 2 and 3 each one reduces its
-    gradients, of which no rank has room for all.
+    Under ZeRO 1, only the last micro-batch of a step reduces gradients over the ranks. Under 2 and 3 every one does, as
+    no rank has room for all gradients.
     """
 
     def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         if not config.channels_last:
-            model.lay_out(torch.contiguous_format)  # of the weights, DeepSpeed's flat buffers have theirs
+            model.lay_out(
+                torch.contiguous_format
+            )  # of activations; the weights' layout is that of DeepSpeed's flat buffers
         parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._adam = build_adam(model, config, world)
@@ -60,7 +62,7 @@ class DeepSpeedStrategy:
         self.load(((file, name, p) for name, p in given for file in (WEIGHTS, RAW_WEIGHTS)), 0)
 
     def warm_up(self) -> None:
-        """Nothing: ZeRO adds in the same order from the first step on."""
+        """Nothing to do: ZeRO adds in the same order from the first step on."""
 
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
         """The network on float32 HU (b, 1, z, y, x), in the precision of the run."""
@@ -81,7 +83,7 @@ class DeepSpeedStrategy:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Apply the gradients, and let the average follow."""
+        """Apply the gradients to the weights, and update the average."""
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -104,7 +106,7 @@ class DeepSpeedStrategy:
         return model.requires_grad_(False).eval()
 
     def parts(self, step: int) -> dict[str, Part]:
-        """Files of a checkpoint, of which this rank gives the pieces that it owns."""
+        """The files of a checkpoint, with this rank's pieces of their tensors."""
         average, raw, *moments = ({name: self._piece(name, key) for name in self._shapes} for key in KEPT)
         by_moment = {
             f"{name}/{key}": piece
@@ -115,7 +117,7 @@ class DeepSpeedStrategy:
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, str, torch.Tensor]], updates: int) -> None:
-        """Keep of each (file, name, whole tensor) what this rank owns."""
+        """Load this rank's part of each (file, name, whole tensor)."""
         for state in self._state:
             for key in MOMENTS:
                 state[key].zero_()  # a checkpoint of step 0 has none
@@ -130,12 +132,15 @@ class DeepSpeedStrategy:
         self._zero.spread()
 
     def _move_to_disk(self) -> Disk | None:
-        """Where the optimizer is to have its state, if that is a disk. Raises UserError if it has no room there."""
+        """Move to a disk what the config wants there; the disk, if the optimizer's state is to be on it.
+
+        Raises UserError if the disk has no room for it.
+        """
         zero, places = self._zero, self.config.deepspeed
         optimizer, parameters = (place == "nvme" for place in (places.optimizer, places.parameters))
         if not optimizer and not parameters:
             return None
-        # of each master, all that is kept, a copy of it to save, and the gradient
+        # For each master: all that is KEPT, a copy of that for saving, and the gradient.
         needed = (2 * len(KEPT) + 1) * room_for(*zero.masters) if optimizer else 0
         needed += room_for(*zero.working) if parameters else 0
         disk = Disk(folder_on_this_node(places.nvme_path), needed)
@@ -146,13 +151,13 @@ class DeepSpeedStrategy:
         return disk if optimizer else None
 
     def _at_hand(self) -> list[dict[str, torch.Tensor]]:
-        """State of the masters that Adam steps now: ZeRO 3 may give it one after the other."""
+        """The state of those masters that Adam steps now: ZeRO 3 may step one after the other."""
         given = {id(master) for group in self._adam.param_groups for master in group["params"]}
         pairs = zip(self._zero.masters, self._state, strict=True)
         return [state for master, state in pairs if id(master) in given]
 
     def _follow(self, *_: object) -> None:
-        """The average follows what Adam has just changed, while that is at hand."""
+        """Update the average of what Adam has just stepped, while it is still in memory."""
         decay = decay_after(self.updates, self.config.optim.ema)
         for state in self._at_hand():
             state["average"].lerp_(state["raw"], 1 - decay)
@@ -180,7 +185,8 @@ def _of(state: list[dict[str, torch.Tensor]], owned: Owned, key: str) -> torch.T
 
 
 def _state(master: torch.Tensor, disk: Disk | None) -> dict[str, torch.Tensor]:
-    """A flat stretch of the fp32 weights, and what is kept beside it: in its memory, or on `disk` as it is."""
+    """A master, which is a flat stretch of the fp32 weights, and tensors like it for the rest of KEPT; on `disk` if the
+    master is there."""
     raw = master.detach()
     empty_like = torch.empty_like if disk is None else disk.empty_like
     beside = {key: empty_like(raw).zero_() for key in MOMENTS}

@@ -1,8 +1,8 @@
-"""State on a disk of the node: a file mapped into memory, which the kernel reads as it is used and writes as it changes.
+"""State on a disk of the node: a file mapped into memory, which the kernel reads when it is used and writes back.
 
-To all that computes with it, it is a tensor in memory, so DeepSpeed's step on the CPU, the average and checkpoints need
-not know of it; but the memory behind it is the kernel's to take back. DeepSpeed's own swapping is not used: it knows
-nothing of the average, swaps no state for a save that goes on beside training, and leaves its files behind.
+Whoever computes with it sees a tensor in memory, so DeepSpeed's step on the CPU, the average and checkpoints need not
+know of the disk; but the kernel may take the memory back at any time. DeepSpeed's own swapping is not used: it does not
+know of the average, cannot hand its state to a save beside training, and leaves its files behind.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from ldct_dist.errors import UserError
 from ldct_dist.files import size
 
 STRETCH = 10_000_000
-"""elements that a step takes from a disk at a time, where DeepSpeed can do so"""
+"""elements that a step reads from the disk at a time, where DeepSpeed supports it (ZeRO 3)"""
 AHEAD = 8 * STRETCH
-"""bytes of a tensor that are read ahead; those of all must have room in memory"""
+"""bytes of each tensor that are read ahead, at most; there must be room in memory for those of all tensors"""
 
 
 class Disk:
-    """Room for tensors in `folder`, all of it taken at once: what begins is not to fail later for want of room.
+    """Room for tensors in `folder`. All of it is allocated at once, so that a run does not fail later for want of room.
 
-    The file has no name. It is gone with its process, however that ends, and no two processes meet in one.
+    The file has no name: it is gone when the process ends, however that ends, and no two processes share one.
+    Raises UserError where there is no room.
     """
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         try:
-            # Asked for more than there is, some file systems take all of it before they notice, for all who write there.
+            # Asked for more than is free, some file systems allocate all of that before they fail, and meanwhile
+            # everybody else's writes fail, too.
             if nbytes > shutil.disk_usage(folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -54,11 +56,11 @@ class Disk:
         return self._bytes[start : start + tensor.nbytes].view(tensor.dtype)
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of it."""
+        """A copy of `tensor` on the disk."""
         return self.empty_like(tensor).copy_(tensor.detach())
 
     def read_ahead(self, state: list[dict[str, torch.Tensor]]) -> None:
-        """Have the kernel read it in large pieces, all at once, where it would read what is touched in small ones."""
+        """Have the kernel read the tensors in large pieces ahead of their use, and not page by page as they are touched."""
         for tensor in (tensor for tensors in state for tensor in tensors.values()):
             start = tensor.data_ptr() - self._bytes.data_ptr()
             self._map.madvise(mmap.MADV_WILLNEED, start, min(tensor.nbytes, AHEAD))
@@ -70,7 +72,7 @@ def room_for(*tensors: torch.Tensor) -> int:
 
 
 def folder_on_this_node(nvme_path: str | None) -> Path:
-    """Raises UserError unless it is a folder that one may write in; its variables are looked up here, on the node."""
+    """The folder, with ~ and variables expanded here, on the node. Raises UserError unless it can be written to."""
     if nvme_path is None:
         raise UserError(
             "deepspeed: nvme needs nvme_path=FOLDER, on a disk of each node, such as $SLURM_TMPDIR"
@@ -84,7 +86,7 @@ def folder_on_this_node(nvme_path: str | None) -> Path:
 
 
 def lies_in_memory(folder: Path) -> bool:
-    """Whether what is written there takes the node's memory: a tmpfs, as /dev/shm is, and on some nodes /tmp."""
+    """Whether the folder is on a tmpfs, which takes the node's memory: /dev/shm is, and on some nodes /tmp."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:

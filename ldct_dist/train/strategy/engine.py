@@ -1,4 +1,4 @@
-"""DeepSpeed itself: imported, given the run's config in its own words, or refused in one line."""
+"""DeepSpeed's engine and Adam, set up for a run, or refused in one line where they cannot do what is asked."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ldct_dist.train.strategy.disk import STRETCH, folder_on_this_node, lies_in_
 from ldct_dist.world import World, backend_of
 
 COMPILING_S = 600.0
-"""after which a process that compiles has been killed"""
+"""a compilation that takes longer counts as killed"""
 
 
 class _Working(nn.Module):
-    """The network in the precision of the run: its weights are bf16, what goes in and comes out is float32 HU."""
+    """The network under the run's autocast: input and output are float32 HU, whatever the type of its weights."""
 
     def __init__(self, model: Denoiser, precision: AbstractContextManager[Any]) -> None:
         super().__init__()
@@ -42,11 +42,11 @@ class _Working(nn.Module):
 
 
 def build_engine(model: Denoiser, optimizer: Optimizer, config: RunConfig, world: World) -> Any:
-    """DeepSpeed's engine on the process group of `world`."""
+    """DeepSpeed's engine, which uses the process group of `world`."""
     deepspeed = _deepspeed(world)
     if not dist.is_initialized():  # one rank alone
         dist.init_process_group(backend_of(world.device), store=dist.HashStore(), rank=0, world_size=1)
-    with redirect_stdout(io.StringIO()):  # it tells memory figures that nobody asked for
+    with redirect_stdout(io.StringIO()):  # it prints memory figures that nobody asked for
         engine, *_ = deepspeed.initialize(
             model=_Working(model, autocast(world.device, config.precision == "bf16")),
             optimizer=optimizer,
@@ -57,24 +57,28 @@ def build_engine(model: Denoiser, optimizer: Optimizer, config: RunConfig, world
 
 
 def _settings(config: RunConfig, world: World, parameters: int) -> dict[str, Any]:
-    """The run's config in DeepSpeed's words, for a network of so many parameters."""
+    """The run's config as DeepSpeed's own, for a network of so many parameters."""
     gpu, places = world.device.type == "cuda", config.deepspeed
     zero: dict[str, Any] = {
         "stage": config.zero,
-        # Below ZeRO 3, a second bucket is filled while the first one travels: in vain where one holds all gradients.
+        # Below ZeRO 3, it fills a second bucket while the first is sent: of no use where one holds all gradients.
         "overlap_comm": gpu and (config.zero == 3 or parameters > BUCKET),
-        "reduce_bucket_size": min(BUCKET, parameters),  # it is allocated whole, whatever comes into it
-        # Weights gathered ahead, and kept for the backward pass. DeepSpeed's own 1e9 keep all of nearly every network.
+        "reduce_bucket_size": min(
+            BUCKET, parameters
+        ),  # the bucket is allocated in full, however little it holds
+        # Weights that are gathered ahead and kept for backward. DeepSpeed's default, 1e9, is nearly every whole network.
         "stage3_max_live_parameters": BUCKET,
         "stage3_max_reuse_distance": BUCKET,
         "stage3_param_persistence_threshold": PERSISTENT,
     }
-    # What lies on a disk is the CPU's to DeepSpeed (see disk.py).
+    # To DeepSpeed, what is on a disk is on the CPU (see disk.py).
     for what, place in (("offload_optimizer", places.optimizer), ("offload_param", places.parameters)):
         if place != "gpu":
             zero[what] = {"device": "cpu", "pin_memory": gpu and place == "cpu"}
     if places.optimizer == "nvme":
-        zero["sub_group_size"] = STRETCH  # what one pass of a step has read, the next is to find in memory
+        zero["sub_group_size"] = (
+            STRETCH  # so that a step's second pass finds in memory what its first has read
+        )
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
         "steps_per_print": None,
@@ -82,7 +86,7 @@ def _settings(config: RunConfig, world: World, parameters: int) -> dict[str, Any
         "bf16": {
             "enabled": config.precision == "bf16",
             "check_grad_overflow": False,  # the guard judges gradients before they are applied
-            "immediate_grad_update": True,  # ZeRO 1: no gradient in bf16 outlives the sum in fp32 that it is added to
+            "immediate_grad_update": True,  # ZeRO 1: gradients in bf16 are freed once they are added in fp32
         },
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -91,7 +95,7 @@ def _settings(config: RunConfig, world: World, parameters: int) -> dict[str, Any
 
 
 def on_cpu(optimizer: Optimizer) -> bool:
-    """Whether it is DeepSpeed's Adam for masters on the CPU."""
+    """Whether this is DeepSpeed's Adam for the CPU."""
     return type(optimizer).__name__ == "DeepSpeedCPUAdam"
 
 
@@ -105,7 +109,7 @@ def build_adam(model: Denoiser, config: RunConfig, world: World) -> Optimizer:
 
 
 def refuse_deepspeed(config: RunConfig, world: World) -> None:
-    """Raises UserError where the run asks for what DeepSpeed cannot do, here or at all."""
+    """Raises UserError where the config asks for what DeepSpeed cannot do, at all or on this machine."""
     places = config.deepspeed
     if config.strategy == "ddp" and (config.zero or places != DeepSpeedConfig()):
         raise UserError("zero and deepspeed are for strategy=deepspeed: set it, or leave them out")
@@ -147,7 +151,9 @@ def _refuse_missing(config: RunConfig, world: World) -> None:
             builders.CPUAdamBuilder().load()
         except UserError:
             raise
-        except Exception as e:  # whatever compilers meet: a missing nvcc is a class of its own
+        except (
+            Exception
+        ) as e:  # compiling fails in many ways: a missing nvcc has an exception class of its own
             raise UserError(
                 f"deepspeed.optimizer={place}: its Adam could not be compiled ({str(e)[-200:]}): install g++ and ninja, "
                 "and nvcc on a node with GPUs, or leave the optimizer on the GPU"
@@ -155,11 +161,12 @@ def _refuse_missing(config: RunConfig, world: World) -> None:
 
 
 def _await_compiler(world: World) -> None:
-    """Say what a first start waits for, and let another process finish what it compiles.
+    """Tell the user that the first start compiles DeepSpeed's Adam, and wait for another process that is at it.
 
-    torch itself would wait for ever, without a word, for one that was killed at it. Raises UserError for such a one.
+    torch itself would wait for ever, and silently, for a process that was killed while compiling. Raises UserError if
+    there seems to be one.
     """
-    # Not above: with CUDA's compiler, but no GPU, as on login nodes, importing it prints a warning.
+    # Imported here, since on nodes with CUDA's compiler but no GPU, such as login nodes, it prints a warning.
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory("cpu_adam", verbose=False))
@@ -182,8 +189,8 @@ def _age(path: Path) -> float | None:
 
 
 def _deepspeed(world: World) -> Any:
-    """The library: imported by the runs that ask for it alone, on the device that is this rank's, in silence."""
-    # It asks the environment which device that is; `world` has chosen it.
+    """The library, imported without its output, and only by runs that use it."""
+    # It takes the device from the environment, and is to take the one of `world`.
     os.environ |= {"DS_ACCELERATOR": world.device.type, "LOCAL_RANK": str(world.device.index or 0)}
     # It calls functions that torch has since renamed.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -191,6 +198,6 @@ def _deepspeed(world: World) -> Any:
         import deepspeed
 
         if world.device.type == "cpu":
-            # What training does not use shall not be compiled, for minutes, as a run starts.
+            # Training does not use it, and it would be compiled for minutes as the run starts.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

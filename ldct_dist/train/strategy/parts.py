@@ -1,4 +1,4 @@
-"""The files of a checkpoint. No strategy has its own: each reads what another wrote, at any number of ranks."""
+"""The files of a checkpoint, the same for all strategies: each loads what another saved, at any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ldct_dist.models.weights import weights_facts
 
 RAW_WEIGHTS = "weights-raw.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's running means. Its count of steps is the strategy's own."""
+"""Adam's running means. Its count of steps is in the manifest, as `updates`."""
 STATE_BYTES = 16
-"""of a checkpoint, a parameter: the weights, their average and both moments, in fp32"""
+"""bytes of a checkpoint for each parameter: the weights, their average and both moments, in fp32"""
 
 
 def parts_of(
@@ -24,9 +24,9 @@ def parts_of(
     step: int,
     files: int,
 ) -> dict[str, Part]:
-    """Weights as people use them, and the optimizer's state in so many files, of which none is empty.
+    """The averaged weights, which people use, the raw ones, and the optimizer's state in up to `files` files.
 
-    average, raw: by parameter. moments: by parameter/moment.
+    average, raw: by the parameter's name. moments: by PARAMETER/MOMENT. None of the files is empty.
     """
     facts = weights_facts(model, step=str(step))
     parts = {WEIGHTS: Part(dict(average), facts), RAW_WEIGHTS: Part(dict(raw), facts)}

@@ -1,7 +1,7 @@
-"""Where DeepSpeed's three ZeRO optimizers keep what this rank owns. All that is known of their insides is here.
+"""Where DeepSpeed's three ZeRO optimizers keep what this rank owns. Only this module depends on their internals.
 
-Each keeps flat fp32 master weights, of which this rank owns a stretch that Adam updates, and working weights, in the
-precision of the run, that are made from all ranks' stretches. (DeepSpeed 0.19: runtime/zero/stage_1_and_2.py,
+Each keeps flat fp32 master weights, of which every rank owns a stretch that its Adam updates, and working weights in the
+precision of the run, which are made from the stretches of all ranks. (DeepSpeed 0.19: runtime/zero/stage_1_and_2.py,
 runtime/zero/stage3.py, and runtime/bf16_optimizer.py, which is ZeRO 1 in bf16.)
 """
 
@@ -18,7 +18,8 @@ from ldct_dist.train.strategy.disk import Disk
 
 @dataclass(frozen=True)
 class Owned:
-    """`count` elements of a parameter, from `start` on in C order, which lie at `place` of master number `master`."""
+    """`count` elements of a parameter, from its `start`-th on in C order, which are in master number `master` from its
+    `place`-th element on."""
 
     master: int
     place: int
@@ -27,33 +28,33 @@ class Owned:
 
 
 class Zero(Protocol):
-    """One of the three."""
+    """What this package needs of one of the three."""
 
     masters: list[torch.Tensor]
     working: Sequence[torch.Tensor]
-    """this rank's share of the working weights; none below ZeRO 3, where it has them all"""
+    """this rank's share of the working weights under ZeRO 3; empty below it, where a rank has all of them"""
 
     def move_masters(self, disk: Disk) -> None:
-        """Have them there instead of in memory, and the gradients that a step takes."""
+        """Move the masters, and the gradients that a step uses, from memory to `disk`."""
 
     def move_working(self, disk: Disk) -> None:
-        """Have them there instead of in memory."""
+        """Move the working weights from memory to `disk`."""
 
     def owned(self, parameter: Any) -> Owned | None:
-        """What this rank owns of it."""
+        """The part of `parameter` that this rank owns, if any."""
 
     def norm(self) -> torch.Tensor:
         """The gradient's L2 norm over all ranks, by which `step` clips; not finite where the gradient is not."""
 
     def drop_gradients(self) -> None:
-        """Forget them without a step."""
+        """Drop the gradients without a step."""
 
     def spread(self) -> None:
-        """Make the working weights of all ranks anew from the masters."""
+        """Set the working weights of all ranks from the masters."""
 
 
 def zero_of(optimizer: Any) -> Zero:
-    """What stands behind `engine.optimizer`."""
+    """The adapter for DeepSpeed's `engine.optimizer`."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
@@ -65,12 +66,12 @@ def zero_of(optimizer: Any) -> Zero:
 def _move(masters: list[torch.Tensor], disk: Disk) -> None:
     for master in masters:
         gradient = master.grad
-        assert gradient is not None  # with its optimizer on the CPU, each has one all the time
+        assert gradient is not None  # with the optimizer on the CPU, masters always have one
         master.data, master.grad = disk.moved(master), disk.moved(gradient)
 
 
 class _Linked:
-    """Parameters know by themselves what this rank owns of them."""
+    """ZeRO 1 and 2, where DeepSpeed notes on each parameter what this rank owns of it."""
 
     working: Sequence[torch.Tensor] = ()
 
@@ -92,7 +93,7 @@ class _Stage12(_Linked):
 
     def move_masters(self, disk: Disk) -> None:
         _move(self.masters, disk)
-        self._optimizer._link_all_hp_params()  # else links to where they were would keep that memory
+        self._optimizer._link_all_hp_params()  # or the old links would keep the memory in use
 
     def norm(self) -> torch.Tensor:
         return self._optimizer.scaled_global_norm()
