@@ -1,4 +1,4 @@
-"""Who may write: each start of a run claims the next generation, and only the newest one commits."""
+"""Fencing: each start of a run claims the next generation, and only the newest generation may write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Fenced(Exception):
 def claim(root: Path) -> int:
     """Claim the next generation under `root` and return its number, from 1.
 
-    mkdir either makes the directory or fails, also on network file systems, where locks may not hold.
+    mkdir is atomic: it either makes the directory or fails, also on network file systems, where locks may not work.
     """
     root.mkdir(parents=True, exist_ok=True)
     generation = newest(root)

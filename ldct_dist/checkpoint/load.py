@@ -1,7 +1,7 @@
-"""Finding the newest checkpoint whose every byte is right, and reading it at any world size.
+"""Finding the newest checkpoint of which every byte is as it was written, and reading it at any world size.
 
-Each rank hashes its share of the files, so a large checkpoint does not pass through one rank, and each
-file is then read by one rank and handed to the others.
+Each rank hashes its share of the files, so that a large checkpoint does not pass through one rank. Each file is then
+read by one rank and broadcast to the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WEIGHTS = "weights.safetensors"  # the moving average: what one denoises with
 
 @dataclass(frozen=True)
 class Found:
-    """The newest valid checkpoint, if any, and those that were passed over, with the reason."""
+    """The newest valid checkpoint, if there is one; passed_over: a line for each newer one that is not valid, and why."""
 
     path: Path | None = None
     manifest: Manifest | None = None
@@ -32,8 +32,10 @@ class Found:
 
 
 def newest_valid(root: Path, world: World, among: Callable[[Manifest], bool] = lambda _: True) -> Found:
-    """The newest checkpoint under `root`, `among` some or all, of which every byte is as written; the same on every
-    rank."""
+    """The newest checkpoint under `root` of which every byte is as it was written; the same on every rank.
+
+    among: which checkpoints to consider at all.
+    """
     sound, broken = world.on_main(lambda: retention.newest_first(root))
     passed_over = [f"{path.name}: {why}" for path, why in broken]
     for path, manifest in sound:
@@ -47,7 +49,7 @@ def newest_valid(root: Path, world: World, among: Callable[[Manifest], bool] = l
 
 
 def verify(path: Path, manifest: Manifest, world: World) -> list[str]:
-    """What is wrong with the checkpoint's files; empty if nothing is."""
+    """What is wrong with the checkpoint's files, a line each; empty if nothing is. Each rank checks its share."""
     faults = []
     for i, name in enumerate(sorted(manifest.files)):
         if i % world.size == world.rank:
@@ -61,7 +63,7 @@ def verify(path: Path, manifest: Manifest, world: World) -> list[str]:
 def read(path: Path, manifest: Manifest, world: World) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(file name, tensor name, tensor on the CPU) for all tensors, in the same order on every rank.
 
-    Call it on a checkpoint that `newest_valid` returned: it trusts the bytes.
+    It trusts the bytes: call it for a checkpoint that `newest_valid` has found.
     """
     for i, name in enumerate(sorted(manifest.files)):
         owner = i % world.size
@@ -84,7 +86,7 @@ def _tensor_from(owner: int, tensor: torch.Tensor, world: World) -> torch.Tensor
 
 
 def verify_run(root: Path) -> list[str]:
-    """What is wrong with the checkpoints under `root`, one line each; empty if every byte is as written."""
+    """What is wrong with the checkpoints under `root`, a line each; empty if every byte is as it was written."""
     sound, broken = retention.newest_first(root)
     faults = [f"{path}: {why}" for path, why in broken]
     for path, manifest in sound:
@@ -93,9 +95,10 @@ def verify_run(root: Path) -> list[str]:
 
 
 def weights_of(path: Path) -> Path:
-    """The weights that `path` stands for: itself, a checkpoint's, or those of a run's best checkpoint.
+    """The weights file that `path` means: `path` itself, that of a checkpoint, or that of a run's best checkpoint.
 
-    Best is by validation; without validation, the newest. Raises UserError if there are none.
+    The best is the one with the lowest validation RMSE; without validations, the newest. Raises UserError if there is
+    no weights file.
     """
     if path.is_file():
         return path

@@ -19,7 +19,8 @@ class Corrupt(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """generation: which start of the run wrote it; files maps a name to its size in bytes and sha256."""
+    """What a checkpoint holds. generation: of the start that wrote it. files: name to size in bytes and sha256. state: the
+    run's counters (see TrainState) and what else was given to `Saver.save`, as JSON."""
 
     generation: int
     step: int

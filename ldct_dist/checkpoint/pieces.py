@@ -1,8 +1,8 @@
 """Files of tensors that ranks hold in pieces, written without any rank holding a tensor whole.
 
-Each file is safetensors, written by the rank that owns it. The others send it their pieces, a few MiB at a time,
-and each goes straight to its place in the file. Which rank held what does not show in it: it is read at any number
-of ranks, by any strategy.
+Each file is safetensors, written by the rank that owns it. The other ranks send that one their pieces, a few MiB at a
+time, and each piece goes straight to its place in the file. The file does not depend on which rank held what, so it can
+be loaded at any number of ranks, by any strategy.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ CHUNK = 4 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank holds of a tensor of `shape`: `values`, one-dimensional, are its elements from `start` on in
-    C order; none is an empty one. room: as large, for a copy of them while they are saved; None: the Saver takes
-    memory for it."""
+    """What this rank holds of a tensor of `shape`: its elements from `start` on in C order, as one-dimensional `values`;
+    empty if it holds none. room: a tensor as large, for the copy that is saved; None: the Saver allocates one."""
 
     shape: tuple[int, ...]
     start: int
@@ -59,7 +58,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """of the file, without its header"""
+        """size of the file, without its header"""
         return sum(prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
 
 
@@ -75,13 +74,13 @@ def write(
     world: World,
     group: dist.ProcessGroup | None,
 ) -> dict[str, tuple[int, str]]:
-    """Write `parts` into `folder`, for good; size and sha256 of the files that this rank owns, by name.
+    """Write `parts` into `folder` and fsync them; returns size and sha256 of the files that this rank owns, by name.
 
-    All ranks call it together; `held` is what this one has to give. Raises OSError where a file cannot be written,
-    once all pieces have been handed over: the other ranks are not left waiting.
+    All ranks call it together. owner: the rank that writes a part. held: this rank's pieces. Raises OSError where a file
+    cannot be written, but only once all pieces are sent and received, so that no other rank is left waiting.
     """
     files = {name: _File(folder / name, part) for name, part in parts.items() if owner[name] == world.rank}
-    # Not of what this rank has nothing: all would hear ranks times tensors, a million of a large run's.
+    # Without empty pieces: all ranks gather this, and a large run has a million pairs of a rank and a tensor.
     given = {
         name: {key: (p.start, len(p.values)) for key, p in pieces.items() if len(p.values)}
         for name, pieces in held.items()
@@ -120,7 +119,7 @@ def _transfers(
 
 
 class _File:
-    """A safetensors file whose tensors arrive in pieces, in any order. An OSError waits until `close`."""
+    """A safetensors file whose tensors arrive in pieces, in any order. `close` raises the first OSError there was."""
 
     def __init__(self, path: Path, part: Part) -> None:
         self.path, self.part = path, part
@@ -132,14 +131,14 @@ class _File:
         self._write(0, header)
 
     def put(self, name: str, start: int, values: torch.Tensor) -> None:
-        """`values` are the tensor's elements from `start` on."""
+        """Write `values`, the elements of tensor `name` from `start` on, to their place."""
         first, _ = self._spans[name]
         self._write(first + start * values.dtype.itemsize, values.view(torch.uint8).numpy().data)
 
     def close(self) -> tuple[int, str]:
-        """Seal the file and have it on disk; its size and sha256. Raises the first OSError there was."""
+        """Seal the file and fsync it; its size and sha256. Raises the first OSError there was."""
         if self.part.facts and self._error is None:
-            # The seal stands before the bytes that it is over: there, its room was kept.
+            # The seal is in the header, before the bytes that it covers; UNSEALED has kept its place.
             self._write(0, _header(self.part, sealed(self.part.facts, self._mapped())[SEAL]))
         if self._file is not None:
             with self._file as f:
@@ -149,7 +148,7 @@ class _File:
         return self._size, file_sha256(self.path)
 
     def _mapped(self) -> dict[str, torch.Tensor]:
-        """The tensors as they stand in the file, without taking memory for them."""
+        """The tensors in the file, mapped into memory."""
         data = torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
         return {
             name: data[slice(*self._spans[name])].view(tensor.dtype).view(tensor.shape)
@@ -171,7 +170,7 @@ class _File:
 
 
 def _header(part: Part, seal: str) -> bytes:
-    """What a safetensors file begins with: the header's length, then JSON, padded so that the data is aligned."""
+    """The beginning of a safetensors file: the header's length, then the header in JSON, padded to align the data."""
     entries: dict[str, object] = {}
     if part.facts:
         entries["__metadata__"] = {**part.facts, SEAL: seal}
@@ -188,8 +187,8 @@ def _header(part: Part, seal: str) -> bytes:
 
 
 def _spans(part: Part) -> dict[str, tuple[int, int]]:
-    """First byte of each tensor and the one after its last, from the header on; large types first, as alignment
-    asks for."""
+    """(first byte, byte after the last) of each tensor, counted from the end of the header. Tensors of large types come
+    first, so that all are aligned."""
     spans, end = {}, 0
     for name, tensor in sorted(part.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize

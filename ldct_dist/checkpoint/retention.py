@@ -29,12 +29,12 @@ class CheckpointConfig(Config):
 
     @property
     def newest(self) -> int:
-        """How many of the newest stay: the very newest does in any case."""
+        """How many of the newest stay: at least one, whatever keep_last says."""
         return max(1, self.keep_last)
 
     @property
     def at_a_time(self) -> int:
-        """How many there are at most, besides those of keep_every: the newest, the best, and the one being written."""
+        """How many exist at once, at most, besides those of keep_every: the newest, the best, and the one being written."""
         return self.newest + 2
 
 
@@ -43,14 +43,14 @@ def directory(root: Path, step: int) -> Path:
 
 
 def saved(root: Path) -> list[Path]:
-    """All that bears a checkpoint's name, sound or not; a user's copy beside them has another."""
+    """All folders with the name of a checkpoint, valid or not; a user's copy beside them has another name."""
     return [path for path in root.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
 
 
 def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
-    """(checkpoints by generation and place in the data, newest first; those with no sound manifest, and why).
+    """(checkpoints, newest first; those whose manifest is damaged or missing, and why).
 
-    Only manifests are read: whether the files behind them are whole is for the loader to check.
+    They are ordered by generation and position in the data. Only manifests are read: the loader checks the other files.
     """
     sound: list[tuple[Path, Manifest]] = []
     broken: list[tuple[Path, str]] = []
@@ -64,26 +64,29 @@ def newest_first(root: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Pa
 
 
 def _position(manifest: Manifest) -> int:
-    """As in TrainState: of all that a start counts, it alone never falls. A run that went back passes steps again."""
+    """`TrainState.position`: the one counter that never falls within a start, as steps do at a rollback."""
     return manifest.step + manifest.state.get("moved", 0)
 
 
 def is_regular(manifest: Manifest, config: CheckpointConfig) -> bool:
-    """Whether it is one of those that a run goes back to from steps that were skipped: a stop makes others, maybe
-    within such steps, and where a run goes back to is not to depend on stops."""
+    """Whether the checkpoint is of a step on schedule, and not right after a skipped one.
+
+    A rollback goes to the newest of these: a stop saves others, perhaps amid skipped steps, and where a run goes back to
+    must not depend on where it was stopped.
+    """
     return manifest.step % config.every == 0 and not manifest.state.get("guard", {}).get("stretch")
 
 
 def prune(root: Path, config: CheckpointConfig) -> None:
     """Delete what the config does not keep, and what unfinished saves and deletions left behind.
 
-    The newest checkpoint stays whatever the config says, and so does the best by validation. Among those that
-    `keep_last` keeps, if more than one, is always the newest regular one.
+    The newest checkpoint and the best by validation always stay. If `keep_last` is 2 or more, the newest regular one is
+    among those that it keeps.
     """
     checkpoints, _ = newest_first(root)
     newest = [path for path, _ in checkpoints[: config.newest]]
     regular = [path for path, manifest in checkpoints if is_regular(manifest, config)][:1]
-    if len(newest) > 1 and regular and regular[0] not in newest:  # stops made all of these
+    if len(newest) > 1 and regular and regular[0] not in newest:  # stops have saved all of these
         newest[-1:] = regular
     stay = {best_of(checkpoints), *newest}
     for path, manifest in checkpoints:
@@ -91,14 +94,14 @@ def prune(root: Path, config: CheckpointConfig) -> None:
         if path not in stay and not forever:
             discard(path)
     for leftover in [*root.glob(f"{TEMPORARY}*"), *root.glob(f"{DISCARDED}*")]:
-        shutil.rmtree(leftover, ignore_errors=True)  # may be on its way out by another hand already
+        shutil.rmtree(leftover, ignore_errors=True)  # another process may be deleting it, too
 
 
 def best_of(checkpoints: list[tuple[Path, Manifest]]) -> Path | None:
-    """The checkpoint with the lowest validation RMSE; None if no checkpoint was validated.
+    """The checkpoint with the lowest validation RMSE; None if none was validated. checkpoints: newest first.
 
-    Only those count that were measured on what the newest of them was: on other cases, or by another protocol, an
-    RMSE means something else. checkpoints: newest first.
+    Only those count that were validated on the same basis as the newest validated one: on other cases, or by another
+    protocol, an RMSE means something else.
     """
     scored = [(p, m) for p, m in checkpoints if m.state.get("validation") is not None]
     alike = [(m.state["validation"], -m.step, p) for p, m in scored if _basis(m) == _basis(scored[0][1])]
@@ -106,18 +109,20 @@ def best_of(checkpoints: list[tuple[Path, Manifest]]) -> Path | None:
 
 
 def _basis(manifest: Manifest) -> Any:
-    """None in manifests of versions that did not say."""
+    """What was validated on (`TrainState.basis`); None in manifests of versions that did not record it."""
     return manifest.state.get("basis")
 
 
 def discard(path: Path) -> None:
-    """Rename first, so that a kill in the middle never leaves half a checkpoint under its own name."""
+    """Delete a checkpoint. It is renamed first, so that a kill in the middle leaves no half of one under its name."""
     shutil.rmtree(_set_aside(path), ignore_errors=True)
 
 
 def put_in_place(written: Path, target: Path) -> None:
-    """Give a checkpoint that is all written its name. One that has it already is deleted by the next `prune` only:
-    until the new one is in its place for good, there is no other.
+    """Give a checkpoint that is completely written its name.
+
+    One that has the name already is only set aside, for the next `prune` to delete: until the new one is in its place,
+    there may be no other.
     """
     aside = _set_aside(target) if target.exists() else None
     try:
@@ -130,12 +135,12 @@ def put_in_place(written: Path, target: Path) -> None:
 
 
 def complete(root: Path) -> None:
-    """Give their names to checkpoints that were all written when a kill came before the rename.
+    """Give their names to checkpoints that were completely written when a kill came before the rename.
 
-    Not while a save is under way.
+    Do not call it while a save is under way.
     """
     for written in root.glob(f"{TEMPORARY}{PREFIX}*"):
-        with suppress(Corrupt):  # half written: the manifest comes last
+        with suppress(Corrupt):  # not complete: the manifest is written last
             target = directory(root, Manifest.read(written).step)
             if not target.exists():
                 put_in_place(written, target)

@@ -28,12 +28,13 @@ from ldct_dist.files import TEMPORARY
 from ldct_dist.world import World
 
 LOOK_S = 1.0
-"""between two looks at the claims of other starts"""
+"""seconds between two looks at the claims of other starts"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended: the committed path, or why there is none. warning: on rank 0, what else went wrong."""
+    """How a save ended. path: the committed checkpoint, None where `error` says why there is none. fenced: whether a
+    newer start has taken over. warning: on rank 0, what else went wrong."""
 
     path: Path | None
     seconds: float
@@ -45,8 +46,8 @@ class Outcome:
 class Saver:
     """Writes checkpoints of one generation into `root`, one at a time, on a thread of its own.
 
-    The training thread calls `save`, then `staged` before it next changes a tensor of the state, and
-    `finish` when it needs the outcome. Memory: one copy of what this rank gives, from the first save on, but for
+    The training thread calls `save`, then `staged` before it next changes a tensor of the state, and `finish` when it
+    needs the outcome. From the first save on, it keeps the memory for one copy of what this rank saves, except for
     pieces that bring their own room.
     """
 
@@ -66,10 +67,10 @@ class Saver:
         self._has_saved = False
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any]) -> None:
-        """Start saving; returns at once unless the save before it is still being written.
+        """Start saving, and return at once, unless an earlier save is still being written.
 
         parts: the same names on every rank; a part's tensors may be changed only after `staged`.
-        state: what the manifest carries in JSON.
+        state: for the manifest, as JSON.
         """
         self.finish()
         self._copied.clear()
@@ -81,9 +82,9 @@ class Saver:
         self._copied.wait()
 
     def finish(self) -> Outcome | None:
-        """Wait for the save under way, if any, and tell how the latest one ended.
+        """Wait for the save under way, if there is one; how the latest save ended, None if there was none.
 
-        A bug in the save is raised here: a run must not go on, or end well, that cannot save.
+        A bug in saving is raised here: a run that cannot save must neither go on nor count as done.
         """
         if self._thread is not None:
             self._thread.join()
@@ -93,18 +94,18 @@ class Saver:
         return self.last
 
     def has_saved(self) -> bool:
-        """Whether any save has been committed, whatever became of later ones."""
+        """Whether any save of this start has been committed, whatever became of later ones."""
         return self._has_saved
 
     @property
     def fenced(self) -> bool:
-        """Whether a newer start of the run has taken over: known on rank 0, at most a second late.
+        """Whether a newer start of the run has taken over. Only rank 0 knows, at most LOOK_S late.
 
         A process that was stopped, or cut off, learns of it before it has done another step.
         """
         if self.world.is_main and not self._superseded and time.monotonic() > self._looked + LOOK_S:
             self._looked = time.monotonic()
-            with suppress(OSError):  # a file system that does not answer says nothing; a save would tell
+            with suppress(OSError):  # if the file system does not answer, the next save will find out
                 self._superseded = generations.newest(self.claims) > self.generation
         return self._superseded
 
@@ -160,9 +161,9 @@ class Saver:
             self.last = Outcome(None, time.monotonic() - start, error=str(e), fenced=e.fenced)
 
     def prune(self) -> str | None:
-        """Delete on rank 0 what need not stay, and what killed saves left; what went wrong, if anything did.
+        """On rank 0, delete what need not stay, and what killed saves have left; what went wrong, if anything did.
 
-        Not while a save is under way.
+        Do not call it while a save is under way.
         """
         try:
             if self.world.is_main:
@@ -173,7 +174,7 @@ class Saver:
         return None
 
     def _stage(self, parts: dict[str, Part], owner: dict[str, int]) -> Held:
-        """Copies of what this rank gives to the parts, in memory kept from save to save: to take it anew each time
+        """Copies of this rank's pieces of the parts, in memory that is kept from save to save: to allocate it each time
         costs more than the copying."""
         before, self._memory = self._memory, {}
         held: Held = {name: {} for name in parts}
@@ -188,15 +189,15 @@ class Saver:
                 if place is None:
                     place = before.pop((name, key), None)
                     if place is None or (place.shape, place.dtype) != (values.shape, values.dtype):
-                        # Not pinned: that comes in powers of two, up to twice what a node is planned to hold.
+                        # Not pinned: pinned memory comes in powers of two, up to twice what is planned for a node.
                         place = torch.empty(values.shape, dtype=values.dtype)
                     self._memory[name, key] = place
-                # By way of cpu(): into another layout, a GPU would copy them beside themselves first.
+                # By way of cpu(): where layouts differ, copy_ would first make another copy on the GPU.
                 held[name][key] = Piece(tuple(shape), start, place.copy_(values.detach().cpu()).view(-1))
         return held
 
     def _together(self, phase: Callable[[], Any]) -> list[Any]:
-        """Run a phase on every rank; all ranks get all results, or all raise _Failed."""
+        """Run a phase on every rank; either all ranks get the results of all, or all raise _Failed."""
         result, error, fenced = None, None, False
         try:
             result = phase()
