@@ -20,22 +20,22 @@ class AugmentConfig(Config):
     flips: bool = True
     """mirror along z, y and x"""
     transpose: bool = True
-    """swap y and x, where a crop is as wide as it is high"""
+    """swap y and x, for crops that are as wide as they are high"""
     dose_mix: Annotated[tuple[Factor, Factor], AfterValidator(rising)] = (1.0, 1.0)
-    """the noise low - full is scaled by a factor drawn from this range, as if the dose had been
-    another: the noise of dose a, scaled by f, has the variance of dose a / f^2 (quantum noise)"""
+    """the noise, low - full, is multiplied by a factor drawn from this range, as if the dose had been another: quantum
+    noise at dose a times f has the variance of that at dose a / f^2"""
     lesions: LesionConfig = LesionConfig()
 
     @property
     def moves(self) -> bool:
-        """Whether voxels change their places."""
+        """Whether any voxel changes its place."""
         return self.flips or self.transpose
 
 
 def draw(config: AugmentConfig, seed: int, first: int, count: int) -> np.ndarray:
-    """(count, 5): flip z, flip y, flip x, transpose (each 0 or 1) and the noise factor, of samples `first` on.
+    """(count, 5) for `count` samples from index `first` on: flip z, flip y, flip x, transpose (each 0 or 1), noise factor.
 
-    Philox is counter-based: the numbers of sample i are those at count 2 i, however many are drawn at once.
+    Philox is counter-based: sample i has the numbers at counter 2 i, however many samples are drawn at once.
     """
     philox = np.random.Philox(key=[seed, 0], counter=first * _DRAWS // 4)
     u = np.random.Generator(philox).random((count, _DRAWS))
@@ -54,10 +54,10 @@ def apply(
     drawn: np.ndarray,
     empty_like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augment a batch: pair (2, b, 1, z, y, x) float HU, low dose and full, and box (b, 3, 2) with it.
+    """Augment a batch: pair (2, b, 1, z, y, x) float HU, low dose and full dose, and its box (b, 3, 2); returns both.
 
-    Low and full move alike. `drawn` is what `draw` gave for the b samples; `pair` may be overwritten. On a
-    CPU, a batch whose voxels move needs a second one's memory, from `empty_like`.
+    Low and full dose are moved alike. drawn: of `draw`, for the b samples. `pair` may be overwritten. On a CPU, moving
+    voxels takes the memory of a second batch, which `empty_like` provides.
     """
     if config.dose_mix != (1.0, 1.0):
         factor = torch.from_numpy(drawn[:, 4]).to(pair.device, pair.dtype)
@@ -77,7 +77,7 @@ def apply(
 
 
 def move_each(pair: torch.Tensor, drawn: np.ndarray, moved: torch.Tensor) -> torch.Tensor:
-    """Flip, then swap y and x, sample by sample: on a CPU this is one copy, along strides that numpy allows."""
+    """Flip, then swap y and x, sample by sample, from `pair` to `moved`: on a CPU each is a single strided copy."""
     source, target = pair.numpy(), moved.numpy()
     for i, (*flips, swap, _) in enumerate(drawn):
         z, y, x = (slice(None, None, -1 if flip else 1) for flip in flips)
@@ -87,7 +87,7 @@ def move_each(pair: torch.Tensor, drawn: np.ndarray, moved: torch.Tensor) -> tor
 
 
 def move_all(pair: torch.Tensor, flips: torch.Tensor, swap: torch.Tensor) -> torch.Tensor:
-    """The same in one gather for the whole batch: each voxel is told where it comes from.
+    """The same in one gather for the whole batch: an index says for each voxel where it comes from.
 
     flips: (b, 3) bool; swap: (b,) bool.
     """

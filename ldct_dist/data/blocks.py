@@ -1,4 +1,4 @@
-"""The blocks that cases are read in, and where in a block a crop may lie."""
+"""The blocks in which cases are read, and where in a block a crop may lie."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ldct_dist.store.reader import Case, Store
-
-Triple = tuple[int, int, int]
-Region = tuple[slice, slice, slice]
+from ldct_dist.store.shards import Region, Triple
 
 
 @dataclass(frozen=True)
 class Block:
-    """A box of whole chunks, cut at the volume's border; coordinates in voxels (z, y, x).
+    """A box of whole chunks, cut off at the volume's border; coordinates in voxels (z, y, x).
 
-    body: share of body in each of the case's chunks.
+    shape, chunk: of the case. body: share of body in each of the case's chunks, an array over the chunk grid.
     """
 
     case: str
@@ -35,7 +33,7 @@ class Block:
 
     @cached_property
     def columns(self) -> tuple[Region, ...]:
-        """The regions of its columns of chunks, which lie one above the other."""
+        """The regions of the block's columns: chunks that lie one above the other."""
         z, *plane = self.region
         edges = (
             [slice(start, min(start + n, r.stop)) for start in range(r.start, r.stop, n)]
@@ -44,7 +42,7 @@ class Block:
         return tuple((z, y, x) for y, x in product(*edges))
 
     def body_share(self, starts: np.ndarray, crop: Triple) -> np.ndarray:
-        """Share of body in crops at `starts` (n, 3), taking each chunk's body as spread evenly over it."""
+        """Share of body in crops at `starts` (n, 3), as if each chunk's body were spread evenly over the chunk: (n,)."""
         overlaps = []
         for s, c, chunk, size in zip(starts.T[:, :, None], crop, self.chunk, self.shape, strict=True):
             edges = np.append(np.arange(0, size, chunk), size)
@@ -65,8 +63,8 @@ class Blocks:
     Blocks begin at every chunk and span one chunk more than the crop needs, so that a crop may lie across
     any chunk's border.
 
-    mean_voxels, mean_used: voxels of a case's largest block and of a crop's part within the volume, both in
-    the mean over cases. largest: voxels of the largest block of any case.
+    mean_voxels: voxels of a case's largest block, averaged over the cases. mean_used: voxels of a crop that lie within
+    the volume, averaged over the cases. largest: voxels of the largest block of any case.
     """
 
     def __init__(self, store: Store, cases: np.ndarray, crop: Triple, min_body: float) -> None:
@@ -79,7 +77,7 @@ class Blocks:
         self.mean_used = float(np.minimum(crop, shape).prod(axis=1).mean())
 
     def of(self, case: int) -> CaseBlocks:
-        """Those of one case: worked out each time, as kept for ten thousand cases they would take hundreds of MiB."""
+        """The blocks of one case. They are worked out at each call: those of ten thousand cases take hundreds of MiB."""
         c = self._store.cases[case]
         grid = [-(-size // n) for size, n in zip(c.shape, c.chunk, strict=True)]
         z, y, x = (min(g, -(-crop // n) + 1) for g, crop, n in zip(grid, self._crop, c.chunk, strict=True))
@@ -95,7 +93,7 @@ class Blocks:
 class CaseBlocks:
     """The blocks of a case, each made when it is asked for.
 
-    span: a block's chunks along (z, y, x); corners: the first of them, for each block (n, 3).
+    span: chunks of a block along (z, y, x). corners: index of each block's first chunk, (n, 3).
     """
 
     case: Case
@@ -116,10 +114,10 @@ class CaseBlocks:
 
 
 def place(u: np.ndarray, crop: Triple, block: Block) -> np.ndarray:
-    """Corners of crops in the volume (..., 3) from u in [0, 1), of the same shape.
+    """First voxels of crops in the volume, (..., 3), for random numbers u in [0, 1) of the same shape.
 
-    At the volume's border crops are drawn from up to half a crop beyond it and pulled back to it: else
-    voxels near the border, which lie in few crops and in no second block, would hardly be seen.
+    At the volume's border, crops are placed up to half a crop beyond it and then pulled back. Otherwise voxels near the
+    border, which are in few crops and in one block only, would hardly be seen.
     """
     starts = np.empty(u.shape, np.int64)
     for axis, (c, size, r) in enumerate(zip(crop, block.shape, block.region, strict=True)):

@@ -1,5 +1,8 @@
-"""A block in memory, a column of chunks after the other: each chunk is decoded to where it stays, for in a column it
-is contiguous. In one array, all would have to be copied to join the others."""
+"""A block in memory, one column of chunks after the other.
+
+Within a column every chunk is contiguous, so it is decoded to where it stays. If the block were one array, every chunk
+would have to be copied into it after decoding.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ldct_dist.data.blocks import Block, Region, Triple
+from ldct_dist.data.blocks import Block
+from ldct_dist.store.shards import Region, Triple
 
 
 class Columns:
-    """The voxels of `block`, int16 HU, in `memory`, which is flat and at least as large."""
+    """The voxels of `block`, int16 HU, in `memory`: a flat array of at least as many elements."""
 
     def __init__(self, block: Block, memory: np.ndarray) -> None:
         self.memory = memory  # held, because a view of it does not keep it alive
@@ -25,13 +29,13 @@ class Columns:
             start = stop
 
     def fill(self, read: Callable[[Region, np.ndarray], object]) -> Columns:
-        """Have `read` put each column's voxels where they belong."""
+        """Call `read(region, array)` for each column, to read the voxels of that region into that array."""
         for region, hu in self._parts:
             read(region, hu)
         return self
 
     def cut(self, start: Triple, crop: np.ndarray) -> None:
-        """What a crop (z, y, x) with its corner at `start`, voxels of the volume, shares with the block."""
+        """Copy to `crop` (z, y, x), whose first voxel is at `start` in the volume, what it shares with the block."""
         for region, hu in self._parts:
             source, target = [], []
             for r, s, size in zip(region, start, crop.shape, strict=True):

@@ -1,7 +1,7 @@
-"""Blocks to batches: whole blocks are decoded once by threads, ahead of the step that needs them.
+"""Blocks to batches: threads decode each block once, as a whole, ahead of the step that needs it.
 
-No worker processes: decoding and copying release the GIL, so threads are enough, nothing is forked, nothing
-is pickled, and a signal has one process to reach.
+There are no worker processes. Decoding and copying release the GIL, so threads are enough; nothing is forked or pickled,
+and a signal has a single process to reach.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ldct_dist.data.plan import Crop, Plan, lanes_of
 from ldct_dist.errors import UserError
 from ldct_dist.files import MIB
 
-READY = 2  # batches made ahead of the step that runs
-AHEAD = 16  # steps for which blocks are read ahead, if memory allows
+READY = 2  # batches that are made ahead of the current step
+AHEAD = 16  # steps ahead of these for which blocks are decoded, if memory allows
 
 
 @dataclass(frozen=True)
 class Batch:
     """This rank's share of a global batch.
 
-    low, full: float32 HU (b, 1, z, y, x) on the device. box: int64 (b, 3, 2), the volume's extent
-    [start, stop) in the crop's voxel coordinates; what lies outside is padding. weights: float32 (b, 1, z, y, x),
-    how much each voxel counts in the loss; None: all alike.
+    low, full: float32 HU (b, 1, z, y, x) on the device. box: int64 (b, 3, 2), the volume's extent [start, stop) in the
+    crop's voxel coordinates; what is outside is padding. weights: float32 (b, 1, z, y, x), each voxel's weight in the
+    loss; None: all are 1.
     """
 
     low: torch.Tensor
@@ -55,15 +55,15 @@ class Batch:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that lies on the device."""
+        """All tensors of the batch that are on the device."""
         return tuple(t for t in (self.low, self.full, self.box, self.weights) if t is not None)
 
 
 class Loader:
-    """The batches of one rank, for any step in any order; steps in a row are made ahead.
+    """The batches of one rank, for any step in any order; those of the next steps are made ahead.
 
-    `waited_s` is how long the latest call of `batch` waited for data. Close it, or use it as a context manager.
-    Raises UserError if the lanes cannot be shared out, or the memory budget is too small for them.
+    waited_s: how long the latest call of `batch` waited for data. Close the loader, or use it as a context manager.
+    Raises UserError if the ranks cannot share the lanes evenly, or if data.memory_mib is too small.
     """
 
     def __init__(self, plan: Plan, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> None:
@@ -76,9 +76,9 @@ class Loader:
         self._block_memory = Recycler(self._block_bytes() // len(plan.doses))
         self._batch_memory = Recycler(self._batch_bytes())
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        # One queue, first come, first served: a batch's blocks are queued before it, so it never waits for
-        # work that stands behind it.
-        # A thread begins on the first GPU, and would take memory there however little it does.
+        # All work is in one queue, first in, first out. A batch's blocks are queued before the batch is, so it never
+        # waits for work that comes after it.
+        # Threads start on the first GPU, and would take memory there whatever they do.
         here = partial(torch.cuda.set_device, self.device) if self._copies is not None else None
         self._threads = ThreadPoolExecutor(plan.config.threads, "data", initializer=here)
 
@@ -106,14 +106,14 @@ class Loader:
         return made.batch
 
     def air(self) -> Batch:
-        """A batch of nothing but air, of this rank's size."""
+        """A batch of this rank's size that holds nothing but air."""
         size = self.plan.config.crop
         hu = torch.full((len(self.lanes), 1, *size), float(AIR_HU), device=self.device)
         box = torch.tensor([[(0, n) for n in size]] * len(self.lanes), device=self.device)
         return Batch(hu, hu, box, ())
 
     def close(self) -> None:
-        """Stop reading ahead, join the threads and let go of the memory."""
+        """Stop reading ahead, join the threads and free the memory."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._batches.clear()
         self._blocks.clear()
@@ -125,7 +125,7 @@ class Loader:
         self.close()
 
     def _read(self, first: int, last: int, most: int | None = None) -> None:
-        """Have the blocks of steps `first` to `last` decoded, `most` of them at a time, the most urgent first."""
+        """Queue the blocks of steps `first` to `last` for decoding, the most urgent first and no more than `most`."""
         keys = [key for key in self._keys(first, last) if key not in self._blocks]
         k = self.plan.crops_per_block
         for lane, number in sorted(keys, key=lambda key: key[1] * k - key[0])[:most]:
@@ -175,9 +175,9 @@ class Loader:
         return Batch(low, full, box, crops, weights)
 
     def _with_lesions(self, crops: tuple[Crop, ...], pair: torch.Tensor) -> torch.Tensor | None:
-        """Insert lesions, if any are wanted; what the voxels weigh in the loss then.
+        """Insert lesions into `pair`, if the config asks for them; the voxels' weights in the loss, None without lesions.
 
-        A transposed crop keeps its scan's spacing: in plane, voxels are square.
+        A transposed crop keeps its scan's spacing, since voxels are square in plane.
         """
         config = self.plan.config.augment.lesions
         if not config.count:
@@ -187,17 +187,18 @@ class Loader:
         return lesions.insert(config, pair, spacings, drawn)
 
     def _staging(self) -> torch.Tensor:
-        """Where a batch is cut to: (2, b, 1, z, y, x), low dose and full."""
+        """Memory for a batch, low dose and full dose: (2, b, 1, z, y, x)."""
         shape = (len(self.plan.doses), len(self.lanes), 1, *self.plan.config.crop)
         if self._copies is None:
             return torch.from_numpy(self._batch_memory.take(shape, np.float32))
-        # int16 halves what crosses the bus; torch itself recycles pinned memory, once copies from it are done
+        # int16 halves what crosses the bus. torch reuses pinned memory by itself, once the copies from it are done.
         return torch.empty(shape, dtype=torch.int16, pin_memory=True)
 
     def _forget(self, step: int) -> None:
-        """Drop the batches and blocks that steps from `step` on, as far as is read ahead, do not ask for.
+        """Drop the batches and blocks that neither `step` nor the steps that are read ahead of need.
 
-        After a jump some of them may still be in the making: their memory comes first.
+        After a jump to another step some may still be in the making; they are waited for, so that their memory is free
+        before more is taken.
         """
         wanted = set(self._keys(step, step + READY + self._ahead))
         unwanted = [s for s in self._batches if not step <= s <= step + READY]
@@ -214,13 +215,13 @@ class Loader:
         return len(self.plan.doses) * len(self.lanes) * crop * np.dtype(np.float32).itemsize
 
     def _steps_ahead(self) -> int:
-        """How many steps of blocks to read ahead of the batches that are made, within the memory budget."""
+        """For how many steps, beyond the batches made ahead, to decode blocks within the memory budget."""
         config, k, lanes = self.plan.config, self.plan.crops_per_block, len(self.lanes)
-        # batches: those ready, the one in use, the one before it, and those that others are being made from
+        # Batches in memory: those made ahead, the one in use, the one before it, and one in the making in each thread.
         weights = self._batch_bytes() // len(self.plan.doses) if config.augment.lesions.count else 0
         batches = (READY + 2 + config.threads) * (self._batch_bytes() + weights)
         blocks = (config.memory_mib * MIB - batches) // self._block_bytes()
-        # Over n steps a lane holds its block and the up to ceil(n / k) that it moves on to.
+        # For n steps ahead, a lane holds its current block and up to ceil(n / k) that it moves on to.
         each = blocks // lanes - 1
         least = -(-READY // k)
         if each < least:
@@ -240,5 +241,5 @@ class _Made:
 
 
 def _cancel(futures: Iterable[Future]) -> None:
-    """Call off what has not begun, and wait for what has."""
+    """Cancel the futures that have not started, and wait for those that have."""
     wait([f for f in futures if not f.cancel()])

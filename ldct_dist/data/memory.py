@@ -1,4 +1,4 @@
-"""Large arrays whose memory is used again."""
+"""Large arrays whose memory is reused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import DTypeLike
 
 
 class Recycler:
-    """Hands out arrays of up to `size` bytes, and takes their memory back when nobody holds them any more.
+    """Hands out arrays of up to `size` bytes, and reuses the memory of an array once nothing refers to it.
 
-    Memory fresh from the system costs as much to touch for the first time as a crop costs to cut. Since an
-    array lives as long as anything refers to it, a tensor made from it by torch.from_numpy included, nobody's
-    data is ever overwritten. Safe to share between threads.
+    Touching new memory for the first time takes as long as cutting a crop. An array lives as long as anything refers to
+    it, such as a tensor made from it by torch.from_numpy, so data in use is never overwritten. Safe to share between
+    threads.
     """
 
     def __init__(self, size: int) -> None:
@@ -23,7 +23,7 @@ class Recycler:
         self._free: deque[np.ndarray] = deque()
 
     def take(self, shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
-        """An array with whatever its memory held before. A numpy view of it does not keep it alive."""
+        """An array with undefined contents. Keep the array itself: a numpy view of it does not keep it alive."""
         try:
             memory = self._free.pop()
         except IndexError:

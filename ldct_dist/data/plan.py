@@ -1,8 +1,8 @@
 """Which crops make up the batch of step s: arithmetic on (seed, s), no iterator to save or restore.
 
 Lane l of the global batch reads its own stream of blocks and cuts k crops from each before it moves on.
-Lanes are staggered, so that a batch mixes crops at every stage of their blocks, and loading is spread evenly
-over the steps. Rank r of R takes lanes r, r + R, ...: the global batch is the same for every number of ranks.
+Lanes are staggered, so that they do not all change blocks at the same step: a batch mixes first and later crops of
+blocks, and reading is spread evenly over the steps. Rank r of R takes lanes r, r + R, ...: the global batch is the same for every number of ranks.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from ldct_dist.data.blocks import Block, Blocks, place
 from ldct_dist.errors import UserError
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
-
-Triple = tuple[int, int, int]
+from ldct_dist.store.shards import Triple
 
 # The plastic number's powers: t * PLASTIC mod 1 fills the unit cube more evenly than random draws do
 # (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
 PLASTIC = 1.2207440846057596 ** -np.arange(1, 4)
-CANDIDATES = 4  # places looked at for each crop, to find one that shows the body
+CANDIDATES = 4  # places tried for each crop, to find one that shows enough body
 
 # What a random number is for; each use has a generator of its own.
 BASE, CASES, BLOCKS, PLACES = range(1, 5)
@@ -43,8 +42,8 @@ class DataConfig(Config):
     batch: Positive = 8
     """crops a step over all ranks"""
     reuse: float = Field(2.0, gt=0, le=4)
-    """how often a voxel that was read is used, on average: the more, the less is read, but the longer a
-    lane stays in one block"""
+    """how often a voxel that was read is used, on average: the more often, the less is read, but the longer a lane
+    stays in one block"""
     min_body: float = Field(0.1, ge=0, le=1)
     """crops with a smaller share of body than this are avoided, as long as there are others"""
     augment: AugmentConfig = AugmentConfig()
@@ -53,16 +52,16 @@ class DataConfig(Config):
     memory_mib: Positive = 1024
     """bound on what a rank's loader holds in memory"""
     stage: str | None = None
-    """a disk of each node, such as /local/nvme or $SLURM_TMPDIR (looked up on the node), which takes a copy of
-    what the node reads, made beside training"""
+    """a folder on a disk of each node, such as /local/nvme or $SLURM_TMPDIR (expanded on the node), to which what the
+    node reads is copied while it trains"""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """One sample: `index` counts all samples of a run; `start` is its corner in the volume, voxels (z, y, x).
+    """One sample.
 
-    `start` is negative where the volume is shorter than the crop: the rest is padding.
-    `key` names the block within the lanes' streams: (lane, number).
+    index: counts all samples of a run. key: the block's place in the lanes' streams, (lane, number). start: the crop's
+    first voxel (z, y, x) in the volume; negative where the volume is shorter than the crop, and the rest is padding.
     """
 
     index: int
@@ -78,8 +77,7 @@ class Crop:
 class Plan:
     """The sample order of a run: a pure function of (store, config, seed, step).
 
-    crops_per_block: how many crops a lane cuts from a block, k. It follows from config.reuse and from the
-    mean size of the blocks.
+    crops_per_block: k, the crops that a lane cuts from a block; from config.reuse and the mean size of the blocks.
     """
 
     def __init__(self, store: Store, config: DataConfig, seed: int) -> None:
@@ -112,20 +110,20 @@ class Plan:
         return self._visit(lane, number)[0]
 
     def case(self, lane: int, number: int) -> tuple[int, int]:
-        """Index of the case that a lane reads as its `number`-th block, and how often it was read before.
+        """Index of the case of a lane's `number`-th block, and how often that case was taken before.
 
-        The lanes take their cases, in the order in which they change blocks, from one endless sequence: so
-        a batch is always a window on it. The sequence runs through all cases again and again, in another
-        order each time; but cases change places only within groups so small that a case cannot come twice
-        within one window. So a batch holds as many different cases as it can.
+        The lanes take their cases from one endless sequence, in the order in which they change blocks, so a batch is
+        always a window on that sequence. It runs through all cases again and again, in another order each time. But
+        cases change places only within groups, which are so small that no case is twice in one window. So a batch holds
+        as many different cases as it can.
         """
         cycle, seat = number - lane // self.crops_per_block, self._seats[lane]
         visit, position = divmod(cycle * self.config.batch + seat, len(self.cases))
-        group, place = divmod(position, self._group)
-        return int(self._permutation(visit, group)[place]), visit
+        group, within = divmod(position, self._group)
+        return int(self._permutation(visit, group)[within]), visit
 
     def cases_ahead(self, steps: range, lanes: Sequence[int]) -> Iterator[int]:
-        """Each case that the lanes read in `steps`, once, in the order in which they come to it."""
+        """The cases that the lanes read in `steps`, each once, in the order in which they are first needed."""
         seen: set[int] = set()
         k = self.crops_per_block
         for turn in range(len(steps) // k + 2):
@@ -143,9 +141,9 @@ class Plan:
         return self._random(CASES, visit, group).permutation(members)
 
     def _plan_visit(self, lane: int, number: int) -> tuple[Block, list[Triple]]:
-        """The block, and the corners of the crops to cut from it.
+        """The block, and the first voxel of each crop to cut from it.
 
-        Each corner is the first of its candidates that shows enough body, or the one that shows most.
+        Of a crop's candidate places, the first that shows enough body is taken, or else the one that shows most.
         """
         case, visit = self.case(lane, number)
         blocks = self.blocks.of(case)
@@ -159,7 +157,7 @@ class Plan:
         return block, list(map(tuple, starts[choice, np.arange(k)].tolist()))
 
     def _random(self, use: int, *key: int) -> np.random.Generator:
-        """A generator of its own for each use: numbers depend on the key, not on what was drawn before."""
+        """A generator for this use and key: its numbers do not depend on what was drawn before."""
         counter = [0, *key, *[0] * (3 - len(key))]  # the lowest word counts what is drawn
         return np.random.Generator(np.random.Philox(key=[self.seed, use], counter=counter))
 

@@ -1,14 +1,14 @@
-"""A store read from a disk of this node: what is needed is copied there once, beside training.
+"""A store read from a disk of this node, to which what the node needs is copied once, while it trains.
 
 STAGE/ldct_dist-UID-FINGERPRINT/store                       the store's path; locked, shared, by who uses the copies
 STAGE/ldct_dist-UID-FINGERPRINT/cases/CASE/DOSE             a copy of an array of the store
 STAGE/ldct_dist-UID-FINGERPRINT/cases/CASE/.writing-DOSE    one in the making, locked by the process that makes it
 
-Nothing waits for a copy: an array is read from the store until its copy is whole. A copy gets its name in one
-rename, once the checksum of each of its chunks held; and when it is read each chunk is checked again, as in the
-store. So batches are the same, bit for bit, with copies and without. What goes wrong with copies costs speed and
-one line. Copies stay for the next run on the node. Once the store at the same path has another fingerprint, nobody
-can read them any more, and the next run deletes them, unless a run that began before is still using them.
+Nothing waits for a copy: an array is read from the store until its copy is complete. A copy gets its name by a rename
+once the checksums of all its chunks are right, and its chunks are checked again when they are read, as in the store. So
+batches are the same, bit for bit, with copies and without. If anything goes wrong with copies, it costs speed, and is
+told in one line. Copies stay for the next run on the node. Once the store at that path has another fingerprint they are
+out of date, and the next run deletes them, unless a run that started earlier is still using them.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ Say = Callable[[str], None]
 
 
 class StagedStore(Store):
-    """A store whose arrays are read from their copies on this node, as far as there are any.
+    """A store whose arrays are read from their copies on this node, where there are copies.
 
-    stage: DataConfig.stage; None makes it a plain Store. say: hears what becomes of the copies, in lines.
+    stage: DataConfig.stage; None: there are no copies. say: is told what becomes of them, in lines.
     Raises UserError as Store does.
     """
 
     def __init__(self, path: Path | str, stage: str | None, say: Say = print) -> None:
         super().__init__(path)
         self.copies: Path | None = None
-        """laid out like the store"""
+        """the folder of the copies, laid out like the store"""
         if stage is not None:
             name = f"ldct_dist-{os.getuid()}-{self.fingerprint[:16]}"
             self.copies = looked_up(stage) / name
@@ -63,7 +63,7 @@ class StagedStore(Store):
             out = np.empty([s.stop - s.start for s in region], np.int16)
         if self.copies is not None:
             copy = self.copies / CASES / case / dose
-            if copy not in self._spoiled and os.path.exists(copy):  # False too where one may not look
+            if copy not in self._spoiled and os.path.exists(copy):  # also False where permission is missing
                 try:
                     self.array(self.copies, case, dose).read(region, out)
                     return out
@@ -75,10 +75,10 @@ class StagedStore(Store):
 
     @contextmanager
     def staging(self, plan: Plan, world: World, steps: range, held_out: Sequence[int]) -> Iterator[None]:
-        """Copies are made beside what runs inside; all ranks enter together, and the first of each node copies.
+        """Copy in the background while the block runs. All ranks enter together; the first of each node copies.
 
-        First what the node's ranks read in `steps`, soonest first; then their share of the cases `held_out`, of
-        which rank r takes every size-th from the r-th.
+        First come the cases that the node's ranks read in `steps`, the soonest first; then their share of the cases
+        `held_out`, of which rank r of R validates every R-th from the r-th on.
         """
         if self.copies is None:
             yield
@@ -97,7 +97,7 @@ class StagedStore(Store):
 
 
 class Copier:
-    """Copies arrays of `store` to `copies`, on a thread of its own; several processes may do so at once."""
+    """Copies arrays of `store` to `copies` in a thread of its own. Several processes may do so at the same time."""
 
     def __init__(self, store: Store, copies: Path, say: Say) -> None:
         self.store, self.copies = store, copies
@@ -108,7 +108,7 @@ class Copier:
 
     @contextmanager
     def at_work(self, arrays: Iterable[tuple[str, str]]) -> Iterator[None]:
-        """Copy these (case, dose) in their order, until all are there or the caller leaves."""
+        """Copy these (case, dose) in their order while the block runs, until all are there or it ends."""
         thread = threading.Thread(target=self.copy, args=(arrays,), name="stage")
         thread.start()
         try:
@@ -119,7 +119,7 @@ class Copier:
             self._in_use.close()
 
     def copy(self, arrays: Iterable[tuple[str, str]]) -> None:
-        """Copy what is not there yet; the first that cannot be copied ends it, and is said."""
+        """Copy what is not there yet. The first array that cannot be copied ends it, with a line that says why."""
         where = f"{self.copies} on {socket.gethostname()}"
         try:
             self.copies.mkdir(mode=0o700, exist_ok=True)  # a copy is no more public than its store
@@ -142,7 +142,7 @@ class Copier:
             self._say(f"data.stage: {where} has all; {self._made} arrays, {size(self._bytes)}, are new there")
 
     def _delete_outdated(self) -> None:
-        """Delete copies of what the store at its path was before, as far as no run uses them."""
+        """Delete copies of earlier states of the store at this path that no run uses any more."""
         path = self.store.path.resolve()
         name, _, _ = self.copies.name.rpartition("-")
         for origin in self.copies.parent.glob(f"{name}-*/{ORIGIN}"):
@@ -155,7 +155,7 @@ class Copier:
                     self._say(f"data.stage: deleted {origin.parent}, copies of what {path} was before")
 
     def _copy(self, case: str, dose: str) -> bool:
-        """Whether the array's copy is there now; not if another process has it in hand."""
+        """Copy an array; whether its copy is there now. It is not while another process is making it."""
         if self._stop.is_set():
             raise _Stopped
         target = self.copies / CASES / case / dose
@@ -167,23 +167,23 @@ class Copier:
             if not locked:
                 return False
             try:
-                if not target.exists():  # or it has just been renamed, and `unfinished` made for nothing
+                if not target.exists():  # it is, if another process has just finished and renamed it
                     self._fill(unfinished, case, dose)
                     unfinished.rename(target)
                     self._made += 1
             finally:
-                shutil.rmtree(unfinished, ignore_errors=True)  # above all on a disk that is full
+                shutil.rmtree(unfinished, ignore_errors=True)  # which matters most when the disk is full
         return True
 
     def _fill(self, folder: Path, case: str, dose: str) -> None:
-        """Raises DamagedError if what arrives is not what the catalogue says."""
+        """Copy an array's files to `folder`. Raises DamagedError if they are not what the catalogue says."""
         source, row = self.store.path / CASES / case / dose, self.store.row(case)
         self._copy_file(source / "zarr.json", folder / "zarr.json")
         copy = ShardedArray(folder, self.store.cases[row].shape, self.store.cases[row].chunk)
         for shard in copy.shards():
             self._copy_file(source / shard, folder / shard)
         copy.check()
-        # Last: an ingest may have put another case into this one's place meanwhile.
+        # Checked last, since an ingest may have replaced the case while it was copied.
         if list(self.store.record(case).voxels) != self.store.table["voxels"][row].as_py():
             raise DamagedError(f"case {case} was ingested anew")
 
@@ -202,15 +202,15 @@ class Copier:
 
 
 class _Stopped(Exception):
-    """Copying is to end before all is copied."""
+    """The block has ended, so copying ends, too."""
 
 
 @contextmanager
 def _lock(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[bool]:
-    """Whether this process may write in `path`, and no other; LOCK_SH: whether it may use it, as others may.
+    """Try to lock `path` while the block runs: exclusively, to write in it, or with LOCK_SH, to use it; whether it worked.
 
-    The lock is the kernel's: it ends with the process that holds it, however that dies. And it is the file's,
-    whatever that is renamed to: hence the look whether it still has its name.
+    The kernel ends a lock with the process that holds it, however that dies. A lock is on a file, and not on its name:
+    hence the check that the file still has this name.
     """
     fd = None
     try:
