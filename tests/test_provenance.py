@@ -47,7 +47,7 @@ def test_code_that_could_not_be_copied_whole_leaves_nothing_behind(tmp_path, mon
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(UserError, match="No space left"):
         snapshot_code(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "code").iterdir()) == []
 
 
 def test_two_jobs_that_are_submitted_at_once_share_the_code(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_two_jobs_that_are_submitted_at_once_share_the_code(tmp_path, monkeypatc
         chmod(*given)
 
     monkeypatch.setattr(os, "chmod", meanwhile)
-    assert [snapshot_code(tmp_path)] == theirs == list(tmp_path.iterdir())
+    assert [snapshot_code(tmp_path)] == theirs == list((tmp_path / "code").iterdir())
 
 
 def test_what_is_not_installed_has_no_version():

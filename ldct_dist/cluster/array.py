@@ -14,7 +14,7 @@ from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import Options, shaped
 from ldct_dist.cluster.site import read_site
-from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.cluster.snapshot import snapshot_code, snapshot_place
 from ldct_dist.cluster.status import in_queue
 from ldct_dist.cluster.submit import SCRIPT
 from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
@@ -26,7 +26,7 @@ from ldct_dist.files import replace
 def submit_array(
     sweep: Sweep, options: Options, site: str | None, say: Callable[[str], None] = print
 ) -> str | None:
-    """Submit the runs that are neither done nor queued, as one array; its job id, None if there are none.
+    """Submit the runs that are neither done nor queued as one array; its job id, or None if there is nothing to submit.
 
     options: of sbatch, by their long names, for each run. Raises UserError if Slurm does not answer or refuses.
     """
@@ -46,7 +46,7 @@ def _submit(sweep: Sweep, points: Sequence[Point], options: Options, site: str |
     for point, config in zip(points, configs, strict=True):
         config.parent.mkdir(exist_ok=True)
         replace(config, to_yaml(point.config))
-    text = render(_script(folder, configs, options, site, snapshot_code(folder / "code")))
+    text = render(_script(folder, configs, options, site, snapshot_code(folder)))
     replace(folder / SCRIPT, text)
     log = f"{folder}/".replace("%", "%%") + "%A_%a.log"
     job = jobs.sbatch(folder / SCRIPT, f"--array=0-{len(points) - 1}", f"--output={log}")
@@ -57,9 +57,9 @@ def _submit(sweep: Sweep, points: Sequence[Point], options: Options, site: str |
 
 
 def train_task(configs: Sequence[Path]) -> int:
-    """Train, as one of its ranks, the run of this task of the array; the exit code.
+    """Train the run of this task of the array, as one of its ranks; the exit code.
 
-    The job script names the runs itself, so a task that waits trains its own, however the sweep has grown.
+    configs: of all tasks, from the job script. So a task that waits trains its own run even if the sweep has grown.
     """
     return train(configs[int(os.environ["SLURM_ARRAY_TASK_ID"])], [])
 
@@ -77,7 +77,7 @@ def _script(
     return Script(
         name="ldct-sweep",
         command=["-m", "ldct_dist", "sweep-task", *map(str, configs)],
-        code=code or folder / "code" / "SNAPSHOT",
+        code=code or snapshot_place(folder),
         folder=folder,
         workdir=Path.cwd(),
         python=sys.executable,

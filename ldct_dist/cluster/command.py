@@ -12,6 +12,7 @@ from submitit import Job
 from ldct_dist import config as configs
 from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.cluster.parts import Parts, array_script
+from ldct_dist.cluster.shape import Options
 from ldct_dist.cluster.submit import Request
 from ldct_dist.denoise.claim import refuse_others
 from ldct_dist.denoise.cohort import cases_of
@@ -46,42 +47,63 @@ def parse_parts(
     Raises UserError for what every task of it would refuse, before it waits in a queue.
     """
     (verb, *words), options = split(arguments)
-    folders = words if verb == "denoise" else [word for word in words if not _OVERRIDE.fullmatch(word)]
-    if len(folders) != (2 if verb == "ingest" else 3):
-        raise UserError(
-            f"submit {verb}: give what `ldct-dist {verb} --help` asks for, before the options of sbatch"
-        )
-    out = Path(folders[-1]).absolute()
-    jobs = out.with_name(f"{out.name}.jobs")
-    if verb == "ingest":
-        tasks = INGEST_PARTS if parts is None else parts
-        script = array_script(verb, [verb, *words], jobs, tasks, options, site, at_once)
-        settings = configs.read(IngestConfig, None, [word for word in words if word not in folders])
-        check(Path(folders[0]), Path(folders[1]), settings)
-        return Parts(script, shlex.join(["ldct-dist", verb, *words]), then=["finalise", folders[-1]])
-    cases = cases_of(Path(folders[1]))
-    refuse_inside(out, Path(folders[1]))
-    # What a run's best weights are may change before the last task starts: all take this copy.
-    weights = weights_of(Path(folders[0]))
-    copy = jobs / f"{weights_hash(weights)}.safetensors"
-    bf16, strength = _manner(options)
+    make = _ingest if verb == "ingest" else _denoise
+    return make(words, options, site, parts, at_once)
+
+
+def _ingest(
+    words: list[str], options: Options, site: str | None, parts: int | None, at_once: int | None
+) -> Parts:
+    folders = [word for word in words if not _OVERRIDE.fullmatch(word)]
+    source, store = _paths("ingest", folders, 2)
+    tasks = INGEST_PARTS if parts is None else parts
+    script = array_script("ingest", ["ingest", *words], _jobs_beside(store), tasks, options, site, at_once)
+    settings = configs.read(IngestConfig, None, [word for word in words if word not in folders])
+    check(source, store, settings)
+    return Parts(script, shlex.join(["ldct-dist", "ingest", *words]), then=["finalise", folders[-1]])
+
+
+def _denoise(
+    words: list[str], options: Options, site: str | None, parts: int | None, at_once: int | None
+) -> Parts:
+    run, cohort, out = _paths("denoise", words, 3)
+    out = out.absolute()
+    cases = cases_of(cohort)
+    refuse_inside(out, cohort)
+    # A run's best weights may be others by the time that the last task starts: all tasks take this copy.
+    weights = weights_of(run)
+    copy = _jobs_beside(out) / f"{weights_hash(weights)}.safetensors"
+    options, bf16, strength = _manner(options)
     refuse_others(out, SeriesDenoiser.load(weights, "cpu", bf16, strength).name)
-    words = [
-        *folders[1:],
-        *(["--bf16"] if bf16 else []),
-        *([f"--strength={strength}"] if strength < 1 else []),
-    ]
-    here = shlex.join(["ldct-dist", verb, folders[0], *words, "--part=0/1"])  # a cohort is denoised by parts
+    manner = [*(["--bf16"] if bf16 else []), *([f"--strength={strength}"] if strength < 1 else [])]
+    command = ["denoise", str(copy), *words[1:], *manner]
     tasks = min(len(cases), MOST_PARTS) if parts is None else parts
-    script = array_script(verb, [verb, str(copy), *words], jobs, tasks, options, site, at_once)
+    script = array_script("denoise", command, _jobs_beside(out), tasks, options, site, at_once)
+    # --part makes it a cohort: without it, all cases would be series of one patient.
+    here = shlex.join(["ldct-dist", "denoise", *words, *manner, "--part=0/1"])
     return Parts(script, here, pinned=(weights, copy))
 
 
-def _manner(options: dict[str, str | bool]) -> tuple[bool, float]:
-    """(bf16, strength): of these, taken out, what is denoise's own and none of sbatch's."""
-    bf16, strength = bool(options.pop("bf16", False)), options.pop("strength", "1")
+def _paths(verb: str, words: Sequence[str], count: int) -> list[Path]:
+    if len(words) != count:
+        raise UserError(
+            f"submit {verb}: give what `ldct-dist {verb} --help` asks for, before the options of sbatch"
+        )
+    return [Path(word) for word in words]
+
+
+def _jobs_beside(out: Path) -> Path:
+    """The folder for an array's logs and scripts, beside what the array writes."""
+    out = out.absolute()
+    return out.with_name(f"{out.name}.jobs")
+
+
+def _manner(options: Options) -> tuple[Options, bool, float]:
+    """(options of sbatch alone, bf16, strength), where `options` has those of `ldct-dist denoise` as well."""
+    others = {key: value for key, value in options.items() if key not in ("bf16", "strength")}
+    bf16, strength = bool(options.get("bf16", False)), options.get("strength", "1")
     try:
-        return bf16, float("" if strength is True else strength)
+        return others, bf16, float("" if strength is True else strength)
     except ValueError as e:
         raise UserError(f"--strength={strength}: give a share above 0 and up to 1") from e
 

@@ -13,19 +13,21 @@ from ldct_dist.cluster import jobs
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import CPUS_PER_PART, Options, with_cores
 from ldct_dist.cluster.site import read_site
-from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.cluster.snapshot import snapshot_code, snapshot_place
 from ldct_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The script of the array; the command that does the same on one machine, without Slurm; the words of the
-    `ldct-dist` that ends the array; and a file to copy before it is submitted: (from, to)."""
+    """An array job over many cases."""
 
     script: Script
     here: str
+    """the command that does the same on one machine, without Slurm"""
     then: Sequence[str] | None = None
+    """arguments of the `ldct-dist` that runs once all tasks have ended"""
     pinned: tuple[Path, Path] | None = None
+    """a file to copy, from and to, before the array is submitted"""
 
 
 def array_script(
@@ -37,9 +39,9 @@ def array_script(
     site: str | None,
     at_once: int | None = None,
 ) -> Script:
-    """The script of an array: task i runs `ldct-dist COMMAND --part i/parts`. folder: for its logs and scripts.
+    """The script of an array: task i runs `ldct-dist COMMAND --part i/parts`.
 
-    at_once: tasks that run at a time, at most; None: as many as Slurm lets.
+    folder: for logs and scripts. at_once: how many tasks may run at a time; None: as many as Slurm allows.
     """
     if parts < 1:
         raise UserError(f"--parts {parts}: at least one")
@@ -49,7 +51,7 @@ def array_script(
     return Script(
         name=f"ldct-{name}",
         command=["-m", "ldct_dist", *command],
-        code=folder / "code" / "SNAPSHOT",
+        code=snapshot_place(folder),
         folder=folder,
         workdir=Path.cwd(),
         python=sys.executable,
@@ -62,9 +64,9 @@ def array_script(
 
 
 def submit_parts(parts: Parts) -> list[str]:
-    """Submit the array, and after it, once all tasks have ended, what ends it as a job of its own.
+    """Submit the array, and as a second job `Parts.then`, which waits until all tasks have ended; the job ids.
 
-    Returns the job ids. Raises UserError if Slurm does not answer, or refuses.
+    Raises UserError if Slurm does not answer, or refuses.
     """
     script = parts.script
     render(script)  # a mistake is said before anything is written
@@ -85,7 +87,7 @@ def submit_parts(parts: Parts) -> list[str]:
 
 
 def _prepared(parts: Parts) -> Script:
-    """The array's script once what it needs is in its folder."""
+    """Copy the pinned file and the code into the array's folder; the script that runs that code."""
     script = parts.script
     try:
         script.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def _prepared(parts: Parts) -> Script:
                 shutil.copyfile(source, temporary)
     except OSError as e:
         raise UserError(f"{script.folder}: {e.strerror}; choose a place that can be written") from e
-    return replace(script, code=snapshot_code(script.folder / "code"))
+    return replace(script, code=snapshot_code(script.folder))
 
 
 def _submit(script: Script, name: str, *options: str) -> str:

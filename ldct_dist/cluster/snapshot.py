@@ -16,11 +16,18 @@ from ldct_dist.provenance import COMMIT, commit
 _LEFT_OUT = ("__pycache__", "demo_data", COMMIT)
 
 
-def snapshot_code(into: Path) -> Path:
-    """Copy this package below `into`; the folder to put on the Python path.
+def snapshot_place(folder: Path) -> Path:
+    """Stands for the snapshot of a job in `folder` in a script that is only shown or checked: none is made yet."""
+    return folder / "code" / "SNAPSHOT"
 
-    It is named by the hash of what it holds, so a job that still waits keeps the code it was submitted with.
+
+def snapshot_code(folder: Path) -> Path:
+    """Copy this package into `folder`, of a job; what to put on the Python path.
+
+    A snapshot is named by the hash of its contents, so that a job that still waits keeps the code it was submitted with.
+    Raises UserError where it cannot be written.
     """
+    into = folder / "code"
     package = Path(ldct_dist.__file__).parent
     files = list(_files(package))
     digest = hashlib.sha256()
@@ -31,7 +38,7 @@ def snapshot_code(into: Path) -> Path:
         return target
     try:
         into.mkdir(parents=True, exist_ok=True)
-        # Whatever becomes of it, what has not got its name goes.
+        # A copy that is not complete is deleted, whatever goes wrong.
         with tempfile.TemporaryDirectory(prefix=".code-", dir=into) as name:
             partial = Path(name)
             for path in files:

@@ -27,7 +27,7 @@ from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
 from ldct_dist.cluster.shape import Options, number, shaped
 from ldct_dist.cluster.site import read_site
-from ldct_dist.cluster.snapshot import snapshot_code
+from ldct_dist.cluster.snapshot import snapshot_code, snapshot_place
 from ldct_dist.cluster.status import in_queue
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
@@ -108,8 +108,8 @@ def submit(
 
 
 def dry_run(request: Request) -> str:
-    """The job script that would be submitted. Writes nothing: the snapshot's place stands for its folder."""
-    return render(request.script(request.folder / "code" / "SNAPSHOT"))
+    """The job script that would be submitted. Writes nothing, so it names no snapshot, but a place for one."""
+    return render(request.script(snapshot_place(request.folder)))
 
 
 def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
@@ -139,7 +139,7 @@ def _submit(request: Request, cluster: str, tasks: int) -> AnyJob[int]:
     function = Train(config, request.allow_new_data)
     if cluster != "slurm":
         return _executor_here(request, cluster).submit(function)
-    text = render(request.script(snapshot_code(request.folder / "code")))
+    text = render(request.script(snapshot_code(request.folder)))
     replace(request.folder / SCRIPT, text)
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints there what it raises
