@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs: one squeue and one sacct for any number of them, and never a hang."""
+"""What Slurm knows of jobs: one call of squeue and one of sacct for any number of them, with a time limit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from ldct_dist.cluster.environment import outside
 from ldct_dist.errors import UserError
 
-# What Slurm calls a job that is over, and one that waits. All else is a job at work: for a moment it may be SIGNALING,
-# RESIZING, or what a later Slurm calls it. https://slurm.schedmd.com/job_state_codes.html
+# Slurm's states of a job that is over, and of one that waits. In any other it is at work: for a moment it may be SIGNALING,
+# RESIZING, or in a state of a later Slurm. https://slurm.schedmd.com/job_state_codes.html
 _OVER = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -38,7 +38,7 @@ _WAITING = (
 )
 _SQUEUE = ("JobID", "JobArrayID", "State", "Reason", "RestartCnt", "StartTime")
 _SACCT = ("JobIDRaw", "JobID", "State", "ExitCode")
-_ANEW = ("REQUEUED", "PREEMPTED", "NODE_FAIL")  # how sacct ends the life of a job that lives again
+_ANEW = ("REQUEUED", "PREEMPTED", "NODE_FAIL")  # sacct's last state of a start that a requeue followed
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ class Job:
 
     @property
     def active(self) -> bool:
-        """Whether Slurm runs it, or is still going to."""
+        """Whether Slurm runs the job, or is still going to."""
         return self.state not in _OVER
 
     @property
     def waiting(self) -> bool:
-        """Whether Slurm is going to run it."""
+        """Whether Slurm is still going to run it."""
         return self.state in _WAITING
 
 
 def ask(ids: Collection[str], timeout_s: float = 10.0) -> tuple[dict[str, Job], str | None]:
-    """(the jobs that Slurm knows, by id; one line on why it could not be asked, or None).
+    """(the jobs that Slurm knows, by id; a line that says why it could not be asked, or None).
 
-    An array's task is found by `array_task` and by its own number. Jobs that squeue has forgotten are
-    looked up in the accounting, where a site has it.
+    A task of an array is there both as ARRAY_TASK and under its own number. Jobs that squeue no longer knows are looked
+    up in the accounting, where a site has one.
     """
     if not ids:
         return {}, None
@@ -92,7 +92,7 @@ def ask(ids: Collection[str], timeout_s: float = 10.0) -> tuple[dict[str, Job], 
 
 
 def refuse_without_slurm(instead: str) -> None:
-    """Raises UserError where no Slurm answers, with what to do `instead`: before anything is written for a job."""
+    """Raises UserError where no Slurm answers. Call it before anything is written for a job. instead: what to do then."""
     missing = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
     if missing:
         fault: str | None = f"{missing[0]} is not on the PATH of this machine"
@@ -103,7 +103,7 @@ def refuse_without_slurm(instead: str) -> None:
 
 
 def sbatch(script: Path, *options: str) -> str:
-    """Submit a job script; the job's id, an array's own. Raises UserError if Slurm refuses."""
+    """Submit a job script; the id of the job, or of the whole array. Raises UserError if Slurm refuses."""
     command = ["sbatch", "--parsable", *options, str(script)]
     environment = outside(script.read_text())
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -114,9 +114,9 @@ def sbatch(script: Path, *options: str) -> str:
 
 @contextmanager
 def undone_if_refused(*folders: Path) -> Iterator[None]:
-    """After a UserError in this block, remove the folders, and the way to them, that were not there before it.
+    """If the block raises UserError, remove `folders`, and their parents, as far as they were not there before.
 
-    A folder that was there stays, with what an earlier job left in it.
+    A folder that was there stays, with what an earlier job has left in it.
     """
     new = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -125,7 +125,7 @@ def undone_if_refused(*folders: Path) -> Iterator[None]:
         for folder in set(folders).intersection(new):
             shutil.rmtree(folder, ignore_errors=True)
         for path in new:
-            with suppress(OSError):  # gone with the folder, or another run has come to stand there meanwhile
+            with suppress(OSError):  # gone already, or another run has put something there meanwhile
                 path.rmdir()
         raise
 
@@ -143,21 +143,21 @@ def parse_squeue(lines: Sequence[str]) -> dict[str, Job]:
             start if start != "N/A" else None,
         )
         jobs[name] = job
-        jobs.setdefault(raw, job)  # the pending tasks of an array all bear the array's own number
+        jobs.setdefault(raw, job)  # the pending tasks of an array all have the array's own number
     return jobs
 
 
 def parse_sacct(lines: Sequence[str]) -> dict[str, Job]:
-    """Jobs by id, from `sacct -XPD` with the fields of `_SACCT`: one line a life, the latest last."""
+    """Jobs by id, from `sacct -XPD` with the fields of `_SACCT`: a line for each start of a job, the latest last."""
     jobs: dict[str, Job] = {}
-    lives_before: dict[str, int] = {}
+    requeues: dict[str, int] = {}
     for line in lines:
         raw, name, state, code = line.split("|")
         word = state.split()[0]  # CANCELLED by 1000
         reason = None if code == "0:0" else _exit(code)
-        job = Job(name, word, reason, lives_before.get(name, 0))
+        job = Job(name, word, reason, requeues.get(name, 0))
         jobs[name] = jobs[raw] = job
-        lives_before[name] = job.requeues + (word in _ANEW)
+        requeues[name] = job.requeues + (word in _ANEW)
     return jobs
 
 
@@ -170,7 +170,8 @@ def _exit(code: str) -> str:
 def _lines(
     command: Sequence[str], timeout_s: float, harmless: str | None = None
 ) -> tuple[list[str], str | None]:
-    """(lines of the command's output; why there are none). An error that says `harmless` gives no lines."""
+    """(the lines of the command's output, None), or ([], why there are none). An error whose message contains `harmless`
+    counts as no output."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False

@@ -23,11 +23,11 @@ _OURS = ("output", "error", "open-mode", "chdir", "wrap", "array", "parsable", "
 class Script:
     """What a job script says. Paths are absolute.
 
-    command: what a rank's Python runs: ["-m", "ldct_dist", "train", "config.yaml"].
-    code: holds the package that is to run. folder: where logs go, and for training slurm/ of the run's folder.
+    command: arguments of Python, such as ["-m", "ldct_dist", "train", "config.yaml"].
+    code: the folder with the package to run. folder: for logs; of a training job, slurm/ in the run's folder.
     options: of sbatch, by their long names; true for those without a value.
-    kind: ranks are started by srun, one task each; parts are the tasks of an array, each of which runs the command
-    with --part i/n, n being `parts`, and of which `at_once` run at a time; single runs it once.
+    kind: "ranks" are started by srun, one task each. "parts" are the tasks of an array: each runs the command with
+    --part i/n, n being `parts`, and `at_once` of them run at a time. "single" runs the command once.
     """
 
     name: str
@@ -45,29 +45,27 @@ class Script:
 
 def render(script: Script) -> str:
     """The text of the job script. Raises UserError for a value that it cannot hold safely."""
-    body = {"ranks": _RANKS, "parts": _PART, "single": _SINGLE}[script.kind]
     head = "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(script))
-    blocks = [
-        head,
-        _environment(script),
-        body.replace("{again}", _again(script))
-        .replace("{beaten}", shlex.quote(beaten(head)))
-        .replace("{insist}", _INSIST)
-        .replace("{meeting}", _MEETING)
-        .replace("{still_ours}", _STILL_OURS)
-        .replace("{srun}", _srun_options(script.site))
-        .replace("{hung}", shlex.quote(f"{script.folder}/") + "$SLURM_JOB_ID.hung")
-        .replace("{parts}", str(script.parts))
-        .replace("{launch}", _launch(script)),
-    ]
-    return "\n".join(blocks)
+    body = _filled(
+        {"ranks": _RANKS, "parts": _PART, "single": _SINGLE}[script.kind],
+        again=_again(script),
+        beaten=shlex.quote(beaten(head)),
+        insist=_INSIST,
+        meeting=_MEETING,
+        still_ours=_STILL_OURS,
+        srun=_srun_options(script.site),
+        hung=shlex.quote(f"{script.folder}/") + "$SLURM_JOB_ID.hung",
+        parts=str(script.parts),
+        launch=_launch(script),
+    )
+    return "\n".join([head, _environment(script), body])
 
 
 def rank_alone(script: Script) -> list[str]:
-    """The command of one rank in the environment of the job script, for srun to start by itself.
+    """The command of one rank, in the environment of a job script, for srun to start without one.
 
-    Slurm is asked before the rank starts, since a container need not hold its commands: MASTER_ADDR and MASTER_PORT
-    say where the ranks meet, and for rank 0 LDCT_PARTITION what `scontrol show partition` does.
+    It asks Slurm before the rank starts, since a container need not have Slurm's commands: it sets MASTER_ADDR and
+    MASTER_PORT to where the ranks meet, and for rank 0 LDCT_PARTITION to the output of `scontrol show partition`.
     """
     return ["bash", "-c", f"{_environment(script)}{_INSIST}{_ALONE}{_MEETING}exec {_launch(script)}"]
 
@@ -83,7 +81,7 @@ def check_options(options: Options) -> None:
 
 
 def _directives(script: Script) -> list[str]:
-    """Options of sbatch, one a line, in an order that does not depend on how they were given."""
+    """The options of sbatch, each as a line, in alphabetical order."""
     given = merged(script.options, script.site)
     check_options(given)
     log = "%A_%a.log" if script.kind == "parts" else "%j.log"
@@ -95,7 +93,7 @@ def _directives(script: Script) -> list[str]:
         "open-mode": "append",
     }
     if script.kind == "ranks":
-        # Half of a short job's time: warned as it starts, it would do a step or two at each.
+        # A short job is warned at half its time: warned as it starts, it would only do a step or two.
         limit = limit_s(given) or 2 * script.site.warn_s
         fixed["signal"] = f"USR2@{min(script.site.warn_s, limit // 2)}"
     if script.kind == "parts":
@@ -112,7 +110,7 @@ def _directive(key: str, value: str | bool) -> str:
 
 
 def _quoted(value: str) -> str:
-    """For sbatch, which reads #SBATCH lines itself: in double quotes, a backslash keeps what follows it."""
+    """Quoted for sbatch, which parses #SBATCH lines itself: in double quotes, a backslash escapes what follows."""
     if re.fullmatch(r"[A-Za-z0-9._/:,@%+=-]+", value):
         return value
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
@@ -125,7 +123,7 @@ def _one_line(what: str, value: str) -> str:
 
 
 def _environment(script: Script) -> str:
-    """Shell lines that make the software of the site ready, and put the snapshot of the code before it."""
+    """Shell lines that set up the site's software and put the snapshot of the code first on the Python path."""
     site = script.site
     lines = [f"module load {shlex.join(words.split())} || exit" for words in site.modules]
     if site.venv is not None:
@@ -161,11 +159,22 @@ def _python(script: Script) -> list[str]:
 
 
 def _again(script: Script) -> str:
-    """How a run that is not done goes on: the same job once more, or the next one chained to it."""
+    """How a run that is not done goes on: by requeuing the job, or by a next one that is chained to it."""
     if script.kind != "ranks" or (script.site.requeue and "no-requeue" not in script.options):
         return _REQUEUE
-    chain = _CHAIN.replace("{kept}", shlex.quote(KEPT)).replace("{of_a_job}", shlex.quote(OF_A_JOB))
-    return chain.replace("{folder}", shlex.quote(str(script.folder)))
+    return _filled(
+        _CHAIN,
+        kept=shlex.quote(KEPT),
+        of_a_job=shlex.quote(OF_A_JOB),
+        folder=shlex.quote(str(script.folder)),
+    )
+
+
+def _filled(template: str, **texts: str) -> str:
+    """The template with each {name} replaced by its text, which may itself hold names that come later."""
+    for name, text in texts.items():
+        template = template.replace(f"{{{name}}}", text)
+    return template
 
 
 def _srun_options(site: Site) -> str:

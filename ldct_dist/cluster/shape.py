@@ -11,24 +11,24 @@ from ldct_dist.errors import UserError
 Options = Mapping[str, str | bool]
 """of sbatch, by their long names; true for those without a value"""
 CPUS_PER_RANK = 8
-"""for its training, its loader's threads, its saver and its watch: with Slurm's own default they share one core"""
+"""for training, the loader's threads, saving and the watchdog, which would share one core by Slurm's own default"""
 CPUS_PER_PART = 4
-"""for a task of an array, which takes as many cases at a time"""
+"""for a task of an array, which works on as many cases at a time"""
 _RIVALS = (
     ("cpus-per-task", "cpus-per-gpu"),
     ("mem", "mem-per-cpu", "mem-per-gpu"),
     ("gpus", "gpus-per-node"),  # and gres, as far as it asks for GPUs
 )
-"""options that say the same thing in other words: sbatch refuses two of a group that do not agree"""
+"""options that say the same thing in different words: sbatch refuses two of a group that contradict each other"""
 _LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _UNREAD = ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks")
 
 
 def shaped(given: Options, site: Site) -> dict[str, str | bool]:
-    """All options of a job of ranks: those given go before the site's, and nothing of the shape is left to Slurm.
+    """All options of a job of ranks: those given, those of the site that they do not override, and the job's whole shape.
 
-    A rank a GPU; without GPUs, as many ranks as --ntasks-per-node says, or one. Raises UserError for a shape that
-    the ranks would refuse once the job has waited in the queue, and for GPUs that say nothing of it.
+    There is one rank for each GPU; without GPUs, as many as --ntasks-per-node says, or one. Raises UserError for a shape
+    that the ranks would refuse once the job has waited in the queue, and for GPUs that are not asked for by node.
     """
     options = {"nodes": "1", **with_cores(given, site, CPUS_PER_RANK)}
     gpus = gpus_per_node(options)
@@ -49,13 +49,13 @@ def shaped(given: Options, site: Site) -> dict[str, str | bool]:
 
 
 def with_cores(given: Options, site: Site, cores: int) -> dict[str, str | bool]:
-    """The options given, before the site's, and `cores` a task where neither says how many."""
+    """`merged`, with `cores` a task where neither the options nor the site say how many."""
     options = merged(given, site)
     return options if "cpus-per-gpu" in options else {"cpus-per-task": str(cores), **options}
 
 
 def merged(given: Options, site: Site) -> dict[str, str | bool]:
-    """The options given, and those of the site's that they neither replace nor, by another name, contradict."""
+    """The options given, and those of the site that they neither replace nor contradict under another name."""
     named = {*given, *(["gpus-per-node"] if _gpus_of(given) else [])}
     dropped = {key for rivals in _RIVALS if named.intersection(rivals) for key in rivals}
     options = {key: value for key, value in site.sbatch_options().items() if key not in dropped}
@@ -75,8 +75,10 @@ def number(options: Options, key: str) -> int:
 
 
 def limit_s(options: Options) -> int | None:
-    """--time in seconds, of minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]; None
-    where it says none, 0 where there is to be none."""
+    """--time in seconds, 0 of which mean no limit; None where it is not given, or written otherwise ("infinite").
+
+    Slurm's forms: minutes, minutes:seconds, hours:minutes:seconds and days-hours[:minutes[:seconds]].
+    """
     written = _LIMIT.fullmatch(str(options.get("time", "")))
     if written is None:
         return None
@@ -87,7 +89,7 @@ def limit_s(options: Options) -> int | None:
 
 
 def gpus_per_node(options: Options) -> int:
-    """By --gpus-per-node (4, a100:4) or --gres (gpu:4, gpu:a100:4, among other resources); 0 if neither asks for one."""
+    """GPUs that --gpus-per-node (4, a100:4) or --gres (gpu:4, gpu:a100:4, beside other resources) asks for; else 0."""
     asked = _gpus_of(options)
     if "gpus-per-node" in options:
         asked = str(options["gpus-per-node"]).split(",")
@@ -95,12 +97,12 @@ def gpus_per_node(options: Options) -> int:
 
 
 def _resources(options: Options) -> list[str]:
-    """What --gres asks for."""
+    """The resources that --gres asks for."""
     return [words for words in str(options.get("gres", "")).split(",") if words]
 
 
 def _gpus_of(options: Options) -> list[str]:
-    """What of it is GPUs."""
+    """The GPUs that --gres asks for."""
     return [words for words in _resources(options) if _is_gpu(words)]
 
 
@@ -109,6 +111,6 @@ def _is_gpu(resource: str) -> bool:
 
 
 def _count(words: str) -> int:
-    """Of a resource: 4 of gpu:a100:4, and one of gpu:a100."""
+    """How many of a resource are asked for: 4 of gpu:a100:4, and 1 of gpu:a100."""
     last = words.rpartition(":")[2]
     return int(last) if last.isdigit() else 1
