@@ -15,6 +15,7 @@ from typing import TextIO
 import numpy as np
 
 from ldct_dist.ct.volume import Volume
+from ldct_dist.errors import few
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.files import replacing
 from ldct_dist.train.board import Board
@@ -99,9 +100,10 @@ class Monitor(Mute):
                 board.add_scalar(f"validation/{name} ({protocol.name})", value, step)
             board.flush()  # before the save that says it need not be measured again
         told = "  ".join(f"{k} {v:.4g}" for k, v in done.figures.items())
-        for case in done.failed:
-            told += f"  {case}: the network's answer is not finite"
-        self._say(f"validation   {told}   [{protocol.name}]")
+        if done.failed:
+            told += f"  {few(done.failed, ', ')}: the network's answer is not finite"
+        took = timedelta(seconds=round(done.seconds))
+        self._say(f"validation   {told}   [{protocol.name}]   cases {done.basis['cases']} in {took}")
         if self.images and done.first is not None:
             self._image(step, done.first, protocol.window)
 

@@ -35,6 +35,8 @@ class Validated:
     """on rank 0: the first case at low dose, denoised and at full dose"""
     basis: dict[str, Any]
     """what was measured, and how: figures of another basis mean something else"""
+    seconds: float
+    """that it took"""
 
     @property
     def rmse_hu(self) -> float | None:
@@ -60,6 +62,7 @@ def validate(
     one took; where that says no, the answer is None. `tick` hears of every tile.
     Raises UserError, the same on every rank and naming the case, if a case cannot be denoised or measured.
     """
+    begun = time.perf_counter()
     cases = held_out(store, config)
     mine: list[tuple[int, str, Figures | None]] = []
     first, fault, seconds = None, None, 0.0
@@ -86,7 +89,8 @@ def validate(
     failed = [name for _, name, figures in rows if figures is None]
     whole = [figures for _, _, figures in rows if figures is not None] if not failed else []
     means = {key: float(np.mean([row[key] for row in whole])) for key in (whole or [{}])[0]}
-    return Validated(means, failed, first, _basis(store, config, len(cases)))
+    basis = _basis(store, config, len(cases))
+    return Validated(means, failed, first, basis, time.perf_counter() - begun)
 
 
 def _measure(

@@ -10,6 +10,7 @@ import pytest
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.monitor import Monitor
 from ldct_dist.train.run import RunFolder
+from ldct_dist.train.validation import Validated
 from ldct_dist.world import World
 from runs import losses
 
@@ -38,6 +39,17 @@ def test_taking_lines_back_takes_no_more_memory_however_many_there_are(tmp_path)
         tracemalloc.stop()
     assert len(losses(folder.path)) == 19990
     assert peak < folder.losses.stat().st_size / 4
+
+
+def test_a_validation_says_how_many_cases_took_how_long_and_names_few_of_them(tmp_path, capsys):
+    failed = [f"case-{i:03d}" for i in range(1000)]
+    with Monitor(RunFolder(tmp_path), CONFIG, World()) as monitor:
+        monitor.rewind(0)
+        monitor.validation(4, Validated({}, failed, None, {"cases": 1047}, 1234.5))
+    line = capsys.readouterr().out
+    assert "case-000, " in line
+    assert len(line) < 250
+    assert line.endswith("[abdomen]   cases 1047 in 0:20:34\n")
 
 
 def test_where_tensorboard_has_no_room_to_begin_nothing_else_is_said(tmp_path, monkeypatch):
