@@ -25,6 +25,7 @@ from ldct_dist.store.record import CaseRecord, read_record, sha256
 from ldct_dist.store.shards import DamagedError, Region, ShardedArray
 
 OPEN_ARRAYS = 128  # arrays kept open: a file and an index each
+_WORD = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # what manifests may call a case, too
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Store:
             )
         # Not pq.read_table, whose threads, where a process ends soon after, now and then abort it (apache/arrow 34314).
         self.table = completed(pq.ParquetFile(pa.BufferReader(catalogue)).read(use_threads=False))
+        self._refuse_paths()
         self.fingerprint: str = self.table.schema.metadata[b"fingerprint"].decode()
         self.cases = Cases(self.table)
         self.array = lru_cache(OPEN_ARRAYS)(self._open)
@@ -154,6 +156,17 @@ class Store:
     def row(self, case: str) -> int:
         """Index of the case of that name, which must be there."""
         return pc.index(self.table["name"], case).as_py()
+
+    def _refuse_paths(self) -> None:
+        """A store may be anybody's, and its names become folders of what is written elsewhere: of `data.stage`'s copies,
+        of which a damaged one is deleted. Raises UserError for a name that would lead out of there."""
+        for column in (self.table["name"], pc.list_flatten(self.table["doses"])):
+            foreign = pc.filter(column, pc.invert(pc.match_substring_regex(column, _WORD)))
+            if len(foreign):
+                raise UserError(
+                    f"{self.path}: {layout.CATALOGUE} calls a case or a dose {foreign[0].as_py()!r}, which no ingest does; do "
+                    "not use this store"
+                )
 
     def _open(self, root: Path, name: str, dose: str) -> ShardedArray:
         """An array of the store, or of a copy of the store at another `root`."""
