@@ -1,4 +1,4 @@
-"""Ending a run from outside so that nothing is lost: save first, then take the job away."""
+"""Ending a run from outside without losing anything: it saves first, and only then is its job ended."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ldct_dist.cluster.status import Row, has_begun, status
 from ldct_dist.errors import UserError
 
 Say = Callable[[str], None]
-_ASK_S = 5.0  # between two looks at a job, for which Slurm is asked, or the file system
+_ASK_S = 5.0  # between two looks at a job, each of which asks Slurm or the file system
 
 
 def cancel(run: Path, grace_s: float, say: Say = print) -> None:
-    """Ask every rank to save and stop, wait for it up to `grace_s` seconds, and see that no requeue follows.
+    """Ask the ranks to save and stop, wait for it up to `grace_s` seconds, and see to it that no requeue follows.
 
-    A job that is still pending is only taken out of the queue. Of a job that neither `submit` nor a sweep made, and
-    that may hold other work than this run, only the run's own process is asked. Raises UserError if there is nothing to
-    cancel, if Slurm does not answer, or if the run had not stopped in time (it then goes on).
+    A job that is still pending is only taken out of the queue. A job that neither `submit` nor a sweep made may hold
+    other work than this run: there, only the run's own process is asked. Raises UserError if there is nothing to cancel,
+    if Slurm does not answer, or if the run has not stopped in time, in which case it goes on.
     """
     (row, *more), fault = status([run])
     if more:
@@ -51,7 +51,7 @@ def _cancel_job(row: Row, grace_s: float, say: Say) -> None:
     assert row.job is not None
     note_cancelled(row.folder)
     if row.state == "running":
-        # From here on the job cannot queue itself again, whatever its script does when the ranks leave.
+        # First, so that the job cannot requeue itself when the ranks leave, whatever its script does.
         _slurm("scontrol", "update", f"JobId={row.job.id}", "Requeue=0")
         _slurm("scancel", "--signal=USR1", row.job.id)
         say(f"asked job {row.job.id} to save and stop")
@@ -60,7 +60,7 @@ def _cancel_job(row: Row, grace_s: float, say: Say) -> None:
 
 
 def _left(run: Path) -> bool:
-    """Whether Slurm says that the run's job is over. Where Slurm does not answer, the ranks may still be saving."""
+    """Whether the run's job is over. Not if Slurm does not answer: the ranks may still be saving."""
     (row, *_), fault = status([run])
     return fault is None and row.state != "running"
 
@@ -74,16 +74,18 @@ def _cancel_within(row: Row, grace_s: float, say: Say) -> None:
             f"{row.folder}: job {job.id} ({job.state}), which `submit` did not make, does not train it now; to end "
             f"that whole job: scancel {job.id}"
         )
-    if start.get("slurm_node") is None:  # as in the shell of salloc, which no script will queue again
+    if (
+        start.get("slurm_node") is None
+    ):  # started by hand, such as in a shell of salloc, which no script requeues
         _cancel_local(row, grace_s, say)
         return
     note_cancelled(row.folder)
-    # Else its script, if it is such a one as slurm/train.sbatch, would now queue the job again.
+    # Or its script, if it is one like slurm/train.sbatch, would now requeue the job.
     _slurm("scontrol", "update", f"JobId={job.id}", "Requeue=0")
     if start["host"] == platform.node():
         _cancel_local(row, grace_s, say)
     else:
-        # Not as of the job that this command may itself be run in, which srun would take options from.
+        # Without the variables of a job that this command may itself run in: srun would take options from them.
         _slurm(*_signal_there(job.id, start), env=outside())
         say(f"asked process {start['pid']} on {start['host']} to save and stop")
         _wait(lambda: not read_progress(row.folder).alive(time.time()), grace_s, row, _ASK_S)
@@ -91,7 +93,7 @@ def _cancel_within(row: Row, grace_s: float, say: Say) -> None:
 
 
 def _signal_there(job: str, start: dict[str, Any]) -> list[str]:
-    """A step beside those of the job that signals the process, if it is still the one that trains."""
+    """srun's command for a step of that job that signals the process of `start`, if that is still the one that trains."""
     signal_it = 'tr "\\0" " " < /proc/$0/cmdline | grep -qF -e "$1" && kill -USR1 "$0"'
     where = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={start['slurm_node']}"]
     words = [str(start["pid"]), " ".join(start["command"][1:])]
@@ -121,7 +123,7 @@ def _wait(stopped: Callable[[], bool], grace_s: float, row: Row, pause_s: float)
 
 
 def _slurm(*command: str, env: dict[str, str] | None = None) -> None:
-    """Run a command of Slurm's. A job that has ended meanwhile is what was wanted."""
+    """Run a command of Slurm's. It is no error if the job has ended meanwhile: that is what was wanted."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=env)
     except subprocess.TimeoutExpired as e:

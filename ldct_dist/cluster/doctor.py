@@ -40,9 +40,9 @@ def launch_here(arguments: Sequence[str], tasks: int) -> int:
 
 
 def launch_job(arguments: Sequence[str], runs: Path, site: str | None, options: Options) -> int:
-    """The same by srun, on nodes and in an environment such as the site profile gives to the runs in `runs`.
+    """The same by srun, on nodes of the cluster, in the environment that the site profile gives to the runs in `runs`.
 
-    options: of srun, by their long names, nodes among them. Waits for the nodes, as srun does.
+    options: of srun, by their long names, with nodes. It waits until the nodes are free, as srun does.
     """
     command = job_command(arguments, runs, site, options)
     jobs.refuse_without_slurm("without --nodes, which checks this machine alone")
@@ -51,10 +51,10 @@ def launch_job(arguments: Sequence[str], runs: Path, site: str | None, options: 
 
 
 def job_command(arguments: Sequence[str], runs: Path, site: str | None, options: Options) -> list[str]:
-    """What `launch_job` runs."""
+    """The command that `launch_job` runs."""
     profile = read_site(site)
     package = Path(ldct_dist.__file__).parent.parent
-    inside = runs.resolve() / "doctor"  # a container is given the folder that it lies in
+    inside = runs.resolve() / "doctor"  # Script binds the folder around it into a container
     command = ["-m", "ldct_dist", "doctor-rank", f"--grace={profile.warn_s}", *arguments]
     script = Script("ldct-doctor", command, package, inside, Path.cwd(), sys.executable, site=profile)
     own = {
@@ -66,7 +66,7 @@ def job_command(arguments: Sequence[str], runs: Path, site: str | None, options:
     given = {**own, **shaped(options, profile)}
     check_options(given)
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items() if value]
-    # --export: where sites have srun hand on nothing, the ranks are still to get what is set here.
+    # --export, since some sites have srun pass on no variables by default.
     return ["srun", "--export=ALL", *words, *rank_alone(script)]
 
 
@@ -136,9 +136,9 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def parse_partition(text: str) -> dict[str, float]:
-    """{"at preemption": seconds} from `scontrol show partition`; empty where no job is ended by preemption.
+    """{"at preemption": seconds} from the output of `scontrol show partition`; {} where preemption ends no job.
 
-    A job that is suspended (SUSPEND, GANG) stays in memory, and goes on.
+    A job that is suspended (SUSPEND, GANG) stays in memory and goes on later.
     """
     mode, grace = (re.search(rf"\b{key}=(\S+)", text) for key in ("PreemptMode", "GraceTime"))
     if mode is None or grace is None or not {"REQUEUE", "CANCEL"}.intersection(mode[1].split(",")):

@@ -21,15 +21,15 @@ GRACE_S = 10.0
 
 
 def ranks_here() -> int:
-    """How many this machine is for: one a GPU, which two do not share, or two on its CPU alone."""
+    """How many ranks to start on this machine: one for each GPU, or two on a CPU."""
     return torch.cuda.device_count() or 2
 
 
 class LocalRanks:
-    """`ranks` processes of the command line, in one process group of their own.
+    """Starts `ranks` processes of `ldct-dist ARGUMENTS`, in a process group of their own.
 
-    If one fails, the others are ended too: they would wait for it in the next collective. They have GRACE_S to
-    heed the signal, which a process that was stopped does not. As a context manager it leaves no process behind.
+    If one fails, the others get a SIGTERM, since they would wait for it in the next collective, and after GRACE_S a
+    SIGKILL, since a stopped process does not react. Leaving the context manager kills all that are left.
     """
 
     def __init__(self, arguments: Sequence[str], ranks: int, log: Path | None = None) -> None:
@@ -112,7 +112,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _end_with_parent() -> None:
-    """In the child: be killed when the launcher is, however it dies, so that no rank is left behind."""
+    """In the child: have the kernel kill it when the launcher dies, however that is, so that no rank is left behind."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

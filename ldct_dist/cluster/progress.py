@@ -1,4 +1,4 @@
-"""How far a run has come, read from its folder alone: no Slurm, no torch, no lock."""
+"""How far a run has come, read from its folder alone: without Slurm, torch or locks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run's folder says. Times are seconds since the epoch; None: not known (yet)."""
+    """What a run's folder says. Times are in seconds since the epoch; None: not known, or not yet."""
 
     step: int = 0
     steps: int | None = None
@@ -61,11 +61,11 @@ class Progress:
     """step of the newest checkpoint"""
     checkpoint_time: float | None = None
     written: float | None = None
-    """when the newest step was written down"""
+    """when the newest step was recorded"""
     beat: float | None = None
-    """when a rank of the newest start last told that it lives; 0: all have left in peace"""
+    """when a rank of the newest start last wrote its heartbeat; 0: all of them have ended as they should"""
     beat_s: float = 300.0
-    """silence that the ranks themselves take for an end: the run's hang_s"""
+    """the run's hang_s: silence after which its ranks take one of them for dead"""
     last_start: dict[str, Any] | None = None
     """the newest entry of environment.json"""
 
@@ -81,14 +81,14 @@ class Progress:
         return max(0, self.steps - self.step) * self.seconds_a_step
 
     def alive(self, now: float) -> bool:
-        """Whether a process trains it: by its pid where it was started on this host, else by its latest sign."""
+        """Whether a process trains the run: known by its pid on this host, else judged by its latest signs of life."""
         start = self.last_start
         if start is not None and start["host"] == platform.node():
             return is_running(start)
         if self.beat == 0:
             return False
-        # Elsewhere, silence is taken for an end: of a minute (or of 20 steps, where those are long), and of the
-        # ranks' own beats, which go on while no step is written down, as in a validation.
+        # On another host, silence counts as the end: a minute (or 20 steps, if those take longer) without a step, and as
+        # long without a heartbeat, which goes on while no step is recorded, such as in a validation.
         silence = max(60.0, 20 * (self.seconds_a_step or 0.0))
         steps = self.written is not None and now - self.written < silence and not self.done
         beats = self.beat is not None and now - self.beat < max(silence, min(self.beat_s, _BEATS_S))
@@ -96,9 +96,9 @@ class Progress:
 
 
 def read_progress(run: Path) -> Progress:
-    """The state of the run in the folder `run`; what has not been written yet is not known.
+    """The progress of the run in the folder `run`, as far as it has been written.
 
-    Raises UserError for a file that holds something else than the trainer writes.
+    Raises UserError for a file that does not hold what the trainer writes.
     """
     reports = _reports(run / "tensorboard")
     latest = reports[-1].figures if reports else {}
@@ -133,7 +133,7 @@ def _beat(claims: Path) -> float | None:
 
 
 def is_running(start: dict[str, Any]) -> bool:
-    """Whether the process of a start recorded on this host still lives, and is not another with its number."""
+    """Whether the process of a start on this host is still alive, and its pid not that of another process by now."""
     try:
         arguments = (
             Path(f"/proc/{start.get('pid')}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]

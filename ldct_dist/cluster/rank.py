@@ -1,4 +1,4 @@
-"""What a rank does before it trains, whichever way it was started, and what submitit starts on every rank."""
+"""What a rank does before it trains, however it was started, and the function that submitit runs on every rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Train:
     allow_new_data: bool = False
 
     def __call__(self) -> int:
-        # What this rank left when the job ran before must not be taken for its result now.
+        # The result of this rank before a requeue must not be taken for its result now.
         if "SUBMITIT_FOLDER" in os.environ:  # not in submitit's debug mode
             JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
         _join_as_submitit_says()
@@ -36,7 +36,7 @@ class Train:
             print(f"error: {e}", file=sys.stderr)
             code = 2
         if code != 0:
-            # Not a return: submitit would take it for a success, and the job script for the end of the run.
+            # Not returned: submitit would count it as a success, and the job script as the end of the run.
             raise SystemExit(code)
         return 0
 
@@ -61,9 +61,9 @@ def train(config: Path, overrides: list[str], allow_new_data: bool = False) -> i
 
 
 def name_interface() -> None:
-    """Under srun on several nodes, tell gloo the interface between them, unless the environment names one.
+    """Under srun on several nodes, set gloo's interface to the one between them, unless the environment names one.
 
-    By itself gloo takes the one that the node's own name stands for: on Debian that may be the loopback.
+    By default, gloo takes the interface of the address of the node's own name: on Debian that may be the loopback.
     """
     nodes = SlurmJobEnvironment().hostnames
     if "SLURM_STEP_ID" not in os.environ or len(nodes) < 2 or "GLOO_SOCKET_IFNAME" in os.environ:
@@ -71,12 +71,13 @@ def name_interface() -> None:
     from ldct_dist.cluster.checks.network import interface_towards
 
     other = next(node for node in nodes if node != os.environ["SLURMD_NODENAME"])
-    with suppress(OSError):  # a name that only Slurm knows: gloo's own choice has to do
+    with suppress(OSError):  # only Slurm knows that node's name: gloo has to choose by itself
         os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(other)
 
 
 def _join_as_submitit_says() -> None:
-    """On this machine, ranks are numbered by submitit; the parent's pid keeps two such jobs apart."""
+    """Set a launcher's variables for ranks that submitit started on this machine. Its job id, a pid, makes the port
+    differ between two such jobs."""
     if "SUBMITIT_LOCAL_NTASKS" not in os.environ:
         return
     env = JobEnvironment()

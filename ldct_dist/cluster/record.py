@@ -11,9 +11,9 @@ from ldct_dist.files import replace
 
 JOB = Path("slurm/job.json")
 CONFIG = Path("slurm/job.yaml")
-"""what the latest job was given, which a job in the queue reads when it starts"""
+"""the config that the latest job was submitted with; the job reads it when it starts"""
 CANCELLED = Path("slurm/cancelled")
-"""holds the id of the latest job that a person ended"""
+"""holds the id of the latest job that a person cancelled"""
 _ERROR = re.compile(
     r"(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b|no \w+ for .* leaves with exit code 7[67]\b)"
 )
@@ -25,7 +25,7 @@ def is_run(folder: Path) -> bool:
 
 
 def job_of(run: Path) -> str | None:
-    """The job that the run was last given to, or last started in; None if that was not through Slurm."""
+    """The job that the run was last submitted as, or last started in; None if that was not under Slurm."""
     starts, record = read_starts(run), run / JOB
     if record.is_file() and not (starts and _newer(run / "environment.json", record)):
         return str(json.loads(record.read_text())["job"])
@@ -33,16 +33,16 @@ def job_of(run: Path) -> str | None:
 
 
 def made_for(run: Path, job: str) -> bool:
-    """Whether `submit` or a sweep made this job for the run: nothing else is then trained in it.
+    """Whether `submit` or a sweep made this job for the run, so that it does nothing else.
 
-    Any other may be an allocation that a person works in, or a script that trains several runs.
+    Any other job may be an allocation that a person works in, or a script that trains several runs.
     """
     record = run / JOB
     return record.is_file() and str(json.loads(record.read_text())["job"]) == job
 
 
 def note_cancelled(run: Path) -> None:
-    """Remember that a person ended the run's job: its exit code then says nothing about the run."""
+    """Record that a person cancelled the run's job, whose exit code then says nothing about the run."""
     (run / CANCELLED).parent.mkdir(exist_ok=True)
     replace(run / CANCELLED, f"{job_of(run)}\n")
 
@@ -51,11 +51,13 @@ def was_cancelled(run: Path, job: str) -> bool:
     path, started = run / CANCELLED, run / "environment.json"
     if not path.is_file() or path.read_text().strip() != job:
         return False
-    return not (started.is_file() and _newer(started, path))  # else started again, within the same allocation
+    return not (
+        started.is_file() and _newer(started, path)
+    )  # else it was started again in the same allocation
 
 
 def error_of(run: Path) -> str | None:
-    """The last error in the log of the run's latest job, on one line; None without one."""
+    """The last error line in the log of the run's latest job; None if there is none."""
     log = _log_of(run)
     if log is None:
         return None

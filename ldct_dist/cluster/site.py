@@ -1,4 +1,4 @@
-"""What is particular to a site: written once in configs/sites/NAME.yaml, chosen by --site NAME."""
+"""What is particular to a site: a profile in configs/sites/NAME.yaml, chosen by --site NAME."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldct_dist.errors import UserError
 
 
 def _as_written(value: Any) -> Any:
-    """YAML reads 24:00:00 as 86400, and 0123 as 83. Raises ValueError for what it has read as a number."""
+    """Raises ValueError for what YAML has read as a number: it makes 86400 of 24:00:00, and 83 of 0123."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError("YAML reads it as a number; write it in quotes")
     return value
@@ -22,9 +22,9 @@ def _as_written(value: Any) -> Any:
 
 Text = BeforeValidator(_as_written)
 Word = Annotated[str, Text, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$")]
-"""Anything but control characters: those, a line break among them, could end a line of the job script."""
+"""Text without control characters, since a line break, say, would end a line of the job script."""
 Place = Annotated[Word, AfterValidator(lambda path: os.path.expanduser(os.path.expandvars(path)))]
-"""With ~ and variables as they are here, since the job script quotes it; no Path, which an image's URI is not."""
+"""A path with ~ and variables expanded here, since the job script quotes it; no Path, since images may be URIs."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
 FOLDER = Path("configs/sites")
@@ -44,7 +44,7 @@ class Container(Config):
 
 
 class Site(Config):
-    """Defaults for jobs at one site; what the command line says goes before."""
+    """Defaults for jobs at one site, which the command line overrides."""
 
     partition: Word | None = None
     account: Word | None = None

@@ -21,7 +21,7 @@ HEADINGS = ("run", "state", "step", "loss", "crops/s", "wait", "saved", "ETA")
 
 @dataclass(frozen=True)
 class Row:
-    """One run. name: as `find_runs` gives it. state: new, pending, running, done, stopped, cancelled, failed or unreadable."""
+    """One run. name: of `find_runs`. state: new, pending, running, done, stopped, cancelled, failed or unreadable."""
 
     name: str
     folder: Path
@@ -51,7 +51,7 @@ class Row:
 
 
 def status(paths: Sequence[Path]) -> tuple[list[Row], str | None]:
-    """(a row for each run in or below `paths`, a line on why Slurm could not be asked, or None).
+    """(a row for each run in or below `paths`, a line that says why Slurm could not be asked, or None).
 
     Slurm is asked once for all runs. Raises UserError for a path that holds no run.
     """
@@ -62,9 +62,9 @@ def status(paths: Sequence[Path]) -> tuple[list[Row], str | None]:
 
 
 def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
-    """The run folders that `paths` are, or hold at most two levels down, each once.
+    """Run folders and their names: the `paths` that are runs, and the runs up to two levels below the others.
 
-    Each with its name: the way to it from the folder that was asked for, or from the one that holds all that were.
+    A name is the run's path relative to the folder that was asked for, or to the common parent of several.
     """
     found: list[Path] = []
     for path in paths:
@@ -88,7 +88,7 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Look:
-    """What a run's folder alone says: progress and job id, or why it cannot be read."""
+    """What a run's folder says by itself: progress and job id, or as `fault` why it cannot be read."""
 
     folder: Path
     progress: Progress
@@ -116,7 +116,8 @@ def _row(name: str, look: _Look, job: Job | None, now: float) -> Row:
 
 
 def in_queue(runs: Iterable[Path]) -> dict[Path, Job]:
-    """Of these runs, which need not exist, those that a job trains, or is going to. UserError if Slurm does not answer."""
+    """Those of these runs that a job trains, or is going to; runs need not exist. Raises UserError if Slurm does not
+    answer."""
     now, ids = time.time(), {run: job_of(run) for run in runs}
     known, fault = jobs.ask({job for job in ids.values() if job is not None})
     if fault is not None:
@@ -131,8 +132,8 @@ def in_queue(runs: Iterable[Path]) -> dict[Path, Job]:
 def _at_work(look: _Look, job: Job, now: float) -> bool:
     """Whether an active job trains the run, or is going to.
 
-    One that was made for the run does, until the run is done. An allocation that the run was trained in may
-    outlive it, so what counts there is whether the run itself shows life.
+    A job that was made for the run does, until the run is done. Another allocation in which the run was trained may
+    outlive it, so there it counts whether the run itself shows signs of life.
     """
     progress = look.progress
     ours = look.job is not None and made_for(look.folder, look.job)
@@ -144,13 +145,14 @@ def _at_work(look: _Look, job: Job, now: float) -> bool:
 
 
 def has_begun(progress: Progress, job: Job) -> bool:
-    """False for a job that was requeued since the newest start, or submitted: it has yet to come to the run."""
+    """Whether the newest start of the run was in this job, and since its last requeue."""
     start = progress.last_start or {}
     return (start.get("slurm_job"), start.get("slurm_restarts", 0)) == (job.id, job.requeues)
 
 
 def state_of(progress: Progress, job: Job | None, now: float) -> str:
-    """One word. job: None if it has nothing to do with the run any more; Slurm's word on it goes before the folder's."""
+    """The run's state in one word. job: None if the run has none any more. If it has, Slurm's word counts for more than
+    the run's folder."""
     if job is not None and job.active:
         return "pending" if job.waiting else "running"
     if progress.done:
@@ -165,7 +167,7 @@ def state_of(progress: Progress, job: Job | None, now: float) -> str:
 
 
 def _notes(folder: Path, state: str, progress: Progress, job: Job | None) -> Iterable[str]:
-    """What a person asks next: which job, why it waits, why it failed, what a restart would cost."""
+    """What a person wants to know next: which job, why it waits, why it failed, what a restart would cost."""
     if job is not None:
         facts = [f"job {job.id}"]
         if job.requeues:
@@ -184,9 +186,9 @@ def _notes(folder: Path, state: str, progress: Progress, job: Job | None) -> Ite
 
 
 def render(rows: Sequence[Row], now: float, width: int | None) -> str:
-    """The table as text of at most `width` columns (None: as wide as it gets).
+    """The table as text, at most `width` columns wide; None: as wide as it needs.
 
-    A name that leaves no room for the figures stands on a line of its own, above them.
+    A name that leaves no room for the figures is on a line of its own, above them.
     """
     lines = [(row.name, *_cells(row, now)) for row in rows]
     columns = list(zip(HEADINGS, *lines, strict=True))
@@ -224,7 +226,7 @@ def _cells(row: Row, now: float) -> tuple[str, ...]:
 
 
 def span(seconds: float) -> str:
-    """A stretch of time in at most six characters: 45s, 12m, 3h05m, 2d04h, 120d."""
+    """A duration in at most six characters: 45s, 12m, 3h05m, 2d04h, 120d."""
     minutes, hours = int(seconds // 60), int(seconds // 3600)
     if minutes < 1:
         return f"{max(0, int(seconds))}s"

@@ -42,7 +42,7 @@ _ASK_S = 3.0  # between two questions to Slurm
 
 @dataclass(frozen=True)
 class Request:
-    """A run, and the job that is to train it. options: of sbatch, by their long names; `true` without a value."""
+    """A run, and the job that is to train it. options: of sbatch, by their long names; True for those without a value."""
 
     config: RunConfig
     options: Options
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def folder(self) -> Path:
-        """Of the run's folder, what belongs to its jobs."""
+        """The folder in the run's own for what belongs to its jobs."""
         return self.run / JOB.parent
 
     @cached_property
@@ -125,7 +125,7 @@ def start(request: Request, cluster: str = "slurm") -> AnyJob[int]:
         with jobs.undone_if_refused(request.run):
             return _submit(request, cluster, tasks)
     except FailedSubmissionError as e:
-        # Not within the block: sbatch took the job, though its answer names none, and the job needs its folder.
+        # Outside the block above: sbatch has taken the job, although its answer names none, and the job needs its folder.
         raise UserError(f"sbatch: {_last_words(e)}") from e
 
 
@@ -158,7 +158,7 @@ class SlurmRun(SlurmJob[int]):
 
     @property
     def job_id(self) -> str:
-        """Of the latest job in the chain, where the site forbids requeuing."""
+        """The job's id; where requeuing is forbidden, that of the latest job of the chain."""
         job = self._job_id
         while (following := self._paths._folder / f"{job}.next").exists():
             job = following.read_text().strip()
@@ -175,12 +175,13 @@ class SlurmRun(SlurmJob[int]):
 
     @property
     def state(self) -> str:
-        """In Slurm's words. Not from sacct, which calls a lost node the end of a job that Slurm runs again."""
+        """Slurm's word for the job's state. submitit's would be sacct's, for which a job whose node is lost has ended,
+        although Slurm requeues it."""
         self.done(force_check=True)
         return self._known.state if self._known is not None else "UNKNOWN"
 
     def done(self, force_check: bool = False) -> bool:
-        """Whether Slurm neither runs the job nor is going to: a result may be there and the job be run again."""
+        """Whether Slurm neither runs the job nor is going to. A result alone says nothing: the job may be requeued."""
         if time.monotonic() - self._asked < _ASK_S and not force_check:
             return False
         job_id = self.job_id
@@ -223,13 +224,13 @@ def _executor_here(request: Request, cluster: str) -> Any:
         raise UserError(f"--cluster {cluster}: this machine is one node; leave --nodes out")
     executor = AutoExecutor(request.folder, cluster=cluster)
     if cluster == "local":
-        # submitit would hide all GPUs where none was asked for, and show the first ones else, whosever they are.
+        # submitit would hide all GPUs if none was asked for, and else choose the first ones, even if others use them.
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
         seen = "unset CUDA_VISIBLE_DEVICES" if gpus is None else f"CUDA_VISIBLE_DEVICES={shlex.quote(gpus)}"
         executor.update_parameters(
             tasks_per_node=request.tasks_per_node,
             timeout_min=60 * 24 * 365,  # a run ends by itself, or by time_limit_s
-            # It is to outlive this terminal, and not to keep a pipe open that this command's output goes to.
+            # The run is to outlive this terminal, and must not keep the pipe of this command's output open.
             local_setup=[seen, "trap '' HUP", "exec </dev/null >/dev/null 2>&1"],
         )
     return executor
@@ -245,6 +246,6 @@ def _refuse_twice(request: Request) -> None:
 
 
 def _last_words(error: Exception) -> str:
-    """What sbatch itself said, of all that submitit reports."""
+    """sbatch's own words in submitit's error, or the whole error if there are none."""
     lines = [line for line in str(error).splitlines() if "sbatch: " in line]
     return "; ".join(line.partition("sbatch: ")[2] for line in lines) or " ".join(str(error).split())

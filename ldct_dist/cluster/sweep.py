@@ -1,4 +1,4 @@
-"""One config with several values of some keys: a run for each combination, seen side by side in TensorBoard."""
+"""One config with several values of some keys: a run for each combination, side by side in TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HPARAMS_FILE = "events.out.tfevents.0.hparams"  # TensorBoard reads what has tf
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: its config, the overrides that make it, and its place on the axes."""
+    """One run of a sweep. overrides: those that make its config of the sweep's. place: its value on each axis."""
 
     config: RunConfig
     overrides: list[str]
@@ -41,14 +41,15 @@ class Point:
 
     @property
     def done(self) -> bool:
-        """Whether it has been trained for as many steps as it is to be now."""
+        """Whether it has been trained for as many steps as its config says now."""
         checkpoint = read_progress(self.folder).checkpoint
         return checkpoint is not None and checkpoint >= self.config.steps
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """folder: holds a run folder for each point. axes: the keys with several values, as they were written."""
+    """The runs of a sweep. folder: holds a run folder for each. axes: the keys with several values, as they were written,
+    and these values."""
 
     folder: Path
     axes: dict[str, list[Value]]
@@ -59,8 +60,8 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
     """The runs of the sweep, in the order of the arguments, the last key varying fastest. Writes nothing.
 
     arguments: `key=value` for all runs, `key=value,value,...` for an axis. A key is dotted (`optim.lr`), or
-    the last part of one where only one ends so (`lr`); `model=unet3d-s` is a network and its size. A comma
-    within brackets or quotes belongs to the value. The names of the runs follow from their values alone.
+    its last part, if no other setting ends so (`lr`); `model=unet3d-s` is a network and its size. A comma within brackets
+    or quotes belongs to the value. The names of the runs follow from their values.
 
     Raises UserError for a mistake in any point, and where one was trained with other settings than these before.
     """
@@ -118,9 +119,9 @@ def dotted(key: str) -> str:
 
 
 def write_hparams(sweep: Sweep) -> None:
-    """What TensorBoard's HParams view needs: the axes beside the runs, and each run's place in its folder.
+    """Write what TensorBoard's HParams view needs: the axes beside the runs, and in each run's folder its place.
 
-    Not in the trainer's own event files, which each start of a run cuts back to its checkpoint.
+    These are files of their own: what is in the trainer's event files is cut back to the checkpoint at each start.
     """
     metrics = [hp.Metric("train/loss", group="tensorboard", display_name="train loss")]
     for protocol in dict.fromkeys(p.config.validation.protocol for p in sweep.points):
@@ -178,8 +179,8 @@ def _plain(value: Value) -> str:
 def run_here(sweep: Sweep, config: Path, ranks: int, say: Callable[[str], None] = print) -> int:
     """Train the points that are not done yet, one after the other, each with `ranks` local ranks.
 
-    A run that fails does not keep the others from being trained. Returns the command's exit code: 0 all done,
-    1 some failed, 75 interrupted with a checkpoint (start the sweep again to go on).
+    After a run that fails, the others are trained all the same. Returns the command's exit code: 0 all done, 1 some
+    failed, 75 interrupted with a checkpoint (start the sweep again to go on).
     """
     write_hparams(sweep)
     failed = []

@@ -1,7 +1,7 @@
-"""What doctor looks at. Each check has two halves: what a rank sees, and what all that together means.
+"""doctor's checks. Each has two halves: `look`, which runs on every rank and returns what that rank sees, and `judge`.
 
-The first half runs on every rank at once, and may talk to the others; the second is a pure function of
-what the ranks saw, and runs on rank 0.
+The ranks look at the same time, and may talk to each other. A judge is a pure function of what all ranks saw, and runs on
+rank 0.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Probe:
     keep: int
     """checkpoints of a run that exist at the same time, at most"""
     grace: dict[str, float]
-    """seconds from the warning to the end, by occasion: `before the time limit`, `at preemption`"""
+    """seconds between warning and end, by occasion: "before the time limit", "at preemption" """
     loader_threads: int
-    """of a rank: they read while it trains"""
+    """threads of a rank that read data while it trains"""
 
     def where(self, ranks: Sequence[int]) -> str:
         """The hosts of these ranks, each once."""
@@ -54,16 +54,17 @@ Judge = Callable[[Probe, list[Any]], Verdict]
 
 @dataclass(frozen=True)
 class Check:
-    """look: on every rank. judges: from what all ranks saw, in rank order, to a line under each name."""
+    """look: what one rank sees. judges: by the name of its line in the report, a function of what all ranks saw, in
+    rank order."""
 
     look: Callable[[Probe], Any]
     judges: dict[str, Judge]
 
 
 def examine(probe: Probe, check: Check) -> list[Finding]:
-    """The check's findings on rank 0; none elsewhere. What a system refuses one rank is a finding, too.
+    """The check's findings on rank 0; none on other ranks. An OSError on any rank is a finding as well.
 
-    A look that talks to the other ranks must not raise OSError before it has done so.
+    A look that talks to the other ranks must not raise OSError before it has done so, or they wait for it.
     """
     try:
         seen, fault = check.look(probe), None

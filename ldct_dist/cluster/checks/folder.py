@@ -1,4 +1,4 @@
-"""Checks of the folder that holds the runs: one for all nodes, quick enough, and with room."""
+"""Checks of the folder that holds the runs: that all nodes share it, how fast it is, and that there is room."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def look_shared(probe: Probe) -> tuple[list[int], float, bool, str | None]:
-    """(ranks whose files did not appear, seconds until all others had, won the race for a directory, fault)."""
+    """(ranks whose files did not appear, seconds until the others' had, whether this rank made the directory that only
+    one can make, why it cannot write)."""
     folder, rank, fault = probe.folder, probe.world.rank, None
     try:
         (folder / f"rank-{rank}").write_text(str(rank))
@@ -55,7 +56,7 @@ def judge_shared(probe: Probe, seen: list[tuple[list[int], float, bool, str | No
 
 
 def look_write(probe: Probe) -> float:
-    """Seconds in which this rank writes its share as checkpoints are written: on disk for good, and hashed."""
+    """Seconds in which this rank writes `write_mib` as checkpoints are written: fsynced and hashed."""
     path, block = probe.folder / f"data-{probe.world.rank}", os.urandom(MIB)
     probe.world.gather(None)
     start = time.perf_counter()
@@ -97,9 +98,10 @@ def judge_save(probe: Probe, seen: list[float]) -> Verdict:
 
 
 def look_room(probe: Probe) -> tuple[int, int]:
-    """(bytes, files) free, after reserving for a moment what the run will keep, so that a quota speaks up.
+    """(bytes free, files free), after reserving for a moment what the run will keep, which fails where a quota forbids it.
 
-    Not more than is free: some file systems would take all of that before they notice, and fail all who write there.
+    Nothing is reserved if it is more than is free: some file systems would allocate all that is left before they fail,
+    and meanwhile everybody else's writes would fail, too.
     """
     free = os.statvfs(probe.folder)
     space, kept = free.f_bavail * free.f_frsize, probe.keep * (probe.checkpoint_bytes or 0)
@@ -121,9 +123,9 @@ def judge_room(probe: Probe, seen: list[tuple[int, int]]) -> Verdict:
 
 
 def reserve(path: Path, size_bytes: int) -> None:
-    """Take `size_bytes` on disk and give them back. OSError if quota or space forbid it.
+    """Allocate so many bytes on disk and free them again. Raises OSError where quota or space forbid it.
 
-    Nothing is written: a file system that cannot reserve (EOPNOTSUPP) is not asked for more.
+    Nothing is written: if the file system cannot allocate without writing (EOPNOTSUPP), this checks nothing.
     """
     with open(path, "wb") as f:
         failed = _LIBC.fallocate(f.fileno(), 0, ctypes.c_long(0), ctypes.c_long(size_bytes)) != 0
@@ -137,7 +139,7 @@ def reserve(path: Path, size_bytes: int) -> None:
 
 
 def _claim(path: Path) -> bool:
-    """As a start of a run claims its generation."""
+    """Make a directory as a start of a run does to claim its generation; whether it was this rank that made it."""
     try:
         path.mkdir()
     except OSError:
@@ -157,4 +159,4 @@ INSIDE = [
     Check(look_write, {"write speed": judge_write, "time to save": judge_save}),
     Check(look_room, {"room": judge_room}),
 ]
-"""only where the folder is shared: they would fail for that reason alone"""
+"""only if the folder is shared: otherwise they would fail for that reason alone"""

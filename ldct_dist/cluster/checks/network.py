@@ -14,13 +14,13 @@ import torch
 from ldct_dist.cluster.checks import Check, Probe, Verdict
 
 MIN_GPU_BANDWIDTH = 1e9
-"""bytes a second; below, the gradients of a large network take longer than its steps"""
+"""bytes a second; below it, sending the gradients of a large network takes longer than its steps"""
 VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _SIOCGIFADDR = 0x8915
 
 
 def look_interface(_: Probe) -> tuple[str, list[str]]:
-    """(interface towards rank 0, settings that name an interface which this node lacks)."""
+    """(the interface towards rank 0, settings that name an interface which this node does not have)."""
     there = [name for _, name in socket.if_nameindex()]
     settings = {v: os.environ[v] for v in VARIABLES if v in os.environ}
     return interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")), [
@@ -43,7 +43,7 @@ def judge_interface(probe: Probe, seen: list[tuple[str, list[str]]]) -> Verdict:
 
 
 def look_ports(probe: Probe) -> list[int]:
-    """The ranks that this one does not reach on a port that their kernel chose, as gloo and NCCL choose theirs."""
+    """The ranks that this one cannot connect to, on ports that their kernels chose, as for gloo and NCCL."""
     with socket.create_server(("", 0), backlog=probe.world.size) as mine, ExitStack() as held:
         address = (_address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")), mine.getsockname()[1])
         unreached = []
@@ -68,7 +68,7 @@ def judge_ports(probe: Probe, seen: list[list[int]]) -> Verdict:
 
 
 def look_all_reduce(probe: Probe) -> float:
-    """Bytes a second of an all-reduce over the bus: 2 (n - 1) / n times the tensor's.
+    """Bus bandwidth of an all-reduce, bytes a second: 2 (n - 1) / n times the tensor's size over the time.
 
     https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md#bandwidth
     """
@@ -100,7 +100,8 @@ def judge_all_reduce(probe: Probe, seen: list[float]) -> Verdict:
 
 
 def _names_one_of(value: str, interfaces: list[str]) -> bool:
-    """NCCL's syntax: a list of prefixes, `=` before a list of full names, `^` before those not to take."""
+    """Whether a value in NCCL's syntax fits an interface: a list of prefixes; after `=`, of full names; after `^`, of
+    prefixes that are excluded."""
     if value.startswith("^"):
         return True
     exact, names = value.startswith("="), value.lstrip("=").split(",")

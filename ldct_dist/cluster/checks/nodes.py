@@ -18,7 +18,7 @@ import torch
 from ldct_dist.cluster.checks import Check, Probe, Verdict
 
 MAX_SKEW_S = 1.0
-ARRIVAL_S = 30.0  # a busy node's daemon may be slow to pass a signal on
+ARRIVAL_S = 30.0  # slurmd on a busy node may be slow to pass a signal on
 
 
 def look_software(_: Probe) -> dict[str, str]:
@@ -56,7 +56,7 @@ def judge_software(probe: Probe, seen: list[dict[str, str]]) -> Verdict:
 
 
 def look_gpu(probe: Probe) -> bool:
-    """Whether this rank has a GPU. World.join has seen to it that it is all its own."""
+    """Whether this rank has a GPU. World.join has made sure that no other rank has the same one."""
     return probe.world.device.type == "cuda"
 
 
@@ -65,7 +65,7 @@ def judge_gpu(probe: Probe, seen: list[bool]) -> Verdict:
 
 
 def look_cores(probe: Probe) -> int:
-    """Of the cores that this rank may use, its share."""
+    """How many cores are this rank's: see `World.share_of_cores`."""
     return probe.world.share_of_cores()
 
 
@@ -103,14 +103,14 @@ def judge_clock(probe: Probe, seen: list[list[float]]) -> Verdict:
 
 
 def look_signal(probe: Probe) -> bool | None:
-    """Whether SIGUSR1 arrives when it is sent the way Slurm sends it at the time limit.
+    """Whether SIGUSR1 arrives if it is sent as Slurm sends it at the time limit.
 
-    None where it cannot be sent so: Slurm's commands are not needed within a container.
+    None where it cannot be sent, as in a container without Slurm's commands, which runs do not need.
     """
     if not probe.world.broadcast("SLURM_STEP_ID" not in os.environ or shutil.which("scancel") is not None):
         return None
     arrived: list[int] = []
-    # It stays: a signal that comes late must still find a handler.
+    # The handler stays, for a signal that comes late.
     signal.signal(signal.SIGUSR1, lambda number, _: arrived.append(number))
     probe.world.gather(None)
     if probe.world.is_main:
@@ -139,7 +139,7 @@ def _signal_all() -> None:
         os.killpg(0, signal.SIGUSR1)
         return
     command = ["scancel", "--signal=USR1", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"]
-    # It tells node by node, and is a process of the step itself: the first node's signal must not end it.
+    # scancel signals one node after the other, and is itself a process of the step: it must ignore the signal.
     deaf = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh", *command]
     done = subprocess.run(deaf, capture_output=True, text=True, check=False)
     if done.returncode != 0:
