@@ -22,18 +22,18 @@ from ldct_dist.errors import UserError
 
 
 class Config(BaseModel):
-    """Base of every component's config: frozen, all numbers finite, and an unknown key is a mistake, not a comment."""
+    """Base of every component's config: frozen, with finite numbers only, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def looked_up(path: Path | str) -> Path:
-    """With ~ and variables as they are in this process. Raises RuntimeError where nobody has that home."""
+    """The path with ~ and variables expanded in this process. Raises RuntimeError for the home of an unknown user."""
     return Path(os.path.expandvars(path)).expanduser()
 
 
 def _known(path: Path) -> Path:
-    """`looked_up`. Raises ValueError for what is not known here."""
+    """`looked_up`; raises ValueError for a user or a variable that is unknown in this process."""
     try:
         found = looked_up(path)
     except RuntimeError as e:
@@ -44,7 +44,7 @@ def _known(path: Path) -> Path:
 
 
 def rising(value: tuple[float, float]) -> tuple[float, float]:
-    """A range. Raises ValueError where its ends are the wrong way round."""
+    """The range itself. Raises ValueError if its ends are in the wrong order."""
     if value[0] > value[1]:
         raise ValueError(f"a range goes from small to large, not from {value[0]:g} to {value[1]:g}")
     return value
@@ -52,7 +52,7 @@ def rising(value: tuple[float, float]) -> tuple[float, float]:
 
 Positive = Annotated[int, Field(gt=0)]
 LocalPath = Annotated[Path, AfterValidator(_known)]
-"""of what the process that reads the config knows; what a node alone knows stays text until it is looked up there"""
+"""A path that is expanded where the config is read. Settings that only a node can expand are plain text until then."""
 
 C = TypeVar("C", bound=Config)
 
@@ -88,7 +88,10 @@ def read(schema: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C
 
 
 def validate(schema: type[C], plain: Any, where: str, overrides: Sequence[str] = ()) -> C:
-    """`plain` as a `schema`; `where` names the source in the UserError, but for what an override has set."""
+    """`plain`, of dicts and lists, as a `schema`.
+
+    Raises UserError with all mistakes; each is told as of the override that has set the key, or else as of `where`.
+    """
     try:
         return schema.model_validate(plain)
     except ValidationError as e:
@@ -115,13 +118,13 @@ def to_yaml(config: Config) -> str:
 
 
 def _first_line(e: Exception) -> str:
-    """Of OmegaConf's words; the others are notes, of which one names the key."""
+    """The first line of OmegaConf's message, and the key; the other lines are notes."""
     key, line = getattr(e, "full_key", None), str(e).splitlines()[0]
     return f"{key}: {line}" if key else line
 
 
 def _override_of(key: str, overrides: Sequence[str]) -> str | None:
-    """The override that set `key`, or something in it or around it, as errors call it."""
+    """The last override that has set `key`, a part of it or a section that holds it, as errors name it."""
     for override in reversed(overrides):
         name = override.partition("=")[0]
         if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
@@ -130,6 +133,7 @@ def _override_of(key: str, overrides: Sequence[str]) -> str | None:
 
 
 def _said(schema: type[Config], key: str, fault: ErrorDetails) -> str:
+    """What is wrong with the key, in a user's words."""
     if fault["type"] == "extra_forbidden":
         every = list(settings(schema))
         sections = {name.partition(".")[0] for name in every}
@@ -154,7 +158,7 @@ def _said(schema: type[Config], key: str, fault: ErrorDetails) -> str:
 
 
 def _default(schema: type[Config], path: Sequence[int | str]) -> Any:
-    """Of a setting that has one; else None."""
+    """The default of the setting at `path`; None if it has none."""
     *sections, name = map(str, path)
     for section in sections:
         schema = getattr(schema.model_fields.get(section), "annotation", Config)

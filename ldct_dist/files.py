@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before, and stay so after a power cut."""
+"""Writing files so that they are either complete or as they were before, even after a power cut."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ldct_dist.errors import UserError
 
 MIB, GIB = 2**20, 2**30
 TEMPORARY = ".writing-"
-"""what the name of a file or folder begins with until it is whole"""
+"""prefix of the names of files and folders that are not complete yet"""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` at the end of the block; after an error `path` is as it was before."""
+    """A temporary path to write to, which replaces `path` at the end of the block; after an error `path` is as before."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
     try:
         yield temporary
-        sync(temporary)  # before the rename, which might survive a power cut that the bytes do not
+        sync(temporary)  # or a power cut might leave the rename on disk, but not the bytes
         temporary.replace(path)
         sync(path.parent)
     finally:
@@ -33,14 +33,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, content: bytes | str) -> None:
-    """Write `content`, text as UTF-8, in place of what `path` holds. Raises OSError."""
+    """Replace the contents of `path` by `content`, text as UTF-8. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raises UserError where `folder`, or what there is of the way to it, cannot be written to: before work that would
-    be lost. Nothing is left behind."""
+    """Raises UserError where `folder`, or the nearest parent that exists, cannot be written to.
+
+    Call it before work whose results would be lost. It leaves nothing behind.
+    """
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
@@ -50,7 +52,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises UserError where `folder` is there and holds something, or is a file, and where one may not look."""
+    """Raises UserError where `folder` exists and is not empty, or is a file, or cannot be looked into."""
     try:
         free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     except OSError as e:
@@ -60,7 +62,7 @@ def refuse_taken(folder: Path) -> None:
 
 
 def refuse_inside(folder: Path, source: Path) -> None:
-    """Raises UserError where `folder` is in `source`, whose next reader would take what is written for more sources."""
+    """Raises UserError where `folder` is in `source`: what is written there would be read as a source the next time."""
     if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
         raise UserError(
             f"{folder}: in {source}, where what is written would be read as a source the next time; choose a folder "
@@ -69,20 +71,20 @@ def refuse_inside(folder: Path, source: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or the names in a folder, on disk."""
+    """fsync a file, or a folder for the names in it."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as e:
-        if not (e.errno == errno.EINVAL and path.is_dir()):  # on some network file systems names cannot be
+        if not (e.errno == errno.EINVAL and path.is_dir()):  # some network file systems cannot fsync folders
             raise
     finally:
         os.close(fd)
 
 
 def sync_tree(root: Path) -> None:
-    """The same for all of `root`, files and folders: call it before `root` gets its name."""
-    # Many at once: the file system then writes its journal once, and not for each.
+    """`sync` for all files and folders of `root`. Call it before `root` is renamed to its final name."""
+    # Many at once: the file system then writes its journal once, and not once for each.
     with ThreadPoolExecutor(64) as threads:
         list(threads.map(sync, [root, *root.rglob("*")]))
 
@@ -93,7 +95,7 @@ def file_sha256(path: Path) -> str:
 
 
 def size(nbytes: float) -> str:
-    """So many bytes in the unit that suits."""
+    """A number of bytes as text, in the unit that suits: 1.5 MiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if nbytes < 999.5:  # three digits, and no exponent
             return f"{nbytes:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Which code this is, for whoever wants to know what made a number."""
+"""Which version of the code, and of packages, is running: it is recorded with everything that is computed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 COMMIT = "COMMIT"
-"""in a copy of the package: the commit of what it was copied from"""
+"""a file in a copy of the package: the commit of the original"""
 
 
 def commit() -> str | None:
-    """The commit of this code as `git describe` tells it; None where it is neither a checkout nor a copy of one."""
+    """The commit of this code as `git describe` gives it; None if it is neither a checkout nor a copy of one."""
     package = Path(__file__).parent
     if (package / COMMIT).exists():
         return (package / COMMIT).read_text()
-    if not (package.parent / ".git").exists():  # git would take the repository that this is installed in
+    if not (
+        package.parent / ".git"
+    ).exists():  # or git would describe the repository in which this is installed
         return None
     describe = ["git", "-C", str(package.parent), "describe", "--always", "--dirty"]
     try:
@@ -26,7 +28,7 @@ def commit() -> str | None:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Of each package what is installed; None if it is not."""
+    """The installed version of each package; None if it is not installed."""
     return {package: _version(package) for package in packages}
 
 

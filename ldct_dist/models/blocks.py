@@ -1,4 +1,4 @@
-"""What the networks are built from. Every block is local: no statistics over space anywhere."""
+"""The blocks that networks are built from. Each is local: none takes statistics over space."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Widths = tuple[int, ...]  # channels, level by level
 
 
 def run(part: Callable[..., torch.Tensor], *inputs: Any, again: bool) -> torch.Tensor:
-    """part(*inputs); with `again`, what it keeps for the backward pass is computed again there."""
+    """part(*inputs). again: recompute its activations in the backward pass, and do not keep them until then."""
     if again and torch.is_grad_enabled():
-        # No layer draws random numbers, whose state need not be kept then.
+        # The random state need not be kept, since no layer draws random numbers.
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
     return part(*inputs)
 
 
 def same_conv(channels_in: int, channels_out: int, kernel: Kernel, groups: int = 1) -> nn.Conv3d:
-    """A convolution that keeps the size; beyond the border are zeros."""
+    """A convolution that keeps the size, with zeros beyond the border."""
     z, y, x = kernel
     return nn.Conv3d(channels_in, channels_out, kernel, padding=(z // 2, y // 2, x // 2), groups=groups)
 
@@ -32,7 +32,7 @@ class ResidualBlock(nn.Module):
     """x + conv(act(conv(act(x)))), dense kernels."""
 
     convolutions = 2
-    """of `kernel`, one after the other: how far a block sees"""
+    """convolutions with `kernel` in a row, which give the receptive field"""
 
     def __init__(self, channels: int, kernel: Kernel) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class ResidualBlock(nn.Module):
         self.second = same_conv(channels, channels, kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # In place: its backward needs the answer alone, which the next convolution keeps anyhow.
+        # In place: its backward needs only its output, which the next convolution keeps anyhow.
         return x + self.second(F.leaky_relu_(self.first(F.leaky_relu(x, 0.1)), 0.1))
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each voxel alone."""
+    """Layer norm over the channels of each single voxel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -54,8 +54,7 @@ class ChannelNorm(nn.LayerNorm):
 class NAFBlock(nn.Module):
     """NAFNet's block (Chen et al. 2022) in 3-D: depthwise convolution and gates by multiplication.
 
-    Its channel attention pools over the whole image, which would make a crop mean something else than a
-    volume; it is left out.
+    NAFNet's channel attention is left out: it pools over the whole image, so a crop would not give what the volume does.
     """
 
     convolutions = 1
@@ -69,7 +68,7 @@ class NAFBlock(nn.Module):
         self.feed_norm = ChannelNorm(channels)
         self.feed_expand = nn.Conv3d(channels, 2 * channels, 1)
         self.feed_project = nn.Conv3d(channels, channels, 1)
-        # NAFNet starts its branches at zero: deep stacks without further normalisation train from there
+        # As in NAFNet, the branches start at zero, which lets deep stacks train without further normalisation.
         self.scale = nn.Parameter(torch.zeros(2, channels, 1, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,16 +81,16 @@ def _gate(x: torch.Tensor) -> torch.Tensor:
     return a * b
 
 
-# Usual differences between neighbouring voxels, and between tissues: what the network sees is then about 1.
+# Typical differences between neighbouring voxels and between tissues, so that the network's inputs are around 1.
 DETAIL_HU, MEAN_HU = 30.0, 300.0
 
 
 def detail_and_mean(hu: torch.Tensor) -> torch.Tensor:
-    """(b, 1, z, y, x) HU to (b, 2, z, y, x): what a voxel differs from the mean of its 3 x 3 pixels, and that mean.
+    """(b, 1, z, y, x) HU to (b, 2, z, y, x): each voxel's difference from the mean of its 3 x 3 pixels, and that mean.
 
-    Noise of 10 HU rides on tissues 1000 HU apart. Told apart beforehand and each in its own unit, the network
-    need not find the small difference of large numbers itself, which is slow to learn, and bf16 rounds the noise
-    to 0.4 % of itself, not to 3 HU.
+    Noise of 10 HU is on top of tissues 1000 HU apart. With both separated beforehand, each in its own unit, the network
+    need not learn to find small differences of large numbers, which is slow, and bf16 rounds the noise to 0.4 % of
+    itself and not to 3 HU.
     """
     mean = F.avg_pool3d(hu, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
     return torch.cat(((hu - mean) / DETAIL_HU, mean / MEAN_HU), 1)

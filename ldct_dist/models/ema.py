@@ -10,9 +10,9 @@ from ldct_dist.models.registry import Denoiser
 
 
 class Ema:
-    """`module` follows a network with `decay`, and faster at first, as `decay_after` says.
+    """`module` has the average of a network's weights, with `decay`, or less at first: see `decay_after`.
 
-    decay 0 makes it a copy. `updates` belongs in a checkpoint beside the module's weights.
+    With decay 0 it is a copy. A checkpoint needs `updates` besides the module's weights.
     """
 
     def __init__(self, model: Denoiser, decay: float) -> None:
@@ -22,12 +22,12 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: Denoiser) -> None:
-        """Move towards `model`, which has the same shapes, device and dtype."""
+        """Update the average with the weights of `model`, which have the same shapes, device and dtype."""
         decay = decay_after(self.updates, self.decay)
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
         self.updates += 1
 
 
 def decay_after(updates: int, decay: float) -> float:
-    """The share of the average that the next update leaves: min(decay, (1 + n) / (10 + n)) after n of them."""
+    """The weight of the old average in the next update, after n updates: min(decay, (1 + n) / (10 + n))."""
     return min(decay, (1 + updates) / (10 + updates))

@@ -1,4 +1,4 @@
-"""How a network is computed, whatever it computes: its layout in memory and its precision."""
+"""How a network is computed: memory layout and precision."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ldct_dist.models.registry import Denoiser
 
 
 def lay_out(model: Denoiser, channels_last: bool) -> None:
-    """Channels-last is the layout in which 3-D convolutions run fastest, on CPU and GPU, of weights and activations.
+    """Set the memory layout of weights and activations. Channels-last is fastest for 3-D convolutions on CPU and GPU.
 
-    Kernels of one voxel keep the plain layout: they are both at once, and DDP wants their gradients'
-    strides to be those of the parameter.
+    Kernels of one voxel keep their strides, with which they are in both layouts at once: DDP wants a gradient's strides
+    to be those of its parameter.
     """
     model.lay_out(torch.channels_last_3d if channels_last else torch.contiguous_format)
     for p in model.parameters():

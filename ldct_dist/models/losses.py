@@ -1,6 +1,6 @@
-"""Losses over the voxels, by how much each counts; one value a sample.
+"""Losses: weighted means over voxels, one value for each sample.
 
-Per sample, so that their mean over a global batch is the same number however ranks share the batch out.
+There is one for each sample so that the mean over a global batch does not depend on how the ranks share it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ Voxels = Annotated[int, Field(ge=0)]
 class LossConfig(Config):
     name: Literal["charbonnier", "l1", "mse"] = "charbonnier"
     eps_hu: float = Field(1.0, gt=0)
-    """charbonnier, sqrt(d^2 + eps^2) - eps, is quadratic below this difference and linear above it"""
+    """of charbonnier, sqrt(d^2 + eps^2) - eps: quadratic for differences below it, linear above"""
     margin: tuple[Voxels, Voxels, Voxels] | None = None
-    """voxels (z, y, x) that don't count at a face of a crop behind which the volume goes on, since the network would
-    see more there in use. None: as many as it sees, its radius, along axes where the crop is more than twice as
-    long, else none"""
+    """voxels (z, y, x) that do not count along faces of a crop beyond which the volume goes on: in use, the network
+    sees more there. None: the network's radius along axes where the crop is more than twice as long, else 0"""
 
     def margin_for(self, radius: Triple, crop: Triple) -> Triple:
-        """Resolved for a network and a crop. Raises UserError where nothing of a crop within a volume would count."""
+        """The margin for a network of this radius and a crop. Raises UserError if no voxel of a crop would count."""
         if self.margin is None:
             z, y, x = (r if c > 2 * r else 0 for r, c in zip(radius, crop, strict=True))
             return z, y, x
@@ -43,10 +42,10 @@ class LossConfig(Config):
 
 
 def build_loss(config: LossConfig) -> Loss:
-    """loss(denoised, full, weights): float HU (b, 1, z, y, x), and what each voxel counts, to (b,).
+    """A function loss(denoised, full, weights) -> (b,), of float HU (b, 1, z, y, x) and weights that broadcast to them.
 
-    The weighted mean, in HU; in HU^2 for mse. weights: 0 or from 1 on; a bool mask will do. A sample in which nothing
-    counts is 0.
+    It is the weighted mean over each sample, in HU, or HU^2 for mse. A weight is 0, or at least 1; a bool mask will do. A
+    sample whose weights are all 0 has loss 0.
     """
 
     def charbonnier(d: torch.Tensor) -> torch.Tensor:
@@ -70,8 +69,8 @@ def build_loss(config: LossConfig) -> Loss:
 def mask_from_box(box: torch.Tensor, shape: torch.Size, margin: Triple) -> torch.Tensor:
     """Which voxels of the crops count: bool (b, 1, z, y, x), for box (b, 3, 2) and crops of `shape` (z, y, x).
 
-    Padding, outside the box, does not. With a margin (the network's radius), nor do voxels whose receptive
-    field reaches over a face of the crop behind which the volume goes on: in use they would see more.
+    Padding, which is outside the box, does not count, nor do voxels within `margin` of a face of the crop beyond which
+    the volume goes on: their receptive field is cut off there, as it would not be in use.
     """
     inside = None
     for axis, (size, reach) in enumerate(zip(shape, margin, strict=True)):
@@ -88,5 +87,5 @@ def mask_from_box(box: torch.Tensor, shape: torch.Size, margin: Triple) -> torch
 
 
 def share_counted(margin: Triple, crop: Triple) -> float:
-    """Of the voxels of a crop (z, y, x) that touches no border of its volume."""
+    """The share of voxels that count, in a crop (z, y, x) that touches no border of its volume."""
     return math.prod(1 - 2 * m / c for m, c in zip(margin, crop, strict=True))

@@ -1,7 +1,7 @@
 """RED-CNN (Chen et al., IEEE Trans Med Imaging 36, 2017), the field's classic, in 3-D.
 
-Five convolutions, five transposed ones, shortcuts between them. The original shrinks by its valid
-convolutions and grows again; here both keep the size, with zeros beyond the border.
+Five convolutions and five transposed ones, with shortcuts between them. In the original, valid convolutions shrink the
+image and transposed ones restore its size; here all keep the size, with zeros beyond the border.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class REDCNN3d(nn.Module):
         x = x.contiguous(memory_format=self.layout)
         layers = [*self.encoder, *self.decoder]
         shortcuts = []
-        # Two and two: a layer alone keeps no more than its input, which is kept anyhow.
+        # In pairs: recomputing a single layer would save nothing, since only its input is kept, which is needed anyhow.
         for i in range(0, 10, 2):
             x = run(_pair, layers[i], layers[i + 1], x, again=self.recompute > 0)
             if i < 4:

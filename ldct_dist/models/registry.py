@@ -19,7 +19,7 @@ def _doubling(width: int) -> Widths:
     return (width, 2 * width, 4 * width)
 
 
-# A family grows in width alone: depth would widen the receptive field. Multiples of 8 suit tensor cores.
+# Larger sizes are wider, not deeper, which would widen the receptive field. Multiples of 8 suit tensor cores.
 WIDTHS: dict[str, dict[str, Widths]] = {
     "unet3d": {"xs": (24, 24, 24)}
     | {size: _doubling(w) for size, w in {"s": 24, "m": 96, "l": 256, "xl": 448, "xxl": 832}.items()},
@@ -39,7 +39,7 @@ NETWORKS: dict[str, Callable[[Widths, bool, int], Any]] = {
 }
 
 RECOMPUTED = {"none": 0, "selective": 1, "full": 3}
-"""Levels, from the finest on, whose activations are computed again in the backward pass."""
+"""how many levels, from the finest on, recompute their activations in the backward pass"""
 
 
 class ModelConfig(Config):
@@ -50,17 +50,17 @@ class ModelConfig(Config):
     thick_slices: bool = False
     """kernels of 1 in z at the finest level, for slices much thicker than the pixels"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """which levels' activations are computed again in the backward pass: all (full), or those of the finest alone
-    (selective). unet3d takes less than half the memory for 17 % more arithmetic, or a quarter less for 7 %; nafnet3d
-    40 % of it for 32 %, or a quarter less for 13 %; redcnn3d has one level, and takes a third less for 17 %"""
+    """which levels recompute their activations in the backward pass: all (full), or only the finest (selective). With
+    full, or selective, unet3d takes less than half of the memory, or three quarters, for 17 % or 7 % more arithmetic;
+    nafnet3d 40 %, or three quarters, for 32 % or 13 %; redcnn3d, which has one level, two thirds for 17 %"""
 
 
 class Denoiser(nn.Module):
     """A residual network on HU: forward takes and gives float HU (b, 1, z, y, x).
 
-    A fresh one is the identity, bit for bit. `radius` is how many voxels (z, y, x) an output voxel sees to
-    each side, at most; `stride` what the input's size must be a multiple of, or forward raises UserError; `widest`
-    how many numbers a layer gives for each voxel of the input, at most.
+    A new one is the identity, bit for bit. radius: how many voxels (z, y, x) an output voxel depends on to each side, at
+    most. stride: sizes of the input must be multiples of it, or forward raises UserError. widest: the most numbers that a
+    layer outputs for each voxel of the input.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -76,7 +76,7 @@ class Denoiser(nn.Module):
         self.widest: float = self.network.widest
 
     def lay_out(self, layout: torch.memory_format) -> None:
-        """How all activations lie in memory from here on; channels-last, unless told otherwise."""
+        """Set the memory layout of all activations; at first it is channels-last."""
         self.network.layout = layout
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
@@ -85,17 +85,17 @@ class Denoiser(nn.Module):
                 f"crop {tuple(hu.shape[2:])}: {self.config.name} takes multiples of {self.stride} voxels (z, y, x)"
             )
         residual = self.network(detail_and_mean(hu))
-        # The sum stays in the precision of hu: bf16 could not tell 1000 HU from 1002.
+        # The sum is taken in the precision of hu: bf16 could not distinguish 1000 HU from 1002.
         return hu + DETAIL_HU * residual.to(hu.dtype)
 
 
 def build(config: ModelConfig) -> Denoiser:
-    """A fresh network. Raises UserError for a size that the network does not come in."""
+    """A new network. Raises UserError for a size that the network does not come in."""
     return Denoiser(config)
 
 
 def outline(config: ModelConfig) -> Denoiser:
-    """The network without memory for its weights: whatever follows from their shapes. Raises UserError as `build`."""
+    """The network without memory for its weights, for what follows from their shapes. Raises UserError as `build`."""
     with torch.device("meta"):
         return build(config)
 

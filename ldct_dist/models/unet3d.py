@@ -1,8 +1,8 @@
-"""A U-Net that sees far in the plane and little along z, as CT volumes are sampled.
+"""A U-Net with a large receptive field in the plane and a small one along z, as CT volumes are sampled.
 
-The input's 2 x 2 squares become channels first (as in FFDNet, Zhang et al. 2018), so that no convolution
-runs at full resolution, where it would cost most and see least. Strides are in the plane alone.
-`nafnet3d` is the same network made of other blocks.
+The input's 2 x 2 squares become channels first (as in FFDNet, Zhang et al. 2018), so that no convolution runs at full
+resolution, where it would cost most and see least. Strides are in the plane only. `nafnet3d` is the same network made of
+other blocks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Stage(nn.Module):
 class UNet3d(nn.Module):
     """Three levels at strides 2, 4 and 8 in the plane, with `widths` channels.
 
-    (b, 2, z, y, x) to (b, 1, z, y, x); y and x are multiples of 8. recompute: so many levels, from the finest on,
-    keep only what goes in and out of their stages.
+    (b, 2, z, y, x) to (b, 1, z, y, x); y and x are multiples of 8. flat: kernels of 1 in z at the finest level. recompute:
+    how many levels, from the finest on, keep only the inputs and outputs of their stages for the backward pass.
     """
 
     stride = (1, 8, 8)
@@ -53,7 +53,7 @@ class UNet3d(nn.Module):
         self, widths: Widths, block: type[ResidualBlock | NAFBlock], number: int, flat: bool, recompute: int
     ) -> None:
         super().__init__()
-        # flat: where slices are thick, neighbours in z say little about fine structure
+        # Where slices are thick, neighbours along z say little about fine structure.
         kernels: list[Kernel] = [(1, 3, 3) if flat else (3, 3, 3), (3, 3, 3), (3, 3, 3)]
 
         def stage(level: int) -> Stage:
@@ -89,13 +89,13 @@ class UNet3d(nn.Module):
         return shuffle_plane(self.tail(x))
 
     def _encode(self, level: int, x: torch.Tensor) -> torch.Tensor:
-        """Into the level, from the one above it, and through its stage."""
+        """From the level above into this level, and through its stage."""
         if level == 0:
             return self.encoders[0](self.head(x))
         return [*self.encoders, self.middle][level](self.downs[level - 1](x))
 
     def _join(self, level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Back to the level from the one below it."""
+        """From the level below back into this level, merged with what was kept of it."""
         return self.merges[level](torch.cat((self.ups[level](x), skip), 1))
 
     @property

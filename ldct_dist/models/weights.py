@@ -1,4 +1,4 @@
-"""Weights that people pass around: one safetensors file that says which network it is for. Never pickle."""
+"""Weights files, which people pass around: one safetensors file, never pickle, that says which network it is for."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SEAL = "sha256"
 
 
 def weights_facts(config: ModelConfig, **facts: str) -> dict[str, str]:
-    """The file's header: what is needed to build the network, and what is good to know of it."""
+    """The file's metadata: the config to build the network from, the version, and further `facts`."""
     return {"kind": KIND, "model": config.model_dump_json(), "version": ldct_dist.__version__, **facts}
 
 
 def sealed(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """`facts` with the sha256 of them and of the tensors, which tells a damaged copy of the file from a sound one."""
+    """`facts` with a sha256 of themselves and of the tensors, by which damage to the file is found."""
     return {**facts, SEAL: _digest(facts, tensors)}
 
 
 def save_weights(path: Path, model: Denoiser, **facts: str) -> None:
-    """Write the network's weights, whole or not at all. Raises UserError where they cannot be written."""
+    """Write the network's weights, completely or not at all. Raises UserError where they cannot be written."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     try:
         with replacing(path) as temporary:
@@ -98,5 +98,5 @@ def _digest(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """Short sha256 of a weights file: how a denoised image names what made it."""
+    """The beginning of the sha256 of a weights file, by which denoised images name the network that made them."""
     return file_sha256(path)[:16]
