@@ -87,11 +87,14 @@ def labelled(tmp_path):
     return words, tmp_path / "labels.csv"
 
 
-def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled):
+def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled, tmp_path):
+    """The names of the first in the terminal alone: such as a patient's, for which ingest has refused a manifest's case."""
     command, labels = labelled
-    labels.write_text("case,label\nC3,1\n" + "".join(f"c{i},{i % 2}\n" for i in range(10)))
+    labels.write_text("case,label\nMeier-3,1\n" + "".join(f"c{i},{i % 2}\n" for i in range(10)))
     words = told(command)
-    assert "not measured: labels of what is not in ct.zarr: C3" in words
+    assert "not measured: labels of what is not in ct.zarr: 1" in words
+    assert "labels without a case: Meier-3" in words
+    assert not any(b"Meier" in path.read_bytes() for path in (tmp_path / "report").iterdir())
     assert "not measured: classification of cases without a label: c10" in words
     assert "classified: 10 images of 10 patients" in words
 
@@ -102,7 +105,7 @@ def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
     labels.write_text("patient,label\nMRN-77,1\n" + "".join(f"MRN-{i},{i % 2}\n" for i in range(11)))
     words = told(command)
     assert "classified: 11 images of 11 patients" in words
-    assert "not measured: labels of what is not in ct.zarr: patient 1 of the labels" in words
+    assert "labels without a case: patient 1 of the labels" in words
     assert not any(b"MRN" in path.read_bytes() for path in (tmp_path / "report").iterdir())
     key = tmp_path / "ct.zarr.key"
     elsewhere = key.rename(tmp_path / "ours.key")
