@@ -22,8 +22,10 @@ class AugmentConfig(Config):
     transpose: bool = True
     """swap y and x, for crops that are as wide as they are high"""
     dose_mix: Annotated[tuple[Factor, Factor], AfterValidator(rising)] = (1.0, 1.0)
-    """the noise, low - full, is multiplied by a factor drawn from this range, as if the dose had been another: quantum
-    noise at dose a times f has the variance of that at dose a / f^2"""
+    """what the low dose adds, low - full, is multiplied by a factor f drawn from this range, as if the dose had been
+    another: a / (a + f^2 (1 - a)) in place of a, for a quarter and f from 0.6 to 1.5 doses from 0.48 to 0.13. So it is
+    where the low dose is the full one with noise inserted. Where two scans were acquired, the full dose's own noise
+    goes into the input as well, 1 - f of it: leave f at 1 there"""
     lesions: LesionConfig = LesionConfig()
 
     @property

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
 from ldct_dist.data.augment import AugmentConfig, apply, draw, move_all, move_each
 
 EVERY_MOVE = np.array(
@@ -74,6 +75,21 @@ def test_dose_mixing_scales_the_noise_and_leaves_full_dose_alone(factor):
     (mixed, same), _ = apply(config, torch.stack((low, full)), torch.zeros(16, 3, 2), drawn)
     assert torch.equal(same, full)
     assert torch.equal(mixed, torch.full_like(low, 10 + 20 * factor))
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.5])
+def test_mixed_noise_is_that_of_the_dose_which_the_setting_names(factor):
+    scanner = DoseConfig(photons=2e5, cutoff_per_mm=0.6)
+    water = np.zeros((8, 64, 64))
+    full = simulate_full_dose(water, (3.0, 2.0, 2.0), 0, scanner)
+    low, another = (
+        simulate_low_dose(full, dose, seed, scanner).hu
+        for dose, seed in ((0.25, 1), (0.25 / (0.25 + factor**2 * 0.75), 2))
+    )
+    pair = torch.from_numpy(np.stack((low, full.hu))[:, None, None]).float()
+    drawn = np.array([[0, 0, 0, 0, factor]])
+    (mixed, _), _ = apply(AugmentConfig(dose_mix=(0.5, 2.0)), pair, torch.zeros(1, 3, 2), drawn)
+    assert float(mixed.std()) == pytest.approx(another.std(), rel=0.03)
 
 
 def test_a_range_of_doses_goes_from_small_to_large():
