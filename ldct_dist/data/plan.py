@@ -38,7 +38,7 @@ class DataConfig(Config):
     dose: float = Field(0.25, gt=0, lt=1)
     """dose fraction of the network's input; the target is full dose"""
     crop: tuple[Positive, Positive, Positive] = (32, 96, 96)
-    """voxels (z, y, x)"""
+    """voxels (z, y, x); no deeper than most volumes: what these lack is air, which no network meets in use"""
     batch: Positive = 8
     """crops a step over all ranks"""
     reuse: float = Field(2.0, gt=0, le=4)

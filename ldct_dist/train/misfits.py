@@ -81,11 +81,15 @@ def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
             )
 
 
-def note_on_margin(config: RunConfig, model: Denoiser) -> str | None:
+def note_on_margin(config: RunConfig, model: Denoiser, store: Store) -> str | None:
     """How much of a crop the loss counts, for a user who has not set loss.margin; None if it is set."""
     if config.loss.margin is not None:
         return None
-    margin = config.loss.margin_for(model.radius, config.data.crop)
+    longest = store.triples("shape")[store.split(config.data.split)].max(axis=0)
+    margins = config.loss.margin_for(model.radius, config.data.crop)
+    # Crops as long as the volumes have no inner faces.
+    z, y, x = (m if n > c else 0 for m, n, c in zip(margins, longest, config.data.crop, strict=True))
+    margin = (z, y, x)
     return (
         f"note: of the {model.radius} voxels (z, y, x) that {config.model.name} sees to each side, the loss leaves out "
         f"{margin} at a crop's inner faces: {100 * share_counted(margin, config.data.crop):.0f} % of a crop counts. "

@@ -69,7 +69,7 @@ class Trainer:
         # The first thing that is written: a mistake found above leaves no trace.
         for line in world.on_main(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
-        if note := note_on_margin(config, model):
+        if note := note_on_margin(config, model, self.store):
             self._say(note)
         self.checkpoints = Checkpoints(
             config, self.folder, self.strategy, world, self.store.fingerprint, allow_new_data, self._say
