@@ -17,9 +17,11 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -63,7 +65,8 @@ class StagedStore(Store):
             out = np.empty([s.stop - s.start for s in region], np.int16)
         if self.copies is not None:
             copy = self.copies / CASES / case / dose
-            if copy not in self._spoiled and os.path.exists(copy):  # also False where permission is missing
+            # exists: also False where permission is missing
+            if copy not in self._spoiled and os.path.exists(copy) and self._copies_are_ours:
                 try:
                     self.array(self.copies, case, dose).read(region, out)
                     return out
@@ -72,6 +75,10 @@ class StagedStore(Store):
                     shutil.rmtree(copy, ignore_errors=True)  # a later run makes it anew
                     self._say(f"data.stage: {copy} is damaged ({e}); reading {self.path} instead")
         return super().read(case, dose, region, out)
+
+    @cached_property
+    def _copies_are_ours(self) -> bool:
+        return self.copies is not None and _is_ours(self.copies)
 
     @contextmanager
     def staging(self, plan: Plan, world: World, steps: range, held_out: Sequence[int]) -> Iterator[None]:
@@ -123,6 +130,8 @@ class Copier:
         where = f"{self.copies} on {socket.gethostname()}"
         try:
             self.copies.mkdir(mode=0o700, exist_ok=True)  # a copy is no more public than its store
+            if not _is_ours(self.copies):
+                raise UserError("a link, or another user's folder, is in its place")
             origin = self.copies / ORIGIN
             origin.write_bytes(os.fsencode(self.store.path.resolve()))
             self._in_use.enter_context(_lock(origin, fcntl.LOCK_SH))
@@ -203,6 +212,13 @@ class Copier:
 
 class _Stopped(Exception):
     """The block has ended, so copying ends, too."""
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder that this user made. On a disk that all write to, such as /tmp, another one may lay a folder
+    or a link there first: to read the copies, or to have voxels of his own trained on."""
+    facts = folder.lstat()
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
 
 
 @contextmanager

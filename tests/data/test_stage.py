@@ -167,6 +167,33 @@ def test_a_disk_that_is_absent_or_cannot_be_written_costs_one_line(store, disk, 
     assert same(batches(staged), batches(Store(store)))
 
 
+@pytest.mark.parametrize("by", ["folder", "link"])
+def test_a_folder_that_another_user_has_laid_there_is_neither_written_to_nor_read(
+    store, tmp_path, monkeypatch, by
+):
+    """As in a /tmp for all: its name holds the fingerprint, which reports tell, so others can be there first."""
+    staged, _ = copied(make_store(tmp_path / "forged" / "ct.zarr", SHAPES, noise=90.0).path, tmp_path)
+    theirs = staged.copies.rename(tmp_path / "theirs")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (theirs / "store").unlink()
+    (theirs / "store").symlink_to(victim)
+    lines: list[str] = []
+    staged = StagedStore(store, str(tmp_path), lines.append)
+    if by == "link":
+        staged.copies.symlink_to(theirs)
+    else:
+        theirs.rename(staged.copies)
+        monkeypatch.setattr(os, "getuid", lambda: staged.copies.stat().st_uid + 1)
+
+    Copier(staged, staged.copies, lines.append).copy(EVERY_ARRAY)
+
+    (line,) = lines
+    assert "a link, or another user's folder, is in its place" in line
+    assert victim.read_text() == "precious"
+    assert same(batches(staged), batches(Store(store)))
+
+
 def test_the_stage_is_named_by_a_variable_of_the_node(store, tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH_OF_THIS_NODE", str(tmp_path))
     staged, _ = copied(store, "$SCRATCH_OF_THIS_NODE")
