@@ -1,4 +1,4 @@
-"""One maker for all that a folder is filled with, however often that is started again."""
+"""Making sure that everything in an output folder is by the same network, however often the work is started again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ldct_dist.errors import UserError
 from ldct_dist.files import replace
 
 MADE_BY = ".denoised-by"
-"""beside what was denoised: by what all of it was"""
+"""the file in an output folder that names the network"""
 
 
 def claim(out: Path, maker: str) -> None:
-    """Have `out` be filled by `maker` alone: a network, and what else decides what belongs there.
+    """Mark `out` as the output of `maker`: a network, and whatever else decides what belongs in the folder.
 
-    Raises UserError where another maker was at work, and where `out` cannot be written.
+    Raises UserError where it is another maker's, and where `out` cannot be written.
     """
     refuse_others(out, maker)
     try:
@@ -23,11 +23,11 @@ def claim(out: Path, maker: str) -> None:
             replace(out / MADE_BY, maker)
     except OSError as e:
         raise _unwritable(out, e) from e
-    refuse_others(out, maker)  # one may have begun at the same time
+    refuse_others(out, maker)  # another may have claimed it at the same time
 
 
 def refuse_others(out: Path, maker: str) -> None:
-    """Raises UserError where `out` holds what another maker made, or one that it does not name. Writes nothing."""
+    """Raises UserError where `out` holds the output of another maker, or of one that it does not name. Writes nothing."""
     mark, made_by = out / MADE_BY, maker
     try:
         if mark.exists():

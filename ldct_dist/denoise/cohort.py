@@ -1,5 +1,7 @@
-"""A folder of cases, each denoised whole or not at all: safe to kill and to start again, in parts or at once, and while
-another start is still at it."""
+"""Denoising a folder of cases, each completely or not at all.
+
+It is safe to kill and to start again, in parts or as a whole, even while another start is still at work.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class CohortReport:
 
 
 def cases_of(source: Path) -> list[Path]:
-    """The folders right below `source`, hidden ones left out, a case each, in the order of their names. Raises UserError
-    without any."""
+    """The folders directly in `source`, each a case, sorted by name and without hidden ones. Raises UserError if there
+    is none."""
     there = source.iterdir() if source.is_dir() else ()
     cases = sorted(path for path in there if path.is_dir() and not path.name.startswith("."))
     if not cases:
@@ -45,7 +47,7 @@ def denoise_cohort(
     """Denoise each case of `source` into a folder of its name in `out`; what is there already stays.
 
     part: (i, n) takes every n-th case from the i-th. A case that is refused does not stop the others.
-    Raises UserError for an `out` whose cases another network made, as a cohort is not mixed, and for one in `source`.
+    Raises UserError where `out` has cases by another network, since a cohort must not be mixed, or is in `source`.
     """
     report = CohortReport()
     refuse_inside(out, source)
@@ -57,17 +59,17 @@ def denoise_cohort(
             report.skipped.append(case.name)
             continue
         try:
-            # A folder of its own: another start may be at this case, too.
+            # In a folder of this start alone: another one may be working on the same case.
             with TemporaryDirectory(prefix=f".{case.name}-", dir=out, ignore_cleanup_errors=True) as partial:
                 denoise(case, Path(partial, case.name))
                 Path(partial, case.name).rename(target)
         except (UserError, OSError) as e:
-            if target.exists():  # that one was quicker
+            if target.exists():  # the other start was quicker
                 report.skipped.append(case.name)
             else:
                 report.refused.append(f"{case.name}: {e}")
             continue
-        # Of starts that were killed, or are too late.
+        # Left by starts that were killed, or that were slower than this one.
         for left in out.glob(f".{glob.escape(case.name)}-????????"):
             shutil.rmtree(left, ignore_errors=True)
         report.written.append(case.name)

@@ -1,9 +1,8 @@
-"""Whole volumes in tiles that meet exactly: no seams, no blending, memory bounded by the tile.
+"""Whole volumes in tiles that fit together exactly: no seams, no blending, and memory bounded by the tile.
 
-A network states how far it sees. A tile is read with a halo of at least that, aligned to the network's
-stride; where it ends at the volume's border it ends there for the network too, so that the zeros which
-convolutions put beyond the border stand where they stand for the whole volume. Each output voxel is then
-what the whole volume at once would have given.
+A network states its receptive field. A tile is read with a halo of at least that, aligned to the network's stride. At
+the volume's border a tile ends, so that convolutions put their zeros beyond the border where they would put them for the
+whole volume. Each output voxel is then what the whole volume at once would have given.
 """
 
 from __future__ import annotations
@@ -32,15 +31,17 @@ TILES: dict[str, tuple[Triple, ...]] = {
     "cpu": ((32, 256, 256),),
     "cuda": (*((z, 512, 512) for z in (256, 160, 96, 64, 32)), (32, 256, 256), (16, 128, 128)),
 }
-"""Voxels of output, (z, y, x), by device: the first that memory allows. The larger, the less of it is halo: whole
-slices need none in the plane. With it, (32, 256, 256) is 52 x 352 x 352, 3 GB for one activation of xl in fp32."""
+"""Output voxels (z, y, x) of a tile, by device; the first that memory allows is taken. The larger the tile, the smaller
+the share of its halo, and whole slices need none in plane. With its halo, (32, 256, 256) is 52 x 352 x 352, which is 3 GB
+for one activation of size xl in fp32."""
 HU_RANGE = (AIR_HU, 32767)
 NOT_FINITE = -32768
-"""stands for an answer that is no number, among answers in HU"""
+"""stands for an output that is not finite, among outputs in HU"""
 FEW_ENOUGH = 2**31
-"""numbers in one tensor: beyond, cuDNN takes other kernels, which are slower and had faults in several of its versions"""
+"""elements of one tensor: for more, cuDNN takes other kernels, which are slower and have been faulty in some versions"""
 AT_ONCE = 2
-"""tensors as large as a network's widest that there are at the same time, at least: larger tiles need not be tried"""
+"""tensors of the network's largest size that exist at the same time, at least; tiles that are too large for so many
+are not tried"""
 
 
 class NotFiniteError(UserError):
@@ -49,7 +50,7 @@ class NotFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Tile:
-    """read: what the network is given; keep: what is taken from its answer, to be written to `write`."""
+    """read: the part of the volume that the network is given. keep: the part of its output that is written to `write`."""
 
     read: Slices
     keep: Slices
@@ -57,7 +58,10 @@ class Tile:
 
 
 def tiles(shape: Triple, tile: Triple, radius: Triple, stride: Triple) -> list[Tile]:
-    """Cover a volume of `shape`, a multiple of `stride`, writing each voxel once; `tile` is rounded up to it."""
+    """Tiles that cover a volume of `shape`, a multiple of `stride`, and write each voxel once.
+
+    tile: output voxels of a tile, rounded up to multiples of `stride`. radius: of the network.
+    """
     axes = [
         _spans(size, _up(edge, s), _up(r, s))
         for size, edge, r, s in zip(shape, tile, radius, stride, strict=True)
@@ -110,7 +114,7 @@ def denoise_volume(
 
 
 def refuse_strength(strength: float) -> None:
-    """Raises UserError for what is no share of a change."""
+    """Raises UserError unless `strength` is above 0 and at most 1."""
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength:g}: give a share above 0 and up to 1")
 
@@ -125,8 +129,10 @@ def denoised_tiles(
     finish: Finish = lambda given, answer: answer,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[tuple[Slices, torch.Tensor]]:
-    """Where in the volume each tile belongs, and the network's answer there, on the CPU: float HU, or what `finish`
-    makes of what was given and of the answer, on the device."""
+    """(where in the volume a tile belongs, the network's output there on the CPU) for each tile.
+
+    The output is float HU, or what `finish`, called on the device, makes of the tile's input and of it.
+    """
     if device is not None:
         model.to(device)
     weight = next(model.parameters())
@@ -137,7 +143,7 @@ def denoised_tiles(
     model.eval()
 
     def start(t: Tile) -> _Answer:
-        # One piece of memory, or a GPU's copy would go by way of another one that is not pinned.
+        # Contiguous and pinned, or the copy to a GPU would first make another one that is not pinned.
         given = torch.empty(padded[t.read].shape, dtype=torch.int16, pin_memory=weight.is_cuda)
         given.numpy()[:] = padded[t.read]
         given = given.to(weight.device, non_blocking=True)
@@ -146,7 +152,7 @@ def denoised_tiles(
             return _Answer(finish(given[t.keep], model(given[None, None])[0, 0][t.keep]))
 
     def cut_and_begun() -> tuple[list[Tile], _Answer]:
-        """The largest tiles that fit, and the answer for the first, which is the largest of them."""
+        """The largest tiles that fit into memory, and the output for the first, which is the largest of them."""
         sizes = (tile,) if tile is not None else TILES[weight.device.type]
         for size in sizes:
             cut = sorted(tiles(padded.shape, size, model.radius, model.stride), key=_voxels, reverse=True)
@@ -161,13 +167,13 @@ def denoised_tiles(
         )
 
     try:
-        # A GPU is given the next tile before this one's answer is waited for, so that it always has work.
+        # The next tile is started before this one's output is waited for, so that a GPU always has work.
         cut, ahead = cut_and_begun()
         for done, t in enumerate(cut, start=1):
             answer = ahead
             if done < len(cut):
                 ahead = start(cut[done])
-            inside = hu[t.write].shape  # without what only fills up the stride
+            inside = hu[t.write].shape  # without what was only added to fill up the stride
             yield t.write, answer.wait()[tuple(map(slice, inside))]
             progress(done, len(cut))
     finally:
@@ -176,7 +182,8 @@ def denoised_tiles(
 
 @contextmanager
 def _memory_running_out() -> Iterator[None]:
-    """It may, within. cuDNN says it in its own words, where it finds no room for any of its algorithms."""
+    """Ends the block quietly if a GPU's memory runs out. cuDNN has words of its own for it, if none of its algorithms has
+    room."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -187,7 +194,7 @@ def _memory_running_out() -> Iterator[None]:
 
 
 def _too_large(largest: Tile, model: Denoiser, bf16: bool) -> bool:
-    """Whether a GPU need not try it."""
+    """Whether a tile cannot fit into a GPU's memory, or would be slow there."""
     weight = next(model.parameters())
     numbers = _voxels(largest) * model.widest
     needed = AT_ONCE * numbers * (2 if bf16 else weight.element_size())
@@ -195,7 +202,7 @@ def _too_large(largest: Tile, model: Denoiser, bf16: bool) -> bool:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes of a GPU that are free, or that torch has taken and not used."""
+    """Bytes of a GPU that are free, or reserved by torch but not in use."""
     taken = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + taken
 
@@ -205,7 +212,7 @@ def _voxels(t: Tile) -> int:
 
 
 class _Answer:
-    """On its way to the CPU."""
+    """An output on its way to the CPU."""
 
     def __init__(self, answer: torch.Tensor) -> None:
         self._arrived = None

@@ -23,7 +23,8 @@ from ldct_dist.models.weights import load_weights, weights_hash
 
 @dataclass(frozen=True)
 class SeriesDenoiser:
-    """A network with its weights, on its device, for any number of series. name: the network, and what tells it apart."""
+    """A network with its weights on its device, for any number of series. name: says which network, weights and settings,
+    and so what made an image."""
 
     model: Denoiser
     name: str
@@ -38,7 +39,7 @@ class SeriesDenoiser:
         bf16: bool = False,
         strength: float = 1.0,
     ) -> SeriesDenoiser:
-        """All as in `denoise_series`. Raises UserError for weights, or a strength, that cannot be used."""
+        """Arguments as of `denoise_series`. Raises UserError for weights, or a strength, that cannot be used."""
         refuse_strength(strength)
         file = weights_of(Path(weights))
         model = load_weights(file, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -55,7 +56,7 @@ class SeriesDenoiser:
         progress: Progress = lambda done, total: None,
         notice: Callable[[str], None] = lambda line: None,
     ) -> list[Path]:
-        """`denoise_series`, with this network."""
+        """`denoise_series` with this network."""
         out = Path(out)
         refuse_inside(out, Path(source))
         series = sound_series(source, notice)
@@ -104,16 +105,18 @@ def denoise_series(
 ) -> list[Path]:
     """Denoise each CT series below `source` into `out`, one folder a series if there are several.
 
-    weights: a weights file, a checkpoint, or a run, whose best weights are taken. A voxel that the network leaves
-    unchanged keeps its stored value bit for bit. DerivationDescription names this package's version, the network and
-    the hash of its weights. strength: share of what the network changes, above 0 and up to 1. `device`: None takes a
-    GPU if there is one. `progress` hears (tiles done, tiles in all) of each series in turn, `notice` what is passed over
-    as no volume and, of several series, each that is done.
+    weights: a weights file, a checkpoint, or a run, whose best weights are taken. strength: the share of the network's
+    change that is applied, above 0 and up to 1. device: None takes a GPU if there is one. progress: called with (tiles
+    done, tiles in all) of each series in turn. notice: is told what is passed over as no volume and, of several series,
+    each that is done.
 
-    What is in `out` is whole series: of several, those stay that were denoised before a start with the same series and
-    weights was stopped. Returns the files. Raises UserError for weights or series that cannot be used, for an `out`
-    that cannot be written, that is in `source`, or that holds something else.
+    A voxel that the network leaves unchanged keeps its stored value bit for bit. DerivationDescription names this
+    package's version, the network and the hash of its weights. `out` holds complete series only: if a start with several
+    is stopped, those that are done stay, and the next start with the same series and weights goes on.
+
+    Returns the files. Raises UserError for weights or series that cannot be used, and for an `out` that cannot be
+    written, is in `source`, or holds something else.
     """
-    if not os.path.exists(Path(out) / MADE_BY):  # unlike Path's, this answers where nothing may be looked at
-        refuse_taken(Path(out))  # before all work, which may be an hour's
+    if not os.path.exists(Path(out) / MADE_BY):  # unlike Path's, it is False without permission
+        refuse_taken(Path(out))  # before work that may take an hour
     return SeriesDenoiser.load(weights, device, bf16, strength)(source, out, tile, progress, notice)

@@ -1,8 +1,8 @@
 """Pictures of whole volumes in three planes: as a PNG for people, and as an array for TensorBoard.
 
-Both show the same panels. One column an image, the last image being the reference; then a column with the difference
-between the last two, which for low dose, denoised and full dose is denoised - full dose. Rows are the axial, coronal
-and sagittal plane through the middle of the body, head up, everything in one scale of mm.
+Both show the same panels. There is a column for each image, the last being the reference, and one with the difference of
+the last two: for low dose, denoised and full dose that is denoised - full dose. The rows are the axial, coronal and
+sagittal plane through the middle of the body, head up, all to the same scale in mm.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _STRIP_PIXELS = 256  # width of a column of the array
 
 
 def minus(words: str) -> str:
-    """Real minus signs before numbers; what hyphens join, such as abdomen-3d, stays."""
+    """The text with real minus signs before numbers; hyphens within words, such as abdomen-3d, stay."""
     return re.sub(r"(?<!\w)-(?=\d)", "−", words)
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """What one column shows: its three planes, (rows, columns) in HU, and how HU become colours."""
+    """One column: its three planes, (rows, columns) in HU, and how HU are shown in colours."""
 
     name: str
     planes: list[np.ndarray]
@@ -120,8 +120,7 @@ def _panels(images: dict[str, Volume], window: Range) -> tuple[list[_Panel], lis
     limit = round_up(float(np.percentile(np.concatenate([np.abs(d).ravel() for d in difference]), 99.5)))
     signed = Normalize(-limit, limit, clip=True)
     panels.append(_Panel(f"{name} − {reference_name}", difference, SIGNED, signed))
-    z, y, x = ((part.stop - part.start) * mm for part, mm in zip(box, reference.spacing, strict=True))
-    return panels, [(y, x), (z, x), (z, y)]
+    return panels, plane_sizes_mm(box, reference.spacing)
 
 
 def body_box(hu: np.ndarray) -> tuple[slice, slice, slice]:
@@ -140,6 +139,14 @@ def planes(hu: np.ndarray, box: tuple[slice, slice, slice]) -> list[np.ndarray]:
     hu = hu[box]
     z, y, x = (n // 2 for n in hu.shape)
     return [plane.astype(np.float32) for plane in (hu[z], hu[::-1, y], hu[::-1, :, x])]
+
+
+def plane_sizes_mm(
+    box: tuple[slice, slice, slice], spacing: tuple[float, float, float]
+) -> list[tuple[float, float]]:
+    """(height, width) in mm of each of the `planes` of a box."""
+    z, y, x = ((part.stop - part.start) * mm for part, mm in zip(box, spacing, strict=True))
+    return [(y, x), (z, x), (z, y)]
 
 
 def round_up(hu: float) -> float:

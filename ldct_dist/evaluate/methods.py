@@ -1,4 +1,4 @@
-"""What is compared: anything that makes a denoised volume of a low-dose one."""
+"""The methods that are compared: anything that makes a denoised volume of a low-dose one."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ def network(weights: Path, bf16: bool = False, strength: float = 1.0) -> Method:
 
 
 def tuned_baselines(names: Sequence[str], pairs: Sequence[tuple[Volume, Volume]]) -> dict[str, Method]:
-    """The named filters, each tuned on these pairs of low and full dose, which should not be among what is evaluated;
-    their names say to what.
+    """The named filters, each tuned on these pairs of low and full dose, which should not be evaluated themselves.
 
-    Raises UserError for an unknown name.
+    The methods' names hold the tuned values. Raises UserError for an unknown name.
     """
     chosen = {name: baseline_named(name) for name in names}
 
@@ -48,7 +47,7 @@ def tuned_baselines(names: Sequence[str], pairs: Sequence[tuple[Volume, Volume]]
 
 
 def peer(spec: str) -> tuple[str, Method]:
-    """A function of someone else's, given as name=module:function. Raises UserError where there is none."""
+    """(name, method) of somebody else's function, given as name=module:function. Raises UserError if there is none."""
     name, equals, path = spec.partition("=")
     module, colon, function = path.partition(":")
     if not (name and equals and colon):
@@ -63,7 +62,7 @@ def peer(spec: str) -> tuple[str, Method]:
 
 
 def peers_beside(networks: Iterable[str], specs: Sequence[str]) -> dict[str, Method]:
-    """The peers of these, by name. Raises UserError as `peer` does, and where one has the name of another method."""
+    """The peers that `specs` describe, by name. Raises UserError as `peer` does, and where two methods have one name."""
     taken = {LOW, FULL, *networks}
     peers: dict[str, Method] = {}
     for spec in specs:
@@ -76,7 +75,7 @@ def peers_beside(networks: Iterable[str], specs: Sequence[str]) -> dict[str, Met
 
 
 def apply(name: str, method: Method, low: Volume) -> np.ndarray:
-    """int16 HU of `low` under the method. Raises UserError where it gives something else than the same grid in HU."""
+    """int16 HU that the method makes of `low`. Raises UserError if they are not finite, or not on the same grid."""
     hu = np.asarray(method(low))
     if hu.shape != low.shape:
         raise UserError(f"{name}: gives {hu.shape} for a volume of {low.shape}; return HU on the same grid")

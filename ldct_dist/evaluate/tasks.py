@@ -1,4 +1,4 @@
-"""What there is to classify: a cohort with labels, or a generated task whose truth is known."""
+"""What is classified: a cohort with labels, or a generated task whose truth is known."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COLUMNS = "case,label or case,slice,label or patient,label"
 
 
 def read_labels(path: Path) -> tuple[Labels, str]:
-    """What a CSV says, and of what: of each "case", or of each "patient".
+    """(the labels in a CSV, whether they are of each "case" or of each "patient").
 
     Its columns are label, case or patient, and slice where slices of cases have labels of their own; slices count from
     0 at the feet, labels are 0 or 1. Raises UserError naming the line that is not so.
@@ -58,7 +58,7 @@ def read_labels(path: Path) -> tuple[Labels, str]:
 
 
 def _add(labels: Labels, what: str, name: str | None, at: str | None, label: str | None) -> str | None:
-    """Take in what a line says, or answer what is wrong with it."""
+    """Add a line's label to `labels`; what is wrong with the line, None if nothing is."""
     if not name:
         return f"it names no {what}"
     if label not in ("0", "1") or not (not at or (at.isascii() and at.isdigit())):
@@ -73,9 +73,9 @@ def _add(labels: Labels, what: str, name: str | None, at: str | None, label: str
 
 
 def of_cases(labels: Labels, patients: Mapping[str, str], key: bytes) -> Labels:
-    """Labels of patients as those of all their cases. patients: whose each case is, hashed with `key`.
+    """Labels of patients, given to all of their cases. patients: case name to patient, hashed with `key`.
 
-    A patient without a case goes by a number, since an ID has no place in a report.
+    A patient without a case is named by a number, since IDs must not get into a report.
     """
     cases: dict[str, list[str]] = {}
     for case, patient in patients.items():
@@ -89,10 +89,10 @@ def of_cases(labels: Labels, patients: Mapping[str, str], key: bytes) -> Labels:
 
 @dataclass
 class Cohort:
-    """Gathers the labelled slices of a study's cases; pass `add` to `measure` as what it shows to.
+    """Gathers the labelled slices of a study's cases; pass `add` to `measure` as its `show`.
 
-    A case's own label goes to 8 slices spread over its middle. Each slice is made 64 x 64 and clipped to `window`.
-    patients: of the study's cases, by name. Raises UserError where none of these has a label.
+    A label of a whole case is given to 8 slices spread over its middle. Slices are resampled to 64 x 64 and clipped to
+    `window`. patients: of the study's cases, by case name. Raises UserError if none of these cases has a label.
     """
 
     labels: Labels
@@ -135,8 +135,11 @@ class Cohort:
 
 
 def shown(hu: np.ndarray, window: Range, side: int = SIDE) -> np.ndarray:
-    """A slice (y, x) in HU as the classifier sees it: (side, side) float32 in [0, 1], the means of the areas that its
-    pixels cover. A voxel here and there would bring all of its noise along, which no reader of a small image sees."""
+    """A slice (y, x) in HU as the classifier sees it: (side, side) float32 in [0, 1].
+
+    Each pixel is the mean of the area that it covers. Single voxels would have all of their noise, which no reader of a
+    small image sees.
+    """
     means = adaptive_avg_pool2d(torch.from_numpy(hu.astype(np.float32))[None], side)[0].numpy()
     return np.clip((means - window[0]) / (window[1] - window[0]), 0, 1)
 

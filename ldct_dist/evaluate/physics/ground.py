@@ -1,4 +1,4 @@
-"""What an image of a patient is measured on besides its figures: the full dose's own tissue and noise."""
+"""Measurements on images of patients besides the protocol's figures, by tissue and noise of the full dose."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from ldct_dist.store.layout import BODY_HU
 
 
 class Ground:
-    """What every method on a case is measured on, worked out of its low and full dose once.
+    """A case's tissue and noise, found once in its low and full dose, on which every method's image is measured.
 
-    soft: None where there is too little soft tissue to measure noise. std: None where `lacks` says why.
+    soft: windows of soft tissue, None where there is too little to measure noise. std: of `smoothed_noise`; None where it
+    cannot be measured, and `lacks` says why.
     """
 
     def __init__(self, low: Volume, full: Volume) -> None:
@@ -33,11 +34,10 @@ class Ground:
             self.lacks = "too little soft tissue to measure noise" if self.soft is None else str(e)
 
     def facts(self, image: np.ndarray) -> dict[str, Any]:
-        """bias_hu and, as far as they can be told, noise_hu and conspicuous: of a row of the study."""
+        """The fields of a study's Row: bias_hu and, if they can be measured, noise_hu and conspicuous."""
         found: dict[str, Any] = {"bias_hu": tissue_bias(image, self.full, self.tissues)}
         if self.soft is not None:
-            # In the full dose's flat windows: smooth images have others, which would leave out what is left of their
-            # noise.
+            # In the flat windows of the full dose: those of a smooth image would leave out what noise it still has.
             variance = noise.local_moments(image, self.full.spacing).variance[self.soft & self.moments.flat]
             found["noise_hu"] = float(np.sqrt(np.median(variance)))
         if self.std is not None:

@@ -17,7 +17,7 @@ from PIL import Image
 from ldct_dist.ct import noise
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
-from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, minus, planes, round_up
+from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, minus, plane_sizes_mm, planes, round_up
 from ldct_dist.evaluate.methods import FULL
 from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map, smoothed_noise
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
@@ -28,7 +28,7 @@ _STRUCTURE_LIMIT = 8.0  # standard deviations
 
 @dataclass
 class Pictures:
-    """Gathers pictures of the first `limit` cases; pass `add` to `measure` as what it shows to.
+    """Gathers pictures of the first `limit` cases; pass `add` to `measure` as its `show`.
 
     cases: name -> {"sizes": mm (height, width) of each plane, "views": view -> image -> three addresses}.
     """
@@ -44,7 +44,6 @@ class Pictures:
 
 def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.ndarray]) -> dict[str, Any]:
     box = body_box(full.hu)
-    z, y, x = ((part.stop - part.start) * mm for part, mm in zip(box, full.spacing, strict=True))
     views = {}
     for window in {p.window: p for p in map(protocol_named, ("ldctbench-abdomen", "ldctbench-chest"))} | {
         protocol.window: protocol
@@ -75,7 +74,7 @@ def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.nd
             name: _planes_as_png(hallucination_map(hu, full, std), box, SIGNED, scale)
             for name, hu in images.items()
         }
-    return {"sizes": [(y, x), (z, x), (z, y)], "views": views}
+    return {"sizes": plane_sizes_mm(box, full.spacing), "views": views}
 
 
 def _planes_as_png(
