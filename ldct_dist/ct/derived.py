@@ -35,14 +35,14 @@ STALE = (
     *("DerivationCodeSequence", "DigitalSignaturesSequence", "MACParametersSequence"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "DataSetTrailingPadding"),
 )
-"""True of the source's pixels, file or moment of writing, not of the derived ones. The wall clock is not
-written in their place: the same input must give the same files."""
+"""Elements that are true of the source's pixels, file or time of writing, but not of the derived ones. The present time
+does not take their place: the same input must give the same files."""
 
 PROPORTIONAL = (
     *("XRayTubeCurrent", "XRayTubeCurrentInmA", "XRayTubeCurrentInuA"),
     *("Exposure", "ExposureInmAs", "ExposureInuAs", "CTDIvol"),
 )
-"""A scanner that gives a fraction of the dose writes that fraction of these: it lowers the current, not the voltage."""
+"""Elements that are proportional to the dose, which scanners lower by the current, not by the voltage."""
 
 LONGEST_TEXT, LONGEST_NAME, LONGEST_LABEL = 1024, 64, 32  # characters; the first two: of DICOM's ST and LO
 
@@ -110,7 +110,7 @@ def write_derived(
 
 
 def _check(series: Series, hu: np.ndarray, out: Path, said: dict[str, tuple[str, int]]) -> None:
-    """said: by what it is, each text and how long it may be."""
+    """Raises UserError where `write_derived` does, before anything is written. said: name to (text, longest length)."""
     if hu.shape != series.shape or hu.dtype != np.int16:
         raise UserError(
             f"{series.name}: its volume is int16 {series.shape}, this one is {hu.dtype} {hu.shape}; "
@@ -125,10 +125,10 @@ def _check(series: Series, hu: np.ndarray, out: Path, said: dict[str, tuple[str,
 
 
 def derived_uid(*sources: str) -> str:
-    """A UID that depends on its sources alone (UUID version 5 under 2.25, PS3.5 B.2).
+    """A UID that is a function of `sources` (UUID version 5 under 2.25, PS3.5 B.2).
 
-    Running the same job again then gives the same series, which an archive recognises, instead of yet
-    another one; another network, or other pixels, give another series.
+    So running the same job again gives the same series, which an archive recognises, and another network or other pixels
+    give another series.
     """
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '|'.join(sources)).int}"
 
@@ -140,7 +140,7 @@ def _encoded(ds: Dataset) -> bytes:
 
 
 def _stored(source: Slice, hu: np.ndarray) -> np.ndarray:
-    """The stored values that mean `hu`, the source's own wherever nothing changed."""
+    """The stored values for `hu`: the source's own wherever its HU are unchanged."""
     meaning, pad = source.meaning, source.meaning.pad
     wanted = np.rint((np.maximum(hu, AIR_HU) - meaning.intercept) / meaning.slope)
     wanted = np.clip(wanted, meaning.low, meaning.high).astype(np.int32)
@@ -152,10 +152,10 @@ def _stored(source: Slice, hu: np.ndarray) -> np.ndarray:
 
 
 def presentable(ds: Dataset) -> Dataset:
-    """`ds` without what must not go out under a new name.
+    """`ds` without elements that must not get into a derived image.
 
-    Left out are private elements (their meaning is unknown here, and some hold a copy of the old pixels),
-    group lengths, and values that pydicom cannot make sense of, which no archive would accept.
+    Left out are private elements (their meaning is unknown here, and some hold a copy of the old pixels), group lengths,
+    and values that pydicom cannot convert, which no archive would accept.
     """
     kept = Dataset()
     for raw in ds.elements():
@@ -172,9 +172,9 @@ def presentable(ds: Dataset) -> Dataset:
 
 
 def scale_dose(ds: Dataset, dose: float) -> None:
-    """Scale what is PROPORTIONAL to the dose by `dose`, in sequences too.
+    """Multiply what is PROPORTIONAL to the dose by `dose`, in sequences too.
 
-    What holds no number is left out, and so is a whole number that would become 0.
+    Elements without a number are removed, and so are whole numbers that would become 0.
     """
     for element in list(ds):
         if element.VR == "SQ":
@@ -182,25 +182,25 @@ def scale_dose(ds: Dataset, dose: float) -> None:
                 scale_dose(item, dose)
         elif element.keyword in PROPORTIONAL:
             scaled = (number(ds, element.keyword) or 0.0) * dose
-            del ds[element.tag]  # so that the new one takes its own VR, not a wrong one of the source's
-            # whole microamperes in DS, too, which has room for 16 characters
+            del ds[element.tag]  # so that the new one gets the right VR, if the source's was wrong
+            # Rounded in DS as well, which has room for 16 characters only.
             if value := scaled if dictionary_VR(element.tag) == "FD" else round(scaled):
                 setattr(ds, element.keyword, value)
 
 
 def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: str, label: str) -> None:
     """Turn the header of an image into that of one derived from it, as `description` and `label` say (ASCII)."""
-    new = Dataset()  # filled apart, so that each element takes its own VR, not a wrong one of the source's
+    new = Dataset()  # a new one, so that each element gets the right VR, if the source's was wrong
     new.SOPInstanceUID, new.SeriesInstanceUID = instance_uid, series_uid
     new.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
-    # Phase and kernel stand in the source's own text; its end gives way to what tells the two series apart.
+    # The source's text may name phase and kernel. It is cut at its end to make room for the label.
     own = (text(ds, "SeriesDescription") or "")[: LONGEST_NAME - len(label) - 1].strip()
     new.SeriesDescription = f"{own} {label}".strip()
     new.SeriesNumber = int(number(ds, "SeriesNumber") or 0) % 1_000_000 + 1000
     history = [text(ds, "DerivationDescription"), description]
     new.DerivationDescription = "; ".join(filter(None, history))[-LONGEST_TEXT:]
     new.SourceImageSequence = [_source_image(ds.SOPClassUID, ds.SOPInstanceUID)]
-    new.RescaleType = "HU"  # silence means HU in an original image only
+    new.RescaleType = "HU"  # without it, only the values of an original image count as HU
     equipment = Dataset()
     equipment.PurposeOfReferenceCodeSequence = [_code("109103", "Modifying Equipment")]
     equipment.Manufacturer = "ldct_dist"
@@ -236,7 +236,7 @@ def set_pixels(ds: Dataset, source: Slice, stored: np.ndarray) -> None:
     pixels = stored.astype("<i2" if signed else "<u2")
     ds.add_new("PixelData", "OW", pixels.tobytes())
     if source.lossy and "LossyImageCompression" not in ds:
-        ds.LossyImageCompression = "01"  # once lost, always said
+        ds.LossyImageCompression = "01"  # a source that was lossy once stays so
     described = {"SmallestImagePixelValue": int(pixels.min()), "LargestImagePixelValue": int(pixels.max())}
     if pad:
         described |= {"PixelPaddingValue": pad[0], "PixelPaddingRangeLimit": pad[1]}

@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Series:
-    """A CT series whose headers make a regular stack; its pixels are still unread.
+    """A CT series whose headers make a regular stack; its pixels are not read yet.
 
-    slices: one file each, in the order of the Volume: positions (mm along the slice normal) ascend,
-    towards the head for axial series. patient_id is the patient's own: hash it before storing it.
-    derivation: how it was made, where it is none of a scanner's. spacing, origin and direction: as in Volume.
+    slices: one file each, in the order of the Volume: positions (mm along the slice normal) ascend, towards the head for
+    axial series. patient_id is the patient's real one: hash it before storing it. derivation: how the series was made, if
+    not by a scanner. spacing, origin and direction: as in Volume.
     """
 
     slices: tuple[Stored, ...]
@@ -99,11 +99,11 @@ def find_series(
 
 
 def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line: None) -> list[Series]:
-    """The CT series below `folder`. What is no volume by its nature, as a clinical export holds beside them, is
-    passed over, and `notice` hears of it, and of series that are no axial scan as they came from a scanner.
+    """The CT series below `folder`.
 
-    Raises UserError if there is no series, or if anything else was refused: an unreadable file may be a slice
-    that a series now lacks.
+    What is no volume by its nature, such as the scouts in clinical exports, is passed over. `notice` is told of that, and
+    of series that are not axial or that this package has made. Raises UserError if there is no series, or if anything
+    else was refused: an unreadable file may be a slice that a series now lacks.
     """
     found, refused = find_series(folder)
     damaged = [e for e in refused if not isinstance(e, NotAVolume)]
@@ -266,7 +266,7 @@ def _refuse_mixed(headers: Sequence[Header], names: Sequence[str]) -> None:
 
 
 def _rounding(a: object, b: object) -> bool:
-    """Whether two tuples of mm or direction cosines differ by no more than their last written digits."""
+    """Whether two tuples of mm or direction cosines differ only by rounding of their last digits."""
     if not (isinstance(a, tuple) and isinstance(b, tuple)):
         return False
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) < 5e-4

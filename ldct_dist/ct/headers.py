@@ -1,8 +1,8 @@
-"""One DICOM file's header as typed facts, whatever state the file is in.
+"""A DICOM file's header as typed facts, even where the file is damaged.
 
-pydicom converts element values when they are first touched, and a damaged header then raises (or warns
-about) nearly anything. So every element this package relies on is touched here, once, and turned into a
-plain number or string, or into None where it is absent or unusable. Nothing lazy leaves this module.
+pydicom converts an element's value when it is first accessed, and for a damaged header that may raise, or warn of, nearly
+anything. So every element that this package relies on is accessed here, once, and turned into a plain number or string,
+or into None where it is missing or unusable. Nothing that is converted later leaves this module.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ _PLAIN = {
     "IS": re.compile(rb" *[-+]?[0-9]+ *"),
     "UI": re.compile(rb"[0-9.]*\0?"),
 }
-"""values, by VR, of which pydicom would make the same"""
-_LONGEST = 1024  # bytes of a value that is worth keeping for the next slice
+"""by VR, values whose text is the same as what pydicom's conversion, which takes long, would give"""
+_LONGEST = 1024  # bytes up to which a converted value is cached for the next slice
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _APPLE_DOUBLE = b"\0\5\x16\7"
-"""how macOS begins the ._NAME that it lays beside each NAME on other systems' disks"""
+"""the first bytes of the ._NAME that macOS writes beside each NAME on foreign file systems"""
 
 
 def read_header(path: Path) -> Header | None:
@@ -230,12 +230,12 @@ def _header(path: Path, state: os.stat_result, head: Head) -> Header:
 
 @lru_cache(64)
 def _form(*facts: Any) -> PixelForm:
-    """One object for all slices that share it: headers travel between processes."""
+    """The same object for all slices with these facts, which keeps headers small on their way between processes."""
     return PixelForm(*facts)
 
 
 def _source_mm(distance: float | None) -> float | None:
-    """Source to isocentre; None where the tag holds what no scanner has, such as 0."""
+    """Source to isocentre; None for distances that no scanner has, such as 0."""
     return distance if distance is not None and 300 <= distance <= 1200 else None
 
 
@@ -245,7 +245,7 @@ def _matrix(rows: float, columns: float) -> tuple[int, int] | None:
 
 
 def _exposure_mas(exposure: float | None, current: float | None, time: float | None) -> float | None:
-    """Exposure in mAs, or tube current (mA) times exposure time (ms) where only those are told."""
+    """Exposure in mAs; where it is not given, tube current (mA) times exposure time (ms)."""
     if exposure is None and current is not None and time is not None:
         exposure = current * time / 1000
     return exposure

@@ -1,4 +1,4 @@
-"""What a DICOM file is, if it is no slice of a CT scan in HU."""
+"""Recognising DICOM files that are something else than slices of a CT scan in HU."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _IMAGE_TYPES = {
     "MIP|MINIP|MIN_IP": "a maximum or minimum intensity projection",
     "MAT(ERIAL)?_(SPECIFIC|FRACTION(AL)?)|EFF_ATOMIC_NUM|ELECTRON_DENSITY": "a map of a material, not of HU",
 }
-"""What words of ImageType say of an image, such as CT_SOM5 MIP; those of multi-energy CT: DICOM PS3.3 C.8.2.1.1.1.
-Reformats and virtual monoenergetic images are HU, and so are many that call themselves DERIVED."""
+"""Words in ImageType, such as the MIP of "CT_SOM5 MIP", and what such an image is. For multi-energy CT: DICOM PS3.3
+C.8.2.1.1.1. Reformats and virtual monoenergetic images are not here: they are in HU, as are many DERIVED images."""
 
 
 class NotAVolume(UserError):
-    """By its nature, not by damage: a scout, a dose report, a projection, bolus tracking, another modality."""
+    """A series that is no volume by its nature, not by damage: a scout, a dose report, a projection, bolus tracking,
+    another modality."""
 
 
 def refuse_other_than_ct(headers: Sequence[Header]) -> None:
-    """Raises NotAVolume if the series of these headers is something else by its nature, and UserError if a part of it
-    is, or if its values are not HU."""
+    """Raises NotAVolume if all of the series is something else than CT by its nature, and UserError if a part of it is,
+    or if its values are not HU."""
     natures = [_other_nature(h) for h in headers]
     others = [nature for nature in natures if nature is not None]
     if others:
-        # One stray image in a series of CT slices is a mistake to correct; the slices must not go unseen with it.
+        # A stray image among CT slices is a mistake that the user is to correct: the slices must not be passed over.
         raise (NotAVolume if len(others) == len(headers) else UserError)(others[0])
     for h in headers:
         if h.modality is None:
@@ -48,7 +49,7 @@ def refuse_other_than_ct(headers: Sequence[Header]) -> None:
 
 
 def _other_nature(header: Header) -> str | None:
-    """What the file is instead of a slice of CT; None if it is one, or a multi-frame CT."""
+    """What the file is instead of a CT slice; None if it is one, or a multi-frame CT."""
     if header.modality not in ("CT", None):
         return f"not CT (Modality {header.modality}); nothing to do unless it should be"
     if header.sop_class != CTImageStorage and "Enhanced" not in _sop_class_name(header):

@@ -1,8 +1,8 @@
-"""How noisy a scan is, and how fine its noise, measured in its own soft tissue.
+"""How much noise a scan has, and how fine it is, measured in its own soft tissue.
 
-After the global noise level of Christianson et al., "Automated technique to measure noise in clinical CT
-examinations", AJR 205 (2015): standard deviations in small windows over all soft tissue; windows that hold
-anatomy scatter upwards, windows that hold noise alone pile up, so the histogram's peak is the noise.
+After the global noise level of Christianson et al., "Automated technique to measure noise in clinical CT examinations",
+AJR 205 (2015): the standard deviations in small windows all over the soft tissue. Those of windows with anatomy scatter
+upwards, and those of windows with noise alone are all alike, so the peak of their histogram is the noise.
 """
 
 from __future__ import annotations
@@ -44,20 +44,21 @@ class LocalMoments:
 
     @property
     def flat(self) -> np.ndarray:
-        """The windows without an edge or gradient. Noise alone slopes too, but in a fixed share of windows."""
+        """The windows without an edge or gradient. Noise alone has a slope as well, but that is large in a fixed share of
+        windows only."""
         return self.slope <= _FLAT * self.variance
 
     @cached_property
     def homogeneous(self) -> np.ndarray | None:
-        """(z, y, x) bool: the soft-tissue windows whose standard deviation lies within a fifth of the
-        histogram's peak, so that they hold noise alone. None where there is too little soft tissue to tell."""
+        """(z, y, x) bool: the windows of soft tissue with noise alone, whose standard deviation is within a fifth of the
+        histogram's peak. None if there is too little soft tissue to tell."""
         low, high = SOFT_TISSUE_HU
         soft = (self.mean > low) & (self.mean < high) & self.flat
         if soft.sum() < _MIN_WINDOWS:
             return None
         std = np.sqrt(self.variance)
         counts, edges = np.histogram(std[soft], bins=200, range=(0.0, float(np.percentile(std[soft], 95))))
-        # Not mirrored at 0: a peak near it, of little noise among rough windows, would move there.
+        # Zeros beyond the ends: mirrored at 0, the counts would draw a peak near it, of little noise, to 0.
         peak = int(np.argmax(np.convolve(counts, _SMOOTH, mode="same")))
         level = (edges[peak] + edges[peak + 1]) / 2
         return soft & (np.abs(std - level) <= max(0.2 * level, edges[1] - edges[0]))
@@ -71,7 +72,7 @@ def local_moments(
     neighbours: whether also their covariance.
     """
     sizes = [max(_MIN_WINDOW, 2 * round(_WINDOW_MM / mm / 2) + 1) for mm in spacing[1:]]
-    # slice by slice: one, and what is made of it, stays in the processor's cache
+    # Slice by slice, since one slice and what is made of it fit into the processor's cache.
     moments = [_moments_in_plane(image, sizes, stride, neighbours) for image in hu]
     mean, slope, variance, *neighbour = (np.stack(parts) for parts in zip(*moments, strict=True))
     return LocalMoments(mean, slope, variance, neighbour[0] if neighbours else None, stride)
@@ -104,10 +105,10 @@ def _moments_in_plane(
 
 
 def sampled_moments(volume: Volume, stride: int | None = None) -> LocalMoments:
-    """Moments of a few slices from all over the volume: enough to tell its noise and its mean tissue.
+    """Moments of a few slices from all over the volume: enough to measure its noise and the mean HU of its tissue.
 
-    stride: between windows; None: such that a slice of 512 x 512 has one in nine, which overlap enough, or 1
-    where that leaves too little soft tissue to tell.
+    stride: between windows. None: one in nine for slices of 512 x 512, which overlap enough; or all, if that leaves too
+    little soft tissue to tell.
     """
     count = min(_SAMPLED_SLICES, len(volume.hu))
     rim_y, rim_x = (size // 8 for size in volume.hu.shape[1:])

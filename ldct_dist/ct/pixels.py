@@ -47,11 +47,11 @@ _LOSSY = (uid.JPEG2000, uid.HTJ2K, uid.JPEGLSNearLossless, uid.JPEGExtended12Bit
 class Meaning:
     """What each of the 65536 patterns of 16 bits means in one slice, as tables indexed by the pattern.
 
-    stored: int32, the stored value. hu: int16, AIR_HU where padding or below AIR_HU. padding: bool.
-    sound: bool, False for a pattern that refuses the slice it occurs in.
-    low, high: the stored range. pad: the range PixelPaddingValue takes, if any.
-    shift: what is added to the stored values to make them HU, where that and AIR_HU for what lies below it are all
-    there is to do, as for most scanners; None elsewhere.
+    stored: int32, the stored value. hu: int16, AIR_HU for padding and for HU below AIR_HU. padding: bool.
+    sound: bool; a slice in which a pattern occurs that is not sound is refused.
+    low, high: the range of stored values. pad: the range of values that PixelPaddingValue marks, if any.
+    shift: added to a stored value it gives HU, if nothing is left to do then but to clip at AIR_HU, as for most scanners;
+    None if more is to be done.
     """
 
     stored: np.ndarray
@@ -67,16 +67,16 @@ class Meaning:
     shift: int | None
 
     def write_hu(self, patterns: np.ndarray, out: np.ndarray) -> None:
-        """The HU of sound `patterns`, uint16, to `out`, int16."""
+        """Write the HU of `patterns`, uint16 and all of them sound, to `out`, int16."""
         if self.shift is None:
             np.take(self.hu, patterns, out=out, mode="clip")  # mode: the one without a copy
-        else:  # in a quarter of the time
+        else:  # takes a quarter of the time
             _shifted(patterns, self.signed, self.shift, out)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice: what is stored in the file at `path` and what it means.
+    """One slice: the values stored in the file at `path`, and what they mean.
 
     patterns: (y, x) uint16, the bits as stored. lossy: whether the file's compression may have changed values.
     """
@@ -123,7 +123,7 @@ def read_slice(stored: Stored) -> Slice:
 
 
 def read_dataset(path: Path) -> Dataset:
-    """All of the file at `path`. Raises UserError where it is not DICOM."""
+    """The whole dataset of the file at `path`. Raises UserError if it is not DICOM."""
     with pydicom_faults_as_user_errors(path):
         ds = pydicom.dcmread(path, force=True)
         if "TransferSyntaxUID" not in ds.file_meta:  # a file without preamble and meta header
@@ -140,7 +140,7 @@ def _meaning_of(form: PixelForm) -> Meaning:
     return _meaning(bits, signed, slope, intercept, _pad_range(form, signed))
 
 
-@lru_cache(16)  # as may those of another
+@lru_cache(16)  # series whose headers differ in other respects may share one
 def _meaning(bits: int, signed: bool, slope: float, intercept: float, pad: tuple[int, int] | None) -> Meaning:
     patterns = np.arange(1 << 16, dtype=np.uint16)
     stored = _sign_extended(patterns.view(np.int16) if signed else patterns, bits, signed)
@@ -158,7 +158,7 @@ def _meaning(bits: int, signed: bool, slope: float, intercept: float, pad: tuple
 def _shift(
     patterns: np.ndarray, signed: bool, stored: np.ndarray, hu: np.ndarray, sound: np.ndarray
 ) -> int | None:
-    """`Meaning.shift` of these tables."""
+    """`Meaning.shift` for these tables."""
     above = np.flatnonzero(sound & (hu > AIR_HU))
     if not len(above):
         return None
@@ -171,13 +171,13 @@ def _shifted(patterns: np.ndarray, signed: bool, shift: int, out: np.ndarray) ->
     kind: type[np.int16] | type[np.uint16] = np.int16 if signed else np.uint16
     range_ = np.iinfo(kind)
     lowest = min(max(AIR_HU - shift, range_.min), range_.max)
-    # not np.maximum, which takes six times as long where one side is a scalar
+    # np.maximum takes six times as long where one side is a scalar
     np.clip(patterns.view(kind), kind(lowest), kind(range_.max), out=out.view(kind))
     return np.add(out, np.array(shift).astype(np.int16), out=out)  # wraps around, as 16 bits do
 
 
 def rescale(slope: float | None, intercept: float | None) -> tuple[float, float]:
-    """Slope and intercept; UserError when they are absent or no CT's."""
+    """Slope and intercept. Raises UserError if they are missing, or impossible for CT."""
     if slope is None or intercept is None or not 1e-4 <= abs(slope) <= 1e4 or abs(intercept) > 1e6:
         raise UserError(
             "no usable RescaleSlope and RescaleIntercept, so its values are not HU; "
@@ -187,6 +187,7 @@ def rescale(slope: float | None, intercept: float | None) -> tuple[float, float]
 
 
 def _sample_format(form: PixelForm) -> tuple[int, bool]:
+    """(BitsStored, whether values are signed). Raises UserError for formats that CT does not use."""
     allocated, bits, high_bit = map(as_number, (form.bits_allocated, form.bits_stored, form.high_bit))
     representation, samples = as_number(form.representation), as_number(form.samples)
     if allocated != 16 or bits is None or not 1 < bits <= 16 or high_bit != bits - 1:
@@ -213,7 +214,7 @@ def _native(stored: Stored, start: int, length: int) -> np.ndarray:
 
 
 def _decoded(stored: Stored) -> np.ndarray:
-    """(y, x) uint16, the bits as stored, as pydicom and its plugins find them."""
+    """(y, x) uint16, the bits as stored, found or decoded by pydicom and its plugins."""
     path = stored.path
     _refuse_changed(stored, path.stat())
     ds = read_dataset(path)
@@ -243,12 +244,14 @@ def _refuse_longer(path: Path, length: int, matrix: tuple[int, ...]) -> None:
 
 
 def _ends(ds: Dataset) -> bool:
-    """Codecs quietly fill in what a cut-off stream lacks, but the whole JPEG family ends in EOI or EOC."""
+    """Whether a compressed stream is complete. Codecs fill in what is missing, silently, but every stream of the JPEG
+    family ends with the marker EOI or EOC."""
     return get_frame(ds.PixelData, 0, number_of_frames=1).rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _sign_extended(stored: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """int32. Some writers leave the unused high bits of negative values zero; the sign bit is BitsStored's top bit."""
+    """Stored values as int32. The sign bit is the highest of BitsStored; some writers leave the unused bits above it
+    zero in negative values."""
     stored = stored.astype(np.int32)
     folded = (stored >= 1 << bits - 1) & (stored < 1 << bits)
     return np.where(folded, stored - (1 << bits), stored) if signed else stored
@@ -263,12 +266,13 @@ def _pad_range(form: PixelForm, signed: bool) -> tuple[int, int] | None:
 
 
 def _as_stored(value: float, signed: bool) -> int:
-    """Writers confuse US and SS here: -2000 and 63536 are the same 16 bits."""
+    """A padding value as a stored one. Writers confuse US and SS here: -2000 and 63536 are the same 16 bits."""
     value = int(value) & 0xFFFF
     return value - 0x10000 if signed and value > 0x7FFF else value
 
 
 def _refuse_unsound(slice_: Slice) -> None:
+    """Raises UserError, with the reason, if a pattern occurs in the slice that is not sound."""
     path, meaning, patterns = slice_.path, slice_.meaning, slice_.patterns
     if meaning.sound[patterns.min() : int(patterns.max()) + 1].all() or meaning.sound[patterns].all():
         return

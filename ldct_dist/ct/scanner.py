@@ -1,4 +1,4 @@
-"""The scanner that low dose is simulated on: its geometry, what of its photons arrives, and its noise in HU."""
+"""The simulated scanner: its geometry, the share of its photons that arrives, and its noise in HU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldct_dist.ct.volume import Volume
 
 _SOURCE_MM = 595.0
 _LEAST = 1e-6
-"""Share of the photons that a ray detects at least, as of 72 cm of water: so much is scattered its way."""
+"""Share of the photons that every ray detects at least, by scatter: as many as after 72 cm of water."""
 
 
 def scan_of(volume: Volume, config: DoseConfig) -> Scan:
@@ -46,8 +46,10 @@ def line_integrals(
 
 
 def transmission(integrals: torch.Tensor, scan: Scan, config: DoseConfig) -> torch.Tensor:
-    """Share of `config.photons` that arrives, for line integrals (slices, views, columns): through the patient, the
-    bow-tie filter, and more of them where the tube is turned up; never less than there is scatter."""
+    """Share of `config.photons` that arrives, for line integrals (slices, views, columns).
+
+    It accounts for the patient, the bow-tie filter, modulation of the tube current, and a least share of scatter.
+    """
     integrals = integrals.clamp(max=-math.log(_LEAST))
     arriving = torch.exp(-integrals)
     if config.bowtie_mm is not None:

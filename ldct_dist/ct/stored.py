@@ -1,4 +1,4 @@
-"""Where the pixels of a slice are, as its header says, unchecked until they are read."""
+"""Where and how the pixels of a slice are stored, as its header says; checked when they are read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class PixelForm(NamedTuple):
-    """How pixels are stored, in the header's own words; all slices of a series mostly share one.
+    """How pixels are stored, in the header's own words; mostly the same for all slices of a series.
 
-    matrix: rows, columns.
+    matrix: (rows, columns).
     """
 
     syntax: str
@@ -27,10 +27,10 @@ class PixelForm(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where the pixels of a slice are, so that they are read without its header.
+    """Where the pixels of a slice are, so that they can be read without parsing its header again.
 
-    size in bytes and changed in ns: the file's, when the header was read. pixels: where native little-endian ones
-    begin in it, and their length in bytes; None where pydicom has to find or decode them.
+    size, changed: the file's, in bytes and ns, when its header was read. pixels: offset and length in bytes of native
+    little-endian ones; None if pydicom has to find or decode them.
     """
 
     path: Path

@@ -1,5 +1,5 @@
-"""Values of a DICOM file's elements as plain text and numbers, whatever state they are in, and pydicom's faults as
-errors that name the file."""
+"""Values of DICOM elements as plain text and numbers, even where they are damaged, and pydicom's errors as UserErrors
+that name the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldct_dist.errors import UserError
 
 @contextmanager
 def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
-    """Keep pydicom's warnings about the file at `path` quiet and raise its exceptions as one UserError."""
+    """Silence pydicom's warnings about the file at `path`, and raise its exceptions as a UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -28,7 +28,7 @@ def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); make it readable or remove it") from e
-    except Exception as e:  # damaged bytes raise whatever the parser or codec trips over
+    except Exception as e:  # on damaged bytes, parsers and codecs raise all kinds of exceptions
         # pydicom sometimes appends a traceback to its message.
         reason = (str(e) or type(e).__name__).partition("Traceback")[0].strip()
         raise UserError(f"{path}: not readable as DICOM ({reason}); export it again or remove it") from e
@@ -40,6 +40,7 @@ def text(ds: Dataset, keyword: str) -> str | None:
 
 
 def as_text(convert: Callable[[], object]) -> str | None:
+    """What `convert` returns, as `text`; None if it fails, or there is no text."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -61,14 +62,14 @@ def number(ds: Dataset, keyword: str) -> float | None:
 
 
 def as_number(text: str | None) -> float | None:
-    """The one finite number that an element's text is; None if it is anything else."""
+    """An element's text as one finite number; None if it is anything else."""
     values = as_numbers(text, 1)
     return values[0] if values else None
 
 
-@lru_cache(1 << 12)  # most texts are those of the slice before
+@lru_cache(1 << 12)  # most texts are the same as in the slice before
 def as_numbers(text: str | None, count: int) -> tuple[float, ...] | None:
-    """The `count` finite numbers of an element's text; None if it holds anything else."""
+    """An element's text as `count` finite numbers; None if it is anything else."""
     try:
         values = tuple(float(part) for part in (text or "").split("\\"))
     except ValueError:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 AIR_HU = -1024
-"""HU of padding: what lies outside the scanner's field of view or beyond the volume's border. Noise in air is cut off
-there, too: `padding_of` tells the two apart."""
+"""HU of padding, which is what lies outside the scanner's field of view, or beyond the volume's border. Scanners cut off
+noise in air at this value, too; `padding_of` tells the two apart."""
 
 Direction = tuple[tuple[float, float, float], ...]
 
@@ -18,7 +18,7 @@ _REACH = 2  # voxels from the middle of a square of padding to its side
 
 @dataclass(frozen=True)
 class Acquisition:
-    """How the series was made, as far as its tags say; None where they are silent. source_mm: source to isocentre."""
+    """How the series was made, as far as its tags say; None where they do not. source_mm: from source to isocentre."""
 
     manufacturer: str | None = None
     model: str | None = None
@@ -61,16 +61,17 @@ class Volume:
 
 
 def is_axial(direction: Direction) -> bool:
-    """Whether slices of that `direction`, as in Volume, lie across the patient, as the gantry turns."""
+    """Whether slices lie across the patient, in the plane in which the gantry turns. direction: as in Volume."""
     return abs(direction[0][2]) >= _AXIAL
 
 
 def padding_of(hu: np.ndarray) -> np.ndarray:
     """Which voxels of `hu` (z, y, x) are padding: bool, of the same shape.
 
-    It covers areas, and air whose noise is cut off at AIR_HU is specks: with a sharp kernel a sixth of it, and some
-    lung. So padding is what a morphological opening, slice by slice, by a square of 5 x 5 voxels leaves of the voxels at
-    AIR_HU. What lies beyond the slice counts as padding: the corners outside a circle taper off along the border.
+    Padding covers areas, while air whose noise is cut off at AIR_HU is there only in specks: with a sharp kernel, a sixth
+    of the air, and some of the lung. So padding is what is left of the voxels at AIR_HU by a morphological opening of
+    each slice with a square of 5 x 5 voxels. Outside the slice counts as padding, since padding around a circular field
+    of view tapers off along the border.
     """
     padding = np.empty(hu.shape, bool)
     for image, target in zip(hu, padding, strict=True):
@@ -80,7 +81,7 @@ def padding_of(hu: np.ndarray) -> np.ndarray:
 
 
 def _dilated(mask: np.ndarray) -> np.ndarray:
-    """`mask` (y, x) and all within _REACH voxels of it along both axes."""
+    """`mask` (y, x) dilated by a square that reaches _REACH voxels to each side."""
     for axis in (0, 1):
         wide = mask.copy()
         to, from_ = wide.swapaxes(0, axis), mask.swapaxes(0, axis)
