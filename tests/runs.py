@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def write_config(folder: Path, store: Path, **changes: Any) -> Path:
@@ -69,3 +70,13 @@ def same(run: Path, reference: Path) -> bool:
 def starts(run: Path) -> Sequence[dict]:
     path = run / "environment.json"
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def board(run: Path) -> EventAccumulator:
+    """What TensorBoard shows of it."""
+    return EventAccumulator(str(run / "tensorboard")).Reload()
+
+
+def validations(run: Path) -> list[tuple[int, float]]:
+    """(step, RMSE in HU) of each validation that TensorBoard shows."""
+    return [(e.step, e.value) for e in board(run).Scalars("validation/rmse_hu (abdomen)")]

@@ -9,11 +9,10 @@ from functools import partial
 
 import pytest
 from plants import asked_to_stop, poisoned_average, spoilt, steep, together
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
 from ldct_dist.train.guard import WINDOW, Guard
-from runs import equal, final_state, losses, write_config
+from runs import board, equal, final_state, losses, write_config
 from stores import make_store
 
 OPTIONS = ("data.crop=[4,16,16]", "checkpoint.every=2", "validation.every=100", "guard.patience=3")
@@ -125,8 +124,8 @@ def test_a_validation_that_is_not_finite_on_one_rank_is_said_and_training_goes_o
     assert log.count("case-005: the network's answer is not finite") == 2
     run = tmp_path / "runs" / "run"
     assert counters(run)["best"] is None
-    board = EventAccumulator(str(run / "tensorboard")).Reload()
-    assert not [tag for tag in board.Tags()["scalars"] if tag.startswith("validation")]
+    shown = board(run)
+    assert not [tag for tag in shown.Tags()["scalars"] if tag.startswith("validation")]
 
 
 def test_only_a_loss_far_above_the_running_median_is_a_leap():

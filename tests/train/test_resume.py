@@ -9,12 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 from plants import asked_to_stop_at_every_step, nothing_may_be_deleted, random_loss, together
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
 from ldct_dist.checkpoint.retention import DISCARDED
 from ldct_dist.files import TEMPORARY
-from runs import equal, final_state, losses, starts, write_config
+from runs import equal, final_state, losses, starts, validations, write_config
 from stores import make_store
 
 STEPS = 5
@@ -32,11 +31,6 @@ ELASTIC = ("data.batch=12", "data.crop=[4,8,8]", "validation.every=100", "checkp
 def store(tmp_path_factory):
     shapes = [(16, 96, 96)] * 4 + [(4, 32, 32)]
     return make_store(tmp_path_factory.mktemp("resume") / "ct.zarr", shapes, ["train"] * 4 + ["val"]).path
-
-
-def validations(run) -> list[tuple[int, float]]:
-    board = EventAccumulator(str(run / "tensorboard")).Reload()
-    return [(e.step, e.value) for e in board.Scalars("validation/rmse_hu (abdomen)")]
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from functools import partial
 
 import pytest
 from plants import asked_to_stop, asked_to_stop_in_validation
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import ForkedRanks, fork
 from ldct_dist.train.stop import SIGNALS, Stop
-from runs import final_state, losses, write_config
+from runs import final_state, losses, validations, write_config
 from stores import make_store
 
 OPTIONS = ("data.crop=[4,16,16]", "steps=80", "validation.every=40", "checkpoint.every=100", "log.every=40")
@@ -33,11 +32,6 @@ def unbroken(store, tmp_path_factory):
     config = write_config(tmp_path_factory.mktemp("unbroken"), store)
     assert fork(config, *OPTIONS) == [0, 0]
     return config.parent / "runs" / "run"
-
-
-def validations(run) -> list[tuple[int, float]]:
-    board = EventAccumulator(str(run / "tensorboard")).Reload()
-    return [(e.step, e.value) for e in board.Scalars("validation/rmse_hu (abdomen)")]
 
 
 def test_each_signal_to_any_rank_stops_all_ranks_at_one_step_which_is_saved(store, unbroken, tmp_path):

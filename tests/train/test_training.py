@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from commands import command
 from forked import fork
@@ -30,7 +29,7 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.trainer import Trainer, train
 from on_gpu import on_gpu
-from runs import equal, final_state, losses, starts, unsharded, write_config
+from runs import board, equal, final_state, losses, starts, unsharded, write_config
 from stores import make_store
 
 
@@ -50,9 +49,9 @@ def unbroken(store, tmp_path_factory):
 
 def reported(run: Path) -> tuple[list[int], list[int]]:
     """Steps of which TensorBoard shows a loss, and a validation."""
-    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    shown = board(run)
     tags = ("train/loss", "validation/rmse_hu (abdomen)")
-    losses, validations = ([e.step for e in board.Scalars(tag)] for tag in tags)
+    losses, validations = ([e.step for e in shown.Scalars(tag)] for tag in tags)
     return losses, validations
 
 
@@ -71,8 +70,8 @@ def test_a_run_folder_explains_itself(unbroken):
     assert newest.name == "step-00000008"
     assert load_weights(newest / "weights.safetensors").config.size == "xs"
     assert reported(unbroken) == ([4, 8], [4, 8])
-    board = EventAccumulator(str(unbroken / "tensorboard")).Reload()
-    assert board.Images("validation/low dose, denoised, full dose, difference")
+    shown = board(unbroken)
+    assert shown.Images("validation/low dose, denoised, full dose, difference")
 
 
 def test_the_command_line_killed_and_called_again_ends_bitwise_where_the_unbroken_run_does(
