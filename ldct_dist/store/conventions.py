@@ -1,4 +1,4 @@
-"""How collections say which dose a series is, and whose: by their folders, or in the headers."""
+"""How public collections say which dose a series has, and which patient: by folder names, or in the headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldct_dist.ct.dicom import Series
 _MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
 
 Place = tuple[Literal["full", "low"], str]
-"""What a series is, and the patient."""
+"""(the role of a series, its patient)."""
 
 
 def mayo_place(series: Series) -> Place | None:
@@ -27,7 +27,7 @@ def mayo_place(series: Series) -> Place | None:
 
 
 def tcia_place(series: Series) -> Place | None:
-    """C002/STUDY/1.000000-Full Dose Images-62464; where folders are named by UIDs, the headers say the same."""
+    """C002/STUDY/1.000000-Full Dose Images-62464; or, where folders are named by UIDs, the same from the headers."""
     parts = series.paths[0].parent.absolute().parts
     of_folder = (parts[-1], parts[-3]) if len(parts) > 3 else ("", "")
     for said, patient in (of_folder, (series.description or "", series.patient_id)):

@@ -1,4 +1,4 @@
-"""A file written past the page cache, where the file system can."""
+"""Writing a file past the page cache, where the file system supports it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _BUFFER = 256 * mmap.PAGESIZE
 
 
 class DirectWriter:
-    """A new file at `path`, written from one end to the other; a context manager.
+    """Writes a new file at `path` from beginning to end; a context manager.
 
-    What an ingest writes, it does not read again. Through the page cache, each byte would be copied once more into
-    memory that the kernel first has to find, and would wait there for the fsync: three times the CPU, and in a job
-    with a limit of memory, pages that count against it.
+    An ingest does not read again what it writes. By way of the page cache, each byte would be copied once more, into
+    memory that the kernel first has to find, and would wait there for the fsync: that takes three times the CPU, and in
+    a job with a memory limit, the pages count against it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,13 +60,13 @@ class DirectWriter:
         """Write the first `size` bytes of the buffer, a whole number of pages."""
         with memoryview(self._buffer) as view:
             start = 0
-            while start < size:  # a disk that is filling up takes a part before it takes none
+            while start < size:  # a disk that is nearly full writes a part
                 try:
                     start += os.write(self._fd, view[start:size])
                 except OSError as e:
                     if e.errno != errno.EINVAL or not self._is_direct:
                         raise
-                    self._set_direct(False)  # its pages are larger than ours
+                    self._set_direct(False)  # the file system wants larger blocks than our pages
         self._written += size
         self._filled = 0
 

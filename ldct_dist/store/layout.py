@@ -6,8 +6,8 @@ STORE/cases/NAME/zarr.json    the case's record, and OME-Zarr 0.5 metadata
 STORE/cases/NAME/1.00/        int16 HU (z, y, x): zarr.json and, up to SHARD_CAP, one shard file
 STORE/cases/NAME/0.25/        the same at a quarter of the dose
 
-No byte goes unwatched: the root seals the catalogue, which repeats every record; a record seals itself, the
-metadata of its arrays and their voxels.
+Every byte is covered by a hash: the root has that of the catalogue, which repeats every record; a record has those of
+itself, of the metadata of its arrays and of their voxels.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ CATALOGUE = "catalogue.parquet"
 CASES = "cases"
 CHUNK = (64, 128, 128)  # 2 MiB of int16: large enough to stream, small enough to cut crops from
 SHARD_CAP = 2 << 30
-BODY_HU = -500  # between lung-free air and tissue: which part of a chunk shows the patient
+BODY_HU = -500  # between air and tissue: voxels above it count as the patient's body
 CASES_METADATA = group_metadata({})  # the zarr.json of the group of all cases
 
 
 def dose_name(dose: float) -> str:
-    """The fraction with two decimals, or with up to four where it has them: 0.25, 0.125."""
+    """The name of a dose fraction, with two decimals or, if it has more, up to four: 0.25, 0.125."""
     text = f"{dose:.4f}"
     return text.removesuffix("00") if text.endswith("00") else text.rstrip("0")
 
 
 def chunk_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Chunks of at most CHUNK; a short axis is one chunk, and a long one is cut evenly.
+    """The chunks of an array of this shape: at most CHUNK; a short axis is one chunk, and a long one is cut evenly.
 
-    Even cuts keep the last chunk of an axis from being a sliver that costs a read for few voxels.
+    Otherwise the last chunk of an axis might be thin, and cost a read for few voxels.
     """
     cut = []
     for size, limit in zip(shape, CHUNK, strict=True):
@@ -72,7 +72,7 @@ def chunk_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 def check_place(path: Path) -> None:
     """Raises UserError unless a store can be made at `path`, or `path` is one that this package reads."""
     taken = path.exists() and not (path.is_dir() and all(_is_temporary(p) for p in path.iterdir()))
-    # Looked for last: if what is there comes from one who makes the same store just now, so is this.
+    # Checked last: if another process is making the same store just now, its zarr.json is there by now.
     if (path / "zarr.json").exists():
         check_format(path)
     elif taken:
@@ -84,7 +84,7 @@ def create(path: Path) -> None:
     check_place(path)
     if not (path / "zarr.json").exists():
         path.mkdir(parents=True, exist_ok=True)
-        # First: from here on it is a store to whoever starts beside this process, or after its end.
+        # Written first: from now on other processes, and later ones, see that this is a store.
         replace(path / "zarr.json", root_metadata())
     (path / CASES).mkdir(exist_ok=True)
     if not (path / CASES / "zarr.json").exists():
@@ -129,7 +129,7 @@ def write_case(
     noise_hu: float | None = None,
     low_dose: dict[str, Any] | None = None,
 ) -> CaseRecord:
-    """Write a case whole: it appears under its name in one rename, or not at all. One that is there goes.
+    """Write a case: it appears under its name in one rename, or not at all, and replaces one that is there.
 
     doses: dose fraction to Volume, all on one grid. patient: the keyed hash, never the ID. provenance, noise_hu and
     low_dose: as in CaseRecord.
@@ -141,7 +141,7 @@ def write_case(
     replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         temporary.mkdir()
-        with ThreadPoolExecutor(len(names)) as writers:  # one compresses while the disk takes another's
+        with ThreadPoolExecutor(len(names)) as writers:  # one compresses while the disk writes another's
             list(writers.map(lambda dose: _write_array(temporary / dose, names[dose].hu, chunk), names))
         record = CaseRecord(
             name=name,
@@ -178,12 +178,14 @@ def list_cases(store: Path) -> list[str]:
 
 
 def finalise(store: Path) -> int:
-    """Write the catalogue of the cases that are there; how many. Leftovers of killed writers go.
+    """Write the catalogue of the cases that are there, and delete what killed writers have left; the number of cases.
 
-    Not while cases are being written. Raises UserError if `store` is not a store, if a case's record is
+    Do not call it while cases are being written. Raises UserError if `store` is not a store, if a case's record is
     damaged, or if a patient stands in more than one split.
     """
-    from ldct_dist.store.catalogue import parquet  # with pyarrow, which the processes of an ingest do without
+    from ldct_dist.store.catalogue import (
+        parquet,
+    )  # imports pyarrow, which the processes of an ingest do not need
 
     check_format(store)
     _sweep(store)
@@ -202,7 +204,7 @@ def finalise(store: Path) -> int:
     content = parquet(records)
     replace(store / CASES / "zarr.json", CASES_METADATA)
     replace(store / CATALOGUE, content)
-    # Last: until the root holds the new seal, the store counts as unfinished.
+    # Written last: until the root has the catalogue's hash, the store counts as unfinished.
     replace(store / "zarr.json", root_metadata(sha256(content)))
     return len(records)
 
@@ -224,7 +226,7 @@ def shard_count(shape: tuple[int, int, int]) -> int:
 
 
 def _shard_layers(shape: Sequence[int], chunk: tuple[int, int, int]) -> tuple[int, list[int]]:
-    """Layers of chunks in a shard, and the chunk grid."""
+    """(layers of chunks in a shard, the chunk grid)."""
     grid = [-(-size // c) for size, c in zip(shape, chunk, strict=True)]
     layer = 2 * chunk[0] * grid[1] * chunk[1] * grid[2] * chunk[2]  # bytes of one layer of chunks
     return max(1, min(grid[0], SHARD_CAP // layer)), grid

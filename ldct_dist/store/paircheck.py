@@ -1,5 +1,7 @@
-"""Whether two series show the same anatomy, voxel by voxel: a network that learns from a pair that is off
-by a pixel learns to blur, and from one that is off by 20 HU to be wrong by 20 HU."""
+"""Checking that two series show the same anatomy, voxel by voxel.
+
+From a pair that is shifted by a pixel, a network learns to blur, and from one that differs by 20 HU, to be off by 20 HU.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,13 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 
 _SLAB = 16  # slices in the middle of the volume whose shift is looked at
-_WIDTH = 128  # pixels of the middle of each slice: half of that still finds shifts to 0.1 voxels under 60 HU of noise
-_BODY_WINDOW_HU = (-200, 300)  # keeps air, couch and bone from ruling the correlation
+_WIDTH = 128  # pixels in the middle of each slice; half of it would still find shifts to 0.1 voxels in 60 HU of noise
+_BODY_WINDOW_HU = (-200, 300)  # so that air, couch and bone do not dominate the correlation
 _SUBVOXEL = 20  # shifts are measured to a twentieth of a voxel
 
 
 class PairCheckConfig(Config):
-    """What a full-dose and a low-dose series may differ by and still be a pair."""
+    """How much a full-dose and a low-dose series may differ and still be a pair."""
 
     position_mm: float = Field(0.1, ge=0)
     """largest distance between the two voxels of one index, mm, as the headers say"""
@@ -31,7 +33,7 @@ class PairCheckConfig(Config):
     offset_hu: float = Field(5.0, ge=0)
     """largest difference of their soft tissue, HU"""
     noise_ratio: float = Field(1.0, ge=0)
-    """least noise of the low dose over that of the full dose: below it the two were probably swapped"""
+    """least ratio of the low dose's noise to the full dose's: below it, the two have probably been swapped"""
 
 
 def check_grid(full: Series, low: Series, limits: PairCheckConfig) -> None:
@@ -88,10 +90,10 @@ def check_images(full: Volume, low: Volume, moments: noise.LocalMoments, limits:
 
 
 def residual_shift(full: Volume, low: Volume) -> np.ndarray:
-    """How many voxels (z, y, x) `low` lies displaced from `full`, in the middle of the volume.
+    """The shift of `low` against `full`, voxels (z, y, x), in the middle of the volume.
 
-    By subvoxel phase correlation: Guizar-Sicairos et al., Opt Lett 33 (2008). The correlation's peak is found on the
-    grid of voxels by an inverse FFT, and then, around it, on a finer grid by a Fourier sum at its points alone.
+    By subvoxel phase correlation (Guizar-Sicairos et al., Opt Lett 33 (2008)): the peak of the correlation is found on
+    the voxel grid by an inverse FFT, and then on a finer grid around it by a Fourier sum at the grid's points.
     """
     shape = _slab(full).shape
     product = _spectrum(full).conj() * _spectrum(low)
@@ -110,19 +112,19 @@ def residual_shift(full: Volume, low: Volume) -> np.ndarray:
 
 
 def _spectrum(volume: Volume) -> np.ndarray:
-    """The half that a real image has of the middle of `volume`, over its voxels, without what its borders add."""
+    """The spectrum of the middle of `volume`, tapered at its borders: the half that determines it, divided by its voxels."""
     hu = np.clip(_slab(volume), *_BODY_WINDOW_HU).astype(np.float32)
     hu -= hu.mean()
-    # to zero at the borders, which the Fourier transform takes to adjoin their opposites
+    # Tapered to zero at the borders, as the Fourier transform continues the image periodically.
     for axis, size in enumerate(hu.shape):
         taper = np.hanning(size + 2)[1:-1].astype(np.float32)
         hu *= taper.reshape([-1 if i == axis else 1 for i in range(3)])
-    # norm: also because numpy computes in float64, in three times the time, where it has nothing to scale by
+    # With another norm, numpy would compute in float64, which takes three times as long.
     return np.fft.rfftn(hu, norm="forward")
 
 
 def _fourier_sum(half: np.ndarray, places: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-    """The image, whose spectrum `half` is, at all combinations of `places` along its axes, but for a factor."""
+    """The image with the half spectrum `half`, up to a factor, at all combinations of `places` along its axes."""
     frequencies = [np.fft.fftfreq(shape[0]), np.fft.fftfreq(shape[1]), np.fft.rfftfreq(shape[2])]
     z, y, x = (
         np.exp(2j * np.pi * np.outer(at, f)).astype(half.dtype)

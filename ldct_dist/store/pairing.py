@@ -52,8 +52,8 @@ class PairingConfig(Config):
 
 @dataclass(frozen=True)
 class Pair:
-    """One case to be. patient: who it is, as the source calls them. low: None where it is to be simulated.
-    name, dose (of `low`, as a fraction) and split: None where the source does not say them."""
+    """The series of a case that is to be made. patient: as the source names them. low: None if it is to be simulated. dose:
+    of `low`, as a fraction. name, dose and split: None where the source does not say."""
 
     full: Series
     patient: str
@@ -72,15 +72,15 @@ class Refusal:
 
 
 class Map(Protocol):
-    """The builtin `map`, or one that shares the items out over processes."""
+    """The builtin `map`, or one that distributes the items over processes."""
 
     def __call__(self, function: Callable[[S], T], items: Sequence[S], /) -> Iterable[T]: ...
 
 
 def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tuple[list[Pair], list[Refusal]]:
-    """The cases that `source` offers, and what was refused. Headers are read, by `share_out`; pixels are not.
+    """(the cases in `source`, what was refused). It reads headers, by way of `share_out`, but no pixels.
 
-    Raises UserError if it offers nothing at all, or is not what config.layout says.
+    Raises UserError if there is nothing at all, or if `source` is not what config.layout says.
     """
     if source.is_file():
         if config.layout not in ("auto", "manifest"):
@@ -130,8 +130,11 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
 
 
 def _recognised(series: Sequence[Series], source: Path) -> str:
-    """A folder that says low dose decides: it must not be taken for a full dose to simulate from, nor must a series
-    that was simulated or denoised here."""
+    """The layout that the series show: that of a collection as soon as one series has low dose in it, else "simulate".
+
+    Raises UserError where a series would be taken for full dose although its folder says low dose, or although this
+    package has simulated or denoised it.
+    """
     for name, folders in FOLDERS.items():
         places = (folders.place(s) for s in series)
         if any(place and place[0] == "low" for place in places):
@@ -189,7 +192,7 @@ def _by_manifest(path: Path, config: PairingConfig, share_out: Map) -> tuple[lis
 
 
 def _pair_of(config: PairingConfig, row: Row) -> Pair | UserError:
-    """The pair that the row names, or why it is none."""
+    """The pair that the row describes, or why there is none."""
     if config.dose is not None and row.low is not None and row.dose is None:
         return UserError("no dose, by which pairing.dose chooses; fill it in")
     try:
@@ -223,7 +226,7 @@ def _wanted(series: Series, config: PairingConfig) -> bool:
 
 
 def _thickness(series: Series) -> float:
-    """In mm; where the tag is silent, the distance of the slices."""
+    """Slice thickness in mm; where the tag is missing, the distance between slices."""
     return series.acquisition.slice_thickness_mm or series.spacing[0]
 
 

@@ -1,6 +1,6 @@
-"""Who may write a store at the same time, and which parts of its ingest are begun and done.
+"""Who may write a store at the same time, and which parts of its ingest have begun and are done.
 
-Kept beside the store, not in it, so that a store is the same however it was made.
+This is kept beside the store, not in it, so that a store is the same however it was made.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def writing(store: Path, part: Part) -> Iterator[None]:
 
 
 def begin(store: Path, part: Part) -> None:
-    """Remember that `part` is begun, and no more that it was done; forget the parts of an array of another size."""
+    """Record that `part` has begun and is not done, and forget the parts of an array of another size."""
     _folder(store).mkdir(exist_ok=True)
     for mark in _marks(store):
         if _part(mark)[1] != part[1]:
@@ -51,14 +51,13 @@ def begin(store: Path, part: Part) -> None:
 
 
 def end(store: Path, part: Part) -> None:
-    """Remember that `part` is done."""
+    """Record that `part` is done."""
     _folder(store).mkdir(exist_ok=True)
     _done(store, part).touch()
 
 
 def missing(store: Path) -> list[Part]:
-    """Parts that are not done of the array job, or of the ingest in one part, that was begun last; none if it was
-    finalised."""
+    """The parts of the latest ingest, in one part or as an array, that are not done; none if it was finalised."""
     marks = _marks(store)
     sizes = {_part(mark)[1] for mark in marks}
     done = {_part(mark) for mark in marks if not mark.suffix}

@@ -30,7 +30,7 @@ IDENTIFYING = (
 
 
 def default_key_path(store: Path) -> Path:
-    """Beside the store, never in it: who gets a copy of the store does not get the key."""
+    """The key's place beside the store, never in it: whoever gets a copy of the store is not to get the key."""
     return store.with_name(f"{store.name}.key")
 
 
@@ -66,7 +66,7 @@ def load_key(path: Path) -> bytes:
 
 
 def keyed_hash(key: bytes, *items: bytes | str) -> str:
-    """HMAC-SHA256 of the items, 128 bits in hex; the items' borders count."""
+    """HMAC-SHA256 of the items, 128 bits in hex. ("ab", "c") and ("a", "bc") have different ones."""
     mac = hmac.new(key, digestmod=hashlib.sha256)
     for item in items:
         raw = item.encode(errors="surrogateescape") if isinstance(item, str) else item
@@ -75,14 +75,14 @@ def keyed_hash(key: bytes, *items: bytes | str) -> str:
 
 
 def patient_hash(key: bytes, patient: str) -> str:
-    """What a store calls a patient, `patient` being what the source calls them."""
+    """A patient's name in a store; `patient` is their name in the source."""
     return keyed_hash(key, "patient", patient)
 
 
 def scrubbed(acquisition: Acquisition, identifying: Collection[str]) -> Acquisition:
-    """`acquisition` with its text short and plain, and without any value that holds an identifying word.
+    """`acquisition` with short plain texts, and without any text that contains an identifying word.
 
-    Scanners let people type in some of these fields, and people type in names.
+    On some scanners people can type into these fields, and they type names.
     """
 
     def plain(value: str | None) -> str | None:
@@ -99,18 +99,18 @@ def scrubbed(acquisition: Acquisition, identifying: Collection[str]) -> Acquisit
 
 
 def identifying_words(path: Path, patient: str) -> frozenset[str]:
-    """The words, case-folded, of `patient` and of what names people and places in the DICOM file at `path`.
+    """The words, case-folded, of `patient` and of the elements that name people and places in the DICOM file at `path`.
 
-    Words of one or two letters tell nobody apart, and "C" is a kernel.
+    Words of one or two letters are left out: they identify nobody, and "C" is a kernel.
     """
     return _words(patient) | _words_in(path, IDENTIFYING)
 
 
 def names_patient(case: str, path: Path, identities: Collection[str]) -> bool:
-    """Whether `case` holds a word of the patient's name in the DICOM file at `path`, or one of `identities`.
+    """Whether `case` contains a word of the patient's name in the DICOM file at `path`, or one of `identities`.
 
-    Neither letter case nor punctuation hides an identity; one of fewer than four characters is in many a
-    word, so only a case that is nothing but that one holds it.
+    Upper case and punctuation are ignored. An identity of fewer than four characters is part of many words, so it only
+    counts if it is all of `case`.
     """
     bare = _bare(case)
     held = (identity for identity in map(_bare, identities) if len(identity) > 3 and identity in bare)

@@ -1,6 +1,7 @@
-"""The processes of an ingest: forked from a server that has imported once what they all need.
+"""The processes of an ingest, forked from a server that has imported what all of them need.
 
-Not from the process that ingests: it may have threads (torch's) that a forked child would wait for for ever.
+They are not forked from the process that ingests: that may have threads, torch's say, for which a forked child would wait
+for ever.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def start_server() -> None:
-    """Start the server, if it does not run yet; its imports then go on beside the caller's own.
+    """Start the server, unless it runs already. Its imports then go on beside the caller's own.
 
-    It is the one that multiprocessing keeps for a process, and ends with that, however it ends.
+    It is multiprocessing's fork server of this process, and ends with the process, however that ends.
     """
     forkserver.set_forkserver_preload(PRELOAD)
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         forkserver.ensure_running()
         return
-    # Ctrl-C is not for the server, which learns that only after imports and would end them with a traceback.
+    # The server is to ignore Ctrl-C, but only does so after its imports, which would end in a traceback.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
@@ -39,14 +40,14 @@ def pool(workers: int) -> Executor:
     start_server()
     context = multiprocessing.get_context("forkserver")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
-    # All start with the first task, as those that are forked do: one that starts while another is killed would be
+    # All start with the first task, as in a pool that forks: otherwise, one that starts while another is killed would be
     # waited for without end.
     executor._safe_to_dynamically_spawn_children = False  # type: ignore[attr-defined]
     return executor
 
 
 def kill(executor: Executor) -> None:
-    """End what the processes of a `pool` do, at once: what they write is made to be killed at any instant."""
+    """Kill the processes of a `pool` at once, which is safe at any time: no case is half written."""
     for process in list((getattr(executor, "_processes", None) or {}).values()):
         process.kill()
 
@@ -54,7 +55,7 @@ def kill(executor: Executor) -> None:
 def _prepare() -> None:
     from numcodecs import blosc
 
-    from ldct_dist.store import single_thread  # noqa: F401  where the server is another's, it is not loaded yet
+    from ldct_dist.store import single_thread  # noqa: F401  not loaded yet if somebody else started the server
 
     if "torch" in sys.modules:  # the calling script imports it
         sys.modules["torch"].set_num_threads(1)
@@ -64,8 +65,8 @@ def _prepare() -> None:
 
 
 def _keep_memory() -> None:
-    """Volumes of one case after the other lie in the same memory: to take it anew each time, from glibc's default of
-    giving back what is large, costs a tenth of the work."""
+    """Have glibc reuse the memory of one case for the next. By default it returns large blocks to the system, and
+    allocating them again takes a tenth of the time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -73,8 +74,8 @@ def _keep_memory() -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot end its pool, and a worker that lives on would write into the store
-    beside those of the next start."""
+    """Wait for the parent's end, and end this process. A parent that is killed cannot end its pool, and the workers would
+    go on writing into the store beside those of the next start."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

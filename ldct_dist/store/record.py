@@ -26,9 +26,9 @@ class CaseRecord:
     body: share of voxels above BODY_HU in each chunk of the chunk grid, 0..255, C order.
     voxels, arrays: `voxel_hash` of each dose's voxels, and sha256 of its zarr.json.
     provenance: keyed hash of what it was made from.
-    low_dose: how the doses below the full one came about. "made": "acquired" or "simulated"; "config", if they were
-    simulated here: the `DoseConfig`, with the photons and the cutoff that were matched to the scan. None: unknown, as
-    in stores that were written before this was kept.
+    low_dose: how the doses below the full one were made. "made" is "acquired" or "simulated"; "config", if they were
+    simulated here, is the `DoseConfig` with the photons and the cutoff that were matched to the scan. None: not known, as
+    in stores that were written before this was recorded.
     """
 
     name: str
@@ -50,7 +50,7 @@ class CaseRecord:
 
 
 def case_metadata(record: CaseRecord) -> bytes:
-    """A case's zarr.json: a function of its record alone, so a byte that differs is damage."""
+    """A case's zarr.json. It is a function of its record alone, so any byte that differs is damage."""
     body = {**asdict(record), "body": record.body.hex()}
     if record.low_dose is None:
         del body["low_dose"]  # so that the seals of older records hold
@@ -118,17 +118,17 @@ def sha256(content: bytes | memoryview) -> str:
 def voxel_hash(slices: Iterable[np.ndarray]) -> str:
     """sha256 of the crc32c of each slice of an array, as int16, in order.
 
-    Not of the voxels themselves, which takes nine times as long: it is to tell a volume from one that is damaged or
-    another's, not from a forgery, which could bring a hash of its own. A crc32c misses no change within two
-    neighbouring voxels, and one in 2^32 of others to a slice.
+    A sha256 of the voxels would take nine times as long. This one is to detect damage, and another case's voxels, not
+    forgery, which could bring its own hash. A crc32c detects every change within two neighbouring voxels, and all but one
+    in 2^32 of other changes to a slice.
     """
     bytes_ = (np.ascontiguousarray(image, "<i2").reshape(-1).view(np.uint8) for image in slices)
-    checksums = map(google_crc32c.value, bytes_)  # a copy to `bytes` would take half as long again
+    checksums = map(google_crc32c.value, bytes_)  # copying to `bytes` would take half as long again
     return sha256(b"".join(checksum.to_bytes(4, "little") for checksum in checksums))
 
 
 def array_hash(array: Path) -> str:
-    """sha256 of an array's metadata; its voxels have `voxel_hash`."""
+    """sha256 of an array's metadata; for its voxels there is `voxel_hash`."""
     return sha256((array / "zarr.json").read_bytes())
 
 

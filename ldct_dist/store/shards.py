@@ -1,9 +1,9 @@
-"""Voxels straight to and from a shard file: for each chunk one write or read, one checksum, one pass of the codec.
+"""Voxels directly to and from shard files: for each chunk one write or read, one checksum, one pass of the codec.
 
-These are the shards of Zarr v3 with the index at the end, and chunks of little-endian int16, compressed by blosc
-and sealed by crc32c; other arrays are not read. General libraries take twice the time on a core (bench/loader.py
-and bench/ingest.py have the figures), most of it in copies and in memory taken anew each time. Reading, writing and
-the codec release the GIL.
+The format is Zarr v3's shards with the index at the end, and chunks of little-endian int16 that are compressed by blosc
+and followed by a crc32c; other arrays are not read. General libraries take twice as long on a core (for figures see
+bench/loader.py and bench/ingest.py), most of it for copies and for allocating memory. Reading, writing and the codec
+release the GIL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Triple = tuple[int, int, int]
 
 EMPTY = np.iinfo(np.uint64).max  # offset, in a shard's index, of a chunk that holds nothing but air
 CODECS = ["bytes", "blosc", "crc32c"]
-LEVEL = 1  # of blosc's effort: more makes 1 % smaller what takes a quarter longer
+LEVEL = 1  # of blosc's compression: higher ones save 1 % of the size for a quarter more time
 CRC_BYTES = 4
 CRC_RESIDUE = 0x48674BC7  # the crc32c of any bytes that end in their own crc32c
 
@@ -65,7 +65,7 @@ class ShardedArray:
                 source.append(slice(start - i * c, stop - i * c))
                 target.append(slice(start - r.start, stop - r.start))
             part = out[tuple(target)]
-            # A whole chunk is decoded to where it is to be: a copy would cost a fifth of the decoding.
+            # A whole chunk is decoded directly into `out`: a copy would take a fifth of the time for decoding.
             if part.shape == self.chunk and part.flags.c_contiguous:
                 self._read_chunk(index, part)
             else:
@@ -77,7 +77,7 @@ class ShardedArray:
         return [_shard_file(number) for number in range(-(-self._grid[0] // self._layers))]
 
     def check(self) -> None:
-        """Raises DamagedError or OSError unless every chunk's checksum holds; decodes none."""
+        """Raises DamagedError or OSError unless every chunk's checksum is right. Decodes no chunk."""
         for index in product(*map(range, self._grid)):
             self._stored_chunk(index)
 
@@ -89,7 +89,7 @@ class ShardedArray:
             blosc.decompress(stored, out)
 
     def _stored_chunk(self, index: tuple[int, ...]) -> memoryview | None:
-        """A chunk as it was compressed; None if it holds nothing but air."""
+        """A chunk's compressed bytes; None if it holds nothing but air."""
         z, y, x = index
         shard, layer = divmod(z, self._layers)
         file, entries = self._shard(shard)
@@ -106,12 +106,12 @@ class ShardedArray:
             end = os.fstat(file.fileno()).st_size
             sealed = os.pread(file.fileno(), size, max(0, end - size))
             entries = np.frombuffer(_unsealed(sealed, f"index of shard {number}"), "<u8").reshape(-1, 2)
-            # two threads may both come here: either's file will do
+            # Two threads may come here at once: it does not matter whose file is kept.
             self._shards[number] = file, entries
         return self._shards[number]
 
     def _check_metadata(self) -> int:
-        """Slices in a shard. Only what this class relies on is checked, and all of it is."""
+        """The number of slices in a shard. Checks all that this class relies on, and nothing else."""
         try:
             meta = json.loads((self.path / "zarr.json").read_bytes())
             shard = meta["chunk_grid"]["configuration"]["chunk_shape"]
@@ -129,12 +129,12 @@ class ShardedArray:
 def write_shards(path: Path, hu: np.ndarray, chunk: Triple, layers: int) -> None:
     """Write `hu`, int16 (z, y, x), as the shards of the array at `path`, each of `layers` layers of chunks.
 
-    They are the bytes that Zarr would write, but for a shard of nothing but air, which Zarr leaves out: here, a
-    shard that is not there was lost.
+    The bytes are those that Zarr would write, except that Zarr leaves out shards of nothing but air: here, a shard that is
+    not there has been lost.
     """
     grid = [-(-size // c) for size, c in zip(hu.shape, chunk, strict=True)]
     scratch = np.empty(chunk, "<i2")
-    middle = tuple(size // 2 for size in chunk)  # seldom air: one look there saves one at all
+    middle = tuple(size // 2 for size in chunk)  # seldom air, which saves looking at all voxels
     for number in range(-(-grid[0] // layers)):
         file = path / _shard_file(number)
         file.parent.mkdir(parents=True)
@@ -157,7 +157,7 @@ def _span(index: int, size: int) -> slice:
 
 
 def _morton(index: tuple[int, ...]) -> int:
-    """The place of a chunk in its shard: the bits of its indices in turn."""
+    """A chunk's Morton number, by which Zarr orders a shard's chunks: the bits of its indices interleaved."""
     bits = ((i >> bit & 1) << 3 * bit + axis for axis, i in enumerate(index) for bit in range(i.bit_length()))
     return sum(bits)
 
@@ -172,7 +172,7 @@ def _shard_file(number: int) -> str:
 
 
 def _unsealed(sealed: bytes, what: str) -> memoryview:
-    """The bytes before the crc32c that closes them."""
+    """`sealed` without the crc32c at its end. Raises DamagedError if that is wrong; `what` it is, for the message."""
     if google_crc32c.value(sealed) != CRC_RESIDUE:
         raise DamagedError(f"checksum of {what} fails")
     return memoryview(sealed)[:-CRC_BYTES]

@@ -1,4 +1,4 @@
-"""Which split each case stands in: all cases of a patient in the same one."""
+"""Which split each case is in: all cases of a patient are in the same one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_shares(shares: Shares, patterns: Patterns) -> None:
 def check_named(
     pairs: Sequence[Pair], refused: Sequence[Refusal], shares: Shares, patterns: Patterns
 ) -> None:
-    """Raises UserError if a source names a split that there is not, or if a pattern decides for no patient: whom it
-    was to hold out might then be trained on."""
+    """Raises UserError if a source names a split that does not exist, or if a pattern fits no patient: the one whom it was
+    to hold out might then be trained on."""
     for pair in pairs:
         if pair.split:
             _check_name(pair.split, shares)
@@ -105,6 +105,6 @@ def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:
 
 
 def _whose(pair: Pair) -> set[str]:
-    """What tells the patient: a study is of one patient, whatever a manifest calls its series."""
+    """What identifies the patient: the name, and the study, which is of one patient however a manifest names them."""
     studies = {series.study_uid for series in (pair.full, pair.low) if series}
     return {pair.patient, *filter(None, studies)}

@@ -19,7 +19,7 @@ from ldct_dist.files import size
 from ldct_dist.store.layout import CASES
 from ldct_dist.store.reader import Store
 
-LOOKS_AT_ONCE = 16  # at folders: on a shared file system each takes its time
+LOOKS_AT_ONCE = 16  # folders that are listed at the same time: on a shared file system each takes a while
 FACTS = ["name", "patient", "split", "shape", "spacing", "doses", "noise_hu", "low_dose"]
 USUAL_ORDER = ("train", "val", "test")
 
@@ -93,7 +93,7 @@ def _simulated_with(cases: Iterable[Row], setting: str) -> list[Any]:
 
 
 def _counted(values: Iterable[str], of: int) -> str:
-    """Each value, the last of the alphabet first; how many cases have it, where not all `of` them do."""
+    """The values in reverse alphabetical order, each with its number of cases, unless all `of` them have it."""
     counts = sorted(Counter(values).items(), reverse=True)
     return ", ".join(value if count == of else f"{value} ({count:,})" for value, count in counts)
 
@@ -134,7 +134,7 @@ _NUMBERS = ("noise", "size")
 
 
 def _bytes_in(case: Path) -> int:
-    """Of the shard files alone, since a walk through all folders takes ten times as long."""
+    """The size of a case's shard files. Other files are left out: walking all folders takes ten times as long."""
     shards = (shards / number / "0/0" for shards in case.glob("*/c") for number in os.listdir(shards))
     return sum(shard.stat().st_size for shard in shards)
 

@@ -22,8 +22,8 @@ from ldct_dist.store.record import CaseRecord, case_metadata, read_record
 
 @dataclass(frozen=True)
 class Task:
-    """A case to be. patient: a keyed hash. provenances: by split, what `CaseRecord.provenance` would be in it. dose: of
-    the low dose, as a fraction."""
+    """A case that is to be made. patient: a keyed hash. provenances: by split, what `CaseRecord.provenance` would be in that
+    split. dose: fraction of the low dose."""
 
     store: Path
     name: str
@@ -42,7 +42,7 @@ class Task:
 
     @property
     def record(self) -> CaseRecord | None:
-        """The case's, if it is there whole and made of what it would be made of now, be it in another split."""
+        """The record of the case, if it is there and was made from the same source and settings, in any split."""
         try:
             record = read_record(self.store / layout.CASES / self.name)
         except UserError:
@@ -50,7 +50,7 @@ class Task:
         return record if record.provenance == self.provenances.get(record.split) else None
 
     def move(self, record: CaseRecord) -> None:
-        """Put the case that is there with `record` into this split; its voxels stay."""
+        """Move the case, which is there with `record`, to the task's split; its voxels stay."""
         moved = replace(record, split=self.split, provenance=self.provenance)
         files.replace(self.store / layout.CASES / self.name / "zarr.json", case_metadata(moved))
 
@@ -67,9 +67,9 @@ def task(
     check: PairCheckConfig,
     splits: Iterable[str] = (),
 ) -> Task:
-    """The task of making a case of `pair`. Files count by their sizes and times when their headers were read.
+    """The task of making a case of `pair`. Its provenance includes the files' sizes and times of change.
 
-    splits: those in which the case may be already, besides its own.
+    splits: other splits in which the case may be already.
     """
     dose = pair.dose or dose
     series = [s for s in (pair.full, pair.low) if s is not None]
@@ -92,7 +92,7 @@ def task(
 
 
 def make_case(task: Task) -> str | None:
-    """Write the case into the store; None, or in one line why it was refused.
+    """Write the case into the store; None if it was written, else a line that says why it was refused.
 
     Raises OSError if the store cannot be written.
     """
@@ -124,7 +124,7 @@ def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments, dict[
     full = read_series(pair.full)
     moments = noise.sampled_moments(full)
     if pair.low is None:
-        from ldct_dist.ct.dose import matched, simulate_low_dose  # with torch, which pairs do without
+        from ldct_dist.ct.dose import matched, simulate_low_dose  # imports torch, which pairs do not need
 
         try:
             config = matched(full, task.simulation)
@@ -151,5 +151,5 @@ def _noise_hu(moments: noise.LocalMoments) -> float | None:
 
 
 def _states(series: list[Series]) -> list[str]:
-    """Size and time of change of each file: a source that was exported anew under the same UIDs shows."""
+    """Size and time of change of each file, by which a source that was exported again under the same UIDs is noticed."""
     return [f"{stored.size} {stored.changed}" for s in series for stored in s.slices]

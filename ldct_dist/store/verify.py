@@ -1,4 +1,4 @@
-"""Every byte of a store against what was written with it."""
+"""Checking every byte of a store against the hashes that were written with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total
     except UserError as e:
         if not (path / layout.CASES).is_dir():
             raise
-        faults = [str(e)]  # what can be read without a catalogue still is
+        faults = [str(e)]  # the cases can be checked without a catalogue
     there = layout.list_cases(path) if (path / layout.CASES).is_dir() else []
     cases = sorted({*there, *(rows or ())})
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
@@ -44,7 +44,7 @@ def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total
 
 
 def _group_faults(path: Path) -> list[str]:
-    """Of the two zarr.json files that belong to no case; finalising writes the first one anew."""
+    """What is wrong with the two zarr.json files that belong to no case."""
     written = {
         "zarr.json": layout.root_metadata(layout.check_format(path)),
         f"{layout.CASES}/zarr.json": layout.CASES_METADATA,
@@ -57,7 +57,7 @@ def _group_faults(path: Path) -> list[str]:
 
 
 def _case_faults(path: Path, rows: dict[str, pa.Table] | None, name: str) -> list[str]:
-    """Of one case; rows: the catalogue's, by name, if it could be read."""
+    """What is wrong with a case. rows: the catalogue's, by case name; None if the catalogue could not be read."""
     try:
         record = read_record(path / layout.CASES / name)
     except UserError as e:
@@ -87,7 +87,7 @@ def _array_fault(array: Path, record: CaseRecord, voxels: str, metadata: str) ->
 
 
 def _slices(array: ShardedArray) -> Iterator[np.ndarray]:
-    """Of a whole array, of which no more than a layer of chunks is held at a time."""
+    """All slices of an array, of which only one layer of chunks is in memory at a time."""
     depth, height, width = array.shape
     for top in range(0, depth, array.chunk[0]):
         slab = np.empty((min(array.chunk[0], depth - top), height, width), "<i2")

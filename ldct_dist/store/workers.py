@@ -1,4 +1,4 @@
-"""An ingest's work shared out over processes, of which any may be killed without taking the others' along."""
+"""The processes that do an ingest's work. If one is killed, only its own case is lost."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class Workers:
-    """At most `count` processes, started when there is work for them; a context manager that ends them.
+    """Up to `count` processes, started when there is work for them; a context manager that ends them.
 
-    After an error that ends the work they first finish what they have in hand, after Ctrl-C or TERM they do not.
+    After an error they first finish the cases that they are working on; after Ctrl-C or TERM they do not.
     """
 
     def __init__(self, count: int) -> None:
@@ -48,10 +48,10 @@ class Workers:
             raise UserError(f"while headers were read: {KILLED}") from e
 
     def make(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, str | None]]:
-        """Make each case, in no certain order; each task with None, or with why it was refused.
+        """Make the cases, in any order; (task, None), or (task, why it was refused).
 
-        When a process is killed, which of the cases then in hand was to blame is unknown: each gets a process
-        to itself, and the one that breaks that too is refused.
+        If a process is killed, it is not known which of the cases in work was the cause. Each of them is then made in a
+        process of its own, and the one whose process is killed again is refused.
         """
         waiting = deque(tasks)
         while waiting:
@@ -60,12 +60,14 @@ class Workers:
                 yield task, _alone(task)
 
     def _share_out(self, waiting: deque[Task]) -> Generator[tuple[Task, str | None], None, list[Task]]:
-        """Work `waiting` off; the tasks that were in hand when a process was killed, if one was."""
+        """Make the `waiting` cases until none is left; returns the tasks in work when a process was killed, if one was."""
         processes = self._pool(len(waiting))
         running: dict[Future[str | None], Task] = {}
         try:
             while waiting or running:
-                while waiting and len(running) <= self._size:  # one more, so that none waits for this process
+                while (
+                    waiting and len(running) <= self._size
+                ):  # one more, so that no worker has to wait for this process
                     future = processes.submit(make_case, waiting[0])
                     running[future] = waiting.popleft()
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -78,7 +80,7 @@ class Workers:
         return []
 
     def _pool(self, tasks: int) -> Executor:
-        """Processes for so many tasks: no more than these, and the ones that there are if they are enough."""
+        """Processes for so many tasks: at most one each, and those that are there already if they are enough."""
         size = max(1, min(self.count, tasks))
         if self._processes is None or self._size < size:
             self._end()
