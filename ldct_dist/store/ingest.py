@@ -234,8 +234,8 @@ def _unwritable_as_user_error(out: Path) -> Iterator[None]:
 
 
 def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal]) -> Path | None:
-    """Beside the store, not in it: the folders' names may name patients. Lists of an ingest in another number of parts
-    go: none of its tasks would come by to renew them."""
+    """Beside the store, not in it, and for its owner alone, like the key: the folders' names may name patients. Lists of
+    an ingest in another number of parts go: none of its tasks would come by to renew them."""
     which = f"-{part[0]}-of-{part[1]}" if part[1] > 1 else ""
     path = out.with_name(f"{out.name}.rejected{which}.csv")
     for end in ("", "-[0-9]*-of-[0-9]*"):
@@ -246,7 +246,8 @@ def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     # surrogateescape: names of files that are not UTF-8, as archives from elsewhere hold, are written as they are
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(fd, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)
         rows.writerow(["where", "reason"])
         rows.writerows((r.where, r.reason) for r in rejected)

@@ -183,6 +183,7 @@ def test_refused_series_are_listed_and_stop_no_other(source, out, threads):
     (source / "cut/slice-004.dcm").write_bytes(whole[:-900])
     report = ingest(source, out, CONFIG)
     assert (len(report.written), report.rejected_csv) == (3, out.with_name("ct.zarr.rejected.csv"))
+    assert report.rejected_csv.stat().st_mode & 0o777 == 0o600  # folders are often called by patients
     with open(report.rejected_csv, newline="") as f:
         rows = list(csv.DictReader(f))
     assert ["1 missing slice(s)" in rows[0]["reason"], "slice-004.dcm" in rows[1]["reason"]] == [True, True]
