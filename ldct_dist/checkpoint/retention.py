@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -32,10 +33,11 @@ class CheckpointConfig(Config):
         """How many of the newest stay: at least one, whatever keep_last says."""
         return max(1, self.keep_last)
 
-    @property
-    def at_a_time(self) -> int:
-        """How many exist at once, at most, besides those of keep_every: the newest, the best, and the one being written."""
-        return self.newest + 2
+    def at_most(self, steps: int) -> int:
+        """How many exist at once, at most, in a run of so many steps: those of keep_every, the newest, the best, and the
+        one being written."""
+        forever = steps // math.lcm(self.every, self.keep_every) if self.keep_every else 0
+        return forever + self.newest + 2
 
 
 def directory(root: Path, step: int) -> Path:

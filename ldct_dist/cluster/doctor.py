@@ -107,7 +107,7 @@ def _examine(
         inside,
         write_mib,
         checkpoint_bytes(config) if config is not None else None,
-        (config.checkpoint if config is not None else CheckpointConfig()).at_a_time,
+        config.checkpoint.at_most(config.steps) if config is not None else CheckpointConfig().at_most(0),
         world.broadcast(
             {"before the time limit": grace_s} | parse_partition(os.environ.get("LDCT_PARTITION", ""))
         ),

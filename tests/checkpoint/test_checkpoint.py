@@ -130,10 +130,10 @@ def test_stops_do_not_push_out_what_a_run_goes_back_to(saver):
     assert steps(saver) == [33]
 
 
-@pytest.mark.parametrize("keep_last", [0, 1, 3])
-def test_as_many_checkpoints_as_a_config_says_are_there_at_a_time(saver, monkeypatch, keep_last):
+@pytest.mark.parametrize(("keep_last", "keep_every"), [(0, None), (1, None), (3, None), (1, 40)])
+def test_as_many_checkpoints_as_a_config_says_are_there_at_a_time(saver, monkeypatch, keep_last, keep_every):
     """Before a save makes room for itself, and with the best long ago."""
-    saver.config = CheckpointConfig(every=10, keep_last=keep_last)
+    saver.config = CheckpointConfig(every=10, keep_last=keep_last, keep_every=keep_every)
     prune, most = retention.prune, []
 
     def counting(root, config):
@@ -141,9 +141,9 @@ def test_as_many_checkpoints_as_a_config_says_are_there_at_a_time(saver, monkeyp
         prune(root, config)
 
     monkeypatch.setattr(retention, "prune", counting)
-    for step in range(10, 100, 10):
+    for step in range(10, 80, 10):
         save(saver, step, validation=float(step))
-    assert max(most) == saver.config.at_a_time
+    assert max(most) == saver.config.at_most(70)
 
 
 def test_a_copy_that_a_user_keeps_beside_checkpoints_is_none(saver):

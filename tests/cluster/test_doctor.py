@@ -242,7 +242,7 @@ def test_the_size_of_a_checkpoint_is_known_before_there_is_one(tmp_path):
 
 
 def test_this_machine_is_examined_and_left_clean(tmp_path):
-    config = write_config(tmp_path, Path("x"))
+    config = write_config(tmp_path, Path("x"), steps=300, checkpoint={"keep_every": 9})
     done = command("doctor", config, "--write-mib=1")
     assert done.returncode == 0, done.stdout + done.stderr
     names = [
@@ -260,6 +260,9 @@ def test_this_machine_is_examined_and_left_clean(tmp_path):
     ]
     assert [line.split()[1] for line in done.stdout.splitlines()] == [*names, "room"]
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+    assert (
+        "a run keeps 38 checkpoints" in done.stdout
+    )  # 33 for ever, three newest, the best, the one being written
     assert list((tmp_path / "runs").iterdir()) == []
 
 

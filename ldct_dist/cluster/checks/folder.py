@@ -116,7 +116,7 @@ def judge_room(probe: Probe, seen: list[tuple[int, int]]) -> Verdict:
     if probe.checkpoint_bytes is not None:
         text += f"; a run keeps {probe.keep} checkpoints, {size(probe.keep * probe.checkpoint_bytes)}"
         if space < probe.keep * probe.checkpoint_bytes:
-            return False, f"{text}: make room, or keep fewer (checkpoint.keep_last)"
+            return False, f"{text}: make room, or keep fewer (checkpoint.keep_last, keep_every)"
     if 0 < files < 1000:  # file systems without a limit say 0
         return False, f"only {files} more files fit: delete some, or ask for a larger quota"
     return True, text
@@ -134,7 +134,7 @@ def reserve(path: Path, size_bytes: int) -> None:
     if failed and number != errno.EOPNOTSUPP:
         raise OSError(
             number,
-            f"{os.strerror(number)}: {size(size_bytes)} of checkpoints do not fit; make room, or keep fewer (checkpoint.keep_last)",
+            f"{os.strerror(number)}: {size(size_bytes)} of checkpoints do not fit; make room, or keep fewer (checkpoint.keep_last, keep_every)",
         )
 
 
