@@ -1,7 +1,7 @@
-"""What a denoiser has to beat: the classic filters, each of the strength that serves the data best.
+"""What a denoiser has to beat: the classic filters, each with the strength that is best for the data.
 
 All but the Gaussian come from scikit-image and work slice by slice, because slices are thick. Their strengths are in
-units of the noise of the volume itself, so that one that suits some patients suits others at another noise.
+units of the volume's own noise, so that a strength tuned on some patients suits others with another noise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ldct_dist.ct.volume import AIR_HU, Volume, padding_of
 from ldct_dist.errors import UserError
 from ldct_dist.store.layout import BODY_HU
 
-_LEAST_NOISE = 0.3  # HU: what rounding to whole ones makes
+_LEAST_NOISE = 0.3  # HU: the noise of rounding to whole ones
 _TUNED_SLICES = 4  # of each pair
 
 Filter = Callable[[Volume, float], Volume]
@@ -32,18 +32,20 @@ def gaussian(volume: Volume, sigma_mm: float) -> Volume:
 
 
 def bilateral(volume: Volume, times_noise: float) -> Volume:
-    """Means over 1.5 mm in plane, of voxels that differ by less than about so much (Tomasi & Manduchi 1998)."""
+    """Means over 1.5 mm in plane, of voxels that differ by less than about `times_noise` standard deviations of the noise
+    (Tomasi & Manduchi 1998)."""
     sigma, range_hu = 1.5 / min(volume.spacing[1:]), times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
         return denoise_bilateral(hu, sigma_color=range_hu, sigma_spatial=sigma, bins=2000, mode="edge")
 
-    # scikit-image wants its values to be positive.
+    # scikit-image's function takes positive values only.
     return _like(volume, np.stack([smooth(hu.astype(np.float64) - AIR_HU) for hu in volume.hu]) + AIR_HU)
 
 
 def nlm(volume: Volume, times_noise: float) -> Volume:
-    """Non-local means of 5 x 5 patches that differ by about so much within 13 x 13 voxels (Buades et al. 2005)."""
+    """Non-local means over 13 x 13 voxels, of 5 x 5 patches that differ by up to about `times_noise` standard deviations of
+    the noise (Buades et al. 2005)."""
     h_hu = times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
@@ -53,7 +55,7 @@ def nlm(volume: Volume, times_noise: float) -> Volume:
 
 
 def tv(volume: Volume, times_noise: float) -> Volume:
-    """Least total variation at that weight (Chambolle 2004)."""
+    """Total-variation denoising with a weight of `times_noise` standard deviations of the noise (Chambolle 2004)."""
     weight_hu = times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
@@ -64,7 +66,7 @@ def tv(volume: Volume, times_noise: float) -> Volume:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A filter and the strongest that is tried of it, in its own unit."""
+    """A filter, and the greatest strength that is tried, in the filter's own unit."""
 
     filter: Filter
     strongest: float
@@ -87,9 +89,11 @@ def baseline_named(name: str) -> Baseline:
 
 
 def tune(name: str, pairs: Sequence[tuple[Volume, Volume]]) -> float:
-    """The strength of the named baseline, up to its strongest, that leaves least of the mean square error, on average
-    over `pairs` of low and full dose, in a few middle slices of each; voxels of padding do not count, nor do pairs whose
-    doses are equal there. Raises UserError where no pair is left."""
+    """The strength of the named baseline, up to its strongest, that leaves the smallest share of the mean square error.
+
+    It is measured on a few middle slices of each of `pairs` of low and full dose, and averaged over the pairs. Padding
+    does not count, nor do pairs whose doses are equal there. Raises UserError if no pair is left.
+    """
     baseline = baseline_named(name)
     parts = [(_middle(low), _middle(full)) for low, full in pairs]
     parts = [(low, full) for low, full in parts if (low.hu != full.hu)[~padding_of(full.hu)].any()]
@@ -120,7 +124,7 @@ def _mean_square(volume: Volume, full: Volume) -> float:
 
 
 def _noise(volume: Volume) -> float:
-    """Its standard deviation in HU; in the body as a whole, where there is too little soft tissue to tell."""
+    """Standard deviation of the noise in HU; of the whole body, if there is too little soft tissue to measure it."""
     moments = noise.sampled_moments(volume)
     where = moments.homogeneous
     if where is None:

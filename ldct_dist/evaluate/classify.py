@@ -1,8 +1,8 @@
-"""Does a classifier do better on denoised images? The same small CNN, trained anew on each kind of image.
+"""Does a classifier do better on denoised images? The same small CNN is trained anew on each kind of image.
 
-Folds keep a patient's samples together, and are the same for every kind of image, so that the comparison is paired.
-Two-sided tests, with the patient as the unit: DeLong's for AUCs (Biometrics 44 (1988)) and McNemar's exact one for right
-and wrong answers, both in the form for several samples a patient, and for one a patient as they were published.
+Folds keep a patient's samples together, and are the same for every kind of image, so that the comparison is paired. Tests
+are two-sided, with the patient as the unit: DeLong's for AUCs (Biometrics 44 (1988)) and McNemar's exact one for right
+and wrong answers, in forms that allow for several samples a patient and, with one each, are the published tests.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Samples:
-    """What is classified. images: kind, such as "low dose" -> (n, side, side) float32 in [0, 1]; all kinds show the same
-    n; side is a multiple of 8.
+    """What is classified.
 
-    labels: (n,) 0 or 1. patients: whose each is.
+    images: kind, such as "low dose", to (n, side, side) float32 in [0, 1]. All kinds show the same n samples; side is a
+    multiple of 8. labels: (n,) 0 or 1. patients: (n,) the patient of each sample.
     """
 
     images: Mapping[str, np.ndarray]
@@ -89,7 +89,8 @@ def classify(samples: Samples, training: Training | None = None) -> dict[str, An
 
 
 def patient_folds(labels: np.ndarray, patients: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """(n,) the fold of each sample: a patient's are in one, and patients with positive samples are dealt out evenly."""
+    """(n,) the fold of each sample. All samples of a patient are in one fold, and patients with positive samples are spread
+    evenly over the folds. Raises UserError if a class has fewer patients than there are folds."""
     names = np.unique(patients)
     positive, negative = (
         np.array([(labels[patients == n] == label).any() for n in names]) for label in (1, 0)
@@ -115,12 +116,11 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 def performance(
     labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, drawn: list[np.ndarray]
 ) -> dict[str, list[float | None]]:
-    """auc, accuracy, sensitivity and specificity of the scores as (value, low, high), with 95 % intervals: the expanded
-    percentiles over `drawn`, of `resamples`.
+    """auc, accuracy, sensitivity and specificity of the scores as (value, low, high).
 
-    They are expanded for as many patients as a measure rests on: of the class that has fewer, for an AUC, which is no
-    more certain than that class leaves it. low and high are None where all draws agree, as where no sample is mistaken,
-    because that does not make it certain.
+    low and high are a 95 % interval: expanded percentiles over `drawn`, of `resamples`. They are expanded for the number
+    of patients on which a measure rests, which for an AUC is that of the smaller class. They are None where all draws
+    agree, such as where no sample is mistaken, since that does not make the value certain.
     """
     positive, negative = (len(np.unique(patients[labels == label])) for label in (1, 0))
     measures = {
@@ -141,7 +141,8 @@ def performance(
 
 
 def resamples(labels: np.ndarray, patients: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Samples of patients drawn with replacement, as indices; draws that miss a class are drawn again."""
+    """Bootstrap resamples: the indices of the samples of patients drawn with replacement. Draws without one of the classes
+    are repeated."""
     rng = np.random.default_rng(seed)
     of = [np.flatnonzero(patients == name) for name in np.unique(patients)]
     drawn: list[np.ndarray] = []
@@ -153,8 +154,8 @@ def resamples(labels: np.ndarray, patients: np.ndarray, seed: int) -> list[np.nd
 
 
 def delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarray) -> float:
-    """p of the hypothesis that scores a and b have the same AUC; only patients are taken to be independent (Obuchowski,
-    Biometrics 53 (1997))."""
+    """p value of the hypothesis that scores a and b have the same AUC. Only patients are assumed to be independent
+    (Obuchowski, Biometrics 53 (1997))."""
     positive = labels == 1
     n1, n0 = positive.sum(), (~positive).sum()
     placed = []
@@ -168,7 +169,7 @@ def delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarra
     apart = placed[0] - placed[1]
     difference = apart[positive].mean()
     _, whose = np.unique(patients, return_inverse=True)
-    # By patient, what its samples of either class add to the difference beyond its expectation.
+    # By patient, what its samples of each class contribute to the difference beyond its expectation.
     of1, of0 = (
         np.bincount(whose, (apart - difference) * each / each.sum()) for each in (positive, ~positive)
     )
@@ -181,10 +182,10 @@ def delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarra
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray, patients: np.ndarray) -> float:
-    """p of the hypothesis that a and b are right equally often: exact, from the patients on whom they part.
+    """p value of the hypothesis that a and b are right equally often; exact, from the patients on whom they differ.
 
-    Were they alike, each patient's excess of right answers could as well be the other's: this p is the share of all ways
-    to swap them that gives a sum as far from 0.
+    Under that hypothesis, a patient's excess of right answers of a could as well be b's. p is the share of all ways to
+    swap them for which the sum is at least as far from 0.
     """
     _, whose = np.unique(patients, return_inverse=True)
     excess = np.bincount(whose, right_a.astype(float) - right_b).astype(int)
@@ -212,7 +213,7 @@ def _fit(data: torch.Tensor, target: torch.Tensor, training: Training, seed: int
         torch.manual_seed(seed)
         model = Classifier(data.shape[-1])
         optimiser = torch.optim.Adam(model.parameters(), lr=training.lr, weight_decay=1e-4)
-        # A rare class counts as much as a common one.
+        # Both classes count alike, however rare one is.
         loss = nn.BCEWithLogitsLoss(pos_weight=(target == 0).sum() / (target == 1).sum())
         for _ in range(training.epochs):
             for batch in torch.randperm(len(data)).split(_BATCH):

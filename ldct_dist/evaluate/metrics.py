@@ -1,6 +1,6 @@
-"""RMSE, PSNR, SSIM and VIF of whole volumes against full dose, as the protocol says.
+"""RMSE, PSNR, SSIM and VIF of whole volumes against full dose, as a protocol defines them.
 
-Slice by slice as the papers do, or in 3-D. SSIM comes from scikit-image, because the benchmarks' own numbers do.
+Slice by slice as in papers, or in 3-D. SSIM is scikit-image's, because the benchmarks' own figures are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import Protocol, Range, protocol_named
 from ldct_dist.evaluate.vif import DEPTH, LEAST_SIDE, shared_information
 
-_SLAB = 8  # slices that 3-D windows take at a time, so that memory does not grow with the volume
+_SLAB = (
+    8  # slices that are worked on at a time with 3-D windows, so that memory does not grow with the volume
+)
 
 
 def evaluate_volume(
@@ -26,10 +28,10 @@ def evaluate_volume(
     mask: np.ndarray | None = None,
     measures: Sequence[str] = ("rmse_hu", "psnr_db", "ssim"),
 ) -> dict[str, float]:
-    """The `measures` of `image_hu` against `full_hu`, all (z, y, x), HU; "vif" is there for the asking.
+    """The `measures` of `image_hu` against `full_hu`, both (z, y, x) HU; "vif" is one of those that may be asked for.
 
-    mask: bool (z, y, x), the voxels that count; None: those that the protocol counts. Slices of which nothing counts
-    are left out. psnr_db is inf for equal images, vif nan where no image has any structure.
+    mask: bool (z, y, x), the voxels that count; None: those that the protocol counts. Slices without a voxel that counts
+    are left out. psnr_db is inf for equal images, vif nan if no slice has any structure.
 
     Raises UserError for an unknown protocol, for volumes of different shapes, where no voxel counts, and where slices
     are smaller, or in 3-D fewer, than a measure's window needs.
@@ -55,8 +57,8 @@ def rmse_hu(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask:
 def psnr_db(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.ndarray) -> float:
     """10 log10(data_range^2 / mean square error) over the mask, both images clipped to the protocol's window.
 
-    A slice whose two images are equal inside the window has no finite PSNR. The mean is over the other slices, and
-    inf where there is none.
+    A slice whose two images are equal inside the window has no finite PSNR. The mean is over the other slices, and inf if
+    there are none.
     """
     squares = _mean_squares(image_hu, full_hu, protocol.window, protocol, mask)
     squares = squares[squares > 0]
@@ -118,7 +120,7 @@ MEASURES = tuple(_MEASURES)
 LABELS = {"rmse_hu": "RMSE, HU", "psnr_db": "PSNR, dB", "ssim": "SSIM", "vif": "VIF"}
 """What tables call them."""
 LIMITS = {"rmse_hu": (0.0, math.inf), "ssim": (-1.0, 1.0), "vif": (0.0, math.inf)}
-"""The least and the most that they can be, of those that have such limits."""
+"""The lowest and highest possible value, of the measures that have such limits."""
 
 
 def _check_fits(measure: str, hu: np.ndarray, window: tuple[int, int]) -> None:
@@ -130,7 +132,8 @@ def _check_fits(measure: str, hu: np.ndarray, window: tuple[int, int]) -> None:
 
 
 def _slabs(slices: int, deep: int) -> Iterator[slice]:
-    """What to read so that windows reaching `deep` slices up and down visit every slice they fit around once."""
+    """Ranges of slices to read so that windows that reach `deep` slices up and down are centred once on every slice around
+    which they fit."""
     step = _SLAB if deep else 1
     for start in range(deep, slices - deep, step):
         yield slice(start - deep, min(start + step, slices - deep) + deep)

@@ -22,11 +22,11 @@ from ldct_dist.provenance import commit, versions
 _MISSING = math.nan
 _ANY = (-math.inf, math.inf)
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-image")
-"""Those that make the numbers."""
+"""The packages on whose versions the numbers depend."""
 
 
 def summary(study: Study, protocol: str) -> dict[str, dict[str, Estimate]]:
-    """method -> measure -> mean over patients with its interval, of the measures that any case has."""
+    """method -> measure -> mean over patients with its interval; the measures that at least one case has."""
     return {
         method: {
             measure: _over_patients(
@@ -60,7 +60,7 @@ def tests(study: Study, protocol: str) -> dict[str, list[Paired]]:
 
 
 def bias(study: Study) -> dict[str, dict[str, Estimate]]:
-    """method -> tissue -> HU, of the tissues that any case has."""
+    """method -> tissue -> HU; the tissues that at least one case has."""
     there = [tissue for tissue in TISSUES if any(tissue in row.bias_hu for row in study.rows)]
     return {
         method: {t: _over_patients(rows, [row.bias_hu.get(t, _MISSING) for row in rows]) for t in there}
@@ -69,7 +69,7 @@ def bias(study: Study) -> dict[str, dict[str, Estimate]]:
 
 
 def physics(study: Study) -> dict[str, dict[str, Any]]:
-    """method -> noise, structure and detection; None where it could not be measured."""
+    """method -> noise, added or lost structure, spectrum, detectability and TTF; None for what could not be measured."""
     found: dict[str, dict[str, Any]] = {}
     for method, rows in _by_method(study).items():
         seen = study.detection.get(method, {})
@@ -178,7 +178,7 @@ def _plain(table: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with None for what JSON has no number for."""
+    """`value` with None in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):

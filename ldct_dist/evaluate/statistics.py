@@ -23,8 +23,7 @@ _SEED = 0  # of the bootstrap: the same study gives the same interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n patients with its 95 % interval, and which interval it is; None where fewer than two patients leave
-    none."""
+    """A mean over n patients with its 95 % interval, and which kind that is; both None for fewer than two patients."""
 
     mean: float | None
     low: float | None
@@ -40,8 +39,8 @@ class Paired:
     difference: mean of a - b over the patients, with the interval of that mean. p: of the two-sided Wilcoxon
     signed-rank test over those on whom a and b differ: exact, among ties as well, for up to 500, and by the normal
     distribution, which allows for ties, for more. p_holm: corrected for all the pairs that were tested together.
-    least_p, least_p_holm: the smallest that these could be with so few patients, whatever was measured. All four are
-    None with fewer than two patients.
+    least_p, least_p_holm: the smallest values that these can have with so many patients. All four are None for fewer than
+    two patients.
     """
 
     a: str
@@ -54,8 +53,8 @@ class Paired:
 
 
 def by_patient(values: Sequence[float], patients: Sequence[str]) -> dict[str, float]:
-    """Each patient's mean over its cases, in the order in which patients first appear. What is not finite, such as the
-    PSNR of equal images, is left out."""
+    """Each patient's mean over its cases, in the order in which patients first appear. Values that are not finite, such as
+    the PSNR of equal images, are left out."""
     grouped: dict[str, list[float]] = {}
     for value, patient in zip(values, patients, strict=True):
         if np.isfinite(value):
@@ -83,8 +82,11 @@ def estimate(
 
 
 def tail(n: int) -> float:
-    """The chance to leave beyond either end of a 95 % percentile bootstrap over n patients: below .025, because plain
-    percentiles are too narrow by what Student's t and n - 1 make up for (Hesterberg, Am Stat 69 (2015), 3.3)."""
+    """The probability beyond each end of a 95 % interval by percentile bootstrap over n patients.
+
+    It is below .025, since plain percentiles are too narrow: they lack what Student's t, and n - 1 in place of n, account
+    for (Hesterberg, Am Stat 69 (2015), 3.3).
+    """
     return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(0.025, n - 1)))
 
 
@@ -145,7 +147,7 @@ def _wilcoxon(differences: np.ndarray) -> float | None:
     apart = differences[differences != 0]
     if len(apart) > _EXACT:
         return float(wilcoxon(apart, method="asymptotic").pvalue)
-    # By us, because scipy counts zeros as patients, and takes ties among more than 13 patients for normal.
+    # Not scipy's, which counts zeros as patients, and with ties among more than 13 takes the normal distribution.
     ranks = (2 * rankdata(np.abs(apart))).astype(int)  # twice, because ties share halves
     chances = np.zeros(ranks.sum() + 1)  # of each sum of ranks that are positive
     chances[0] = 1

@@ -1,4 +1,4 @@
-"""All methods on all held-out cases: figures, physics and pictures, from which the report is made."""
+"""All methods on all held-out cases: the figures and measurements from which the report is made."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ldct_dist.store.record import CaseRecord
 _ENOUGH_REGIONS = 4
 _TUNED_ON = 4  # cases
 Say = Callable[[str, str], None]
-"""Hears what is being worked on, and by which method."""
+"""Called with what is being worked on, and the method."""
 
 
 class StudyConfig(Config):
@@ -109,7 +109,7 @@ class Study:
 
 
 Show = Callable[[str, Volume, Volume, Mapping[str, np.ndarray]], None]
-"""Hears of every case: its name, low dose, full dose, and what each method made of it."""
+"""Called for every case with its name, low dose, full dose, and each method's image."""
 
 
 def methods_for(
@@ -122,9 +122,9 @@ def methods_for(
 ) -> dict[str, Method]:
     """The low dose itself, then the baselines, the peers and the networks, by name.
 
-    Baselines are tuned on a few cases of the other splits. Raises UserError for what is not there.
+    Baselines are tuned on a few cases of the other splits. Raises UserError for what does not exist.
     """
-    # All is refused before filters are tuned for minutes.
+    # Everything that can be refused is, before filters are tuned, which takes minutes.
     dose = _dose(store, config)
     for name in baselines:
         baseline_named(name)
@@ -185,7 +185,7 @@ def measure(
             no_phantom += _try_phantom(study, config, methods, case.name, low, full, say)
     for what, cases in lacking.items():
         study.note(f"{what}: {len(cases)} of {len(chosen)} case{'s' * (len(chosen) > 1)}, {few(cases, ', ')}")
-    # What one case lacked, another may have had.
+    # Noted only here: what one case lacks, another may have.
     if physics and not study.nps:
         study.note(f"noise power: no case has {_ENOUGH_REGIONS} flat regions of soft tissue")
     if study.phantom_case is None:
@@ -195,7 +195,7 @@ def measure(
 
 
 def _dose(store: Store, config: StudyConfig) -> float:
-    """Which is evaluated. Raises UserError where a case of the split lacks it."""
+    """The dose that is evaluated. Raises UserError if a case of the split does not have it."""
     dose = config.dose or protocol_named(config.protocol).dose
     for case in (store.cases[int(i)] for i in store.split(config.split)):
         if dose_name(dose) not in case.doses:
@@ -211,7 +211,7 @@ def _dose(store: Store, config: StudyConfig) -> float:
 
 
 def _conditions(full: Volume, record: CaseRecord) -> dict[str, Any]:
-    """What figures of different scans may differ by."""
+    """How a scan was made, as far as its figures depend on it."""
     return {
         "kernel": full.acquisition.kernel,
         "kvp": full.acquisition.kvp,
@@ -223,7 +223,7 @@ def _conditions(full: Volume, record: CaseRecord) -> dict[str, Any]:
 
 
 def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Study) -> dict[str, float]:
-    """All the measures whose windows fit; the others are noted."""
+    """All measures whose windows fit into the volume; the others are noted."""
     figures: dict[str, float] = {}
     for name in MEASURES:
         try:
@@ -234,7 +234,7 @@ def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Stu
 
 
 def _noise_powers(study: Study, case: str, ground: Ground, images: Mapping[str, np.ndarray]) -> None:
-    """From the first case with enough flat regions, at the same places in every image."""
+    """Add noise power spectra of the first case with enough flat regions, at the same places in every image."""
     if study.nps:
         return
     full = ground.full
@@ -254,7 +254,7 @@ def _try_phantom(
     full: Volume,
     say: Say,
 ) -> list[str]:
-    """From the first case that has the tissue for it; what this one lacks, if anything."""
+    """Add measurements on a phantom like the first case that has enough soft tissue; what this case lacks, if anything."""
     try:
         trial = make_trial(full, low, config.lesion_mm, config.lesion_hu, seed=seed_of(case, 0))
     except UserError as e:

@@ -1,8 +1,8 @@
 """Visual information fidelity in the pixel domain.
 
-How much of what an observer could learn from the source is left in the image: over four scales, both images are taken
-to be local Gaussians, the image an attenuated source plus noise, and the observer's own noise has a variance of 2 HU^2
-(Sheikh & Bovik, IEEE Trans Image Process 15 (2006), in the pixel-domain form that they published with it).
+The share of the information that an observer could get from the source which is left in the image. At four scales, both
+are modelled as locally Gaussian, the image as the attenuated source plus noise; the observer's own noise has a variance
+of 2 HU^2 (Sheikh & Bovik, IEEE Trans Image Process 15 (2006), in the pixel-domain form that they published with it).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST_SIDE = 41  # voxels: at the fourth scale one window is left
 def shared_information(
     source: np.ndarray, image: np.ndarray, mask: np.ndarray, depth: int = 1
 ) -> tuple[float, float]:
-    """(what `image` keeps of the information in `source`, all of that information), in decimal digits.
+    """(the information in `source` that `image` keeps, all information in `source`), in decimal digits.
 
     source, image: float64 HU, (z, y, x). depth: slices under a window, 1 or DEPTH.
     mask: bool of the same shape; a window counts by its centre.
@@ -41,7 +41,7 @@ def shared_information(
         a, b = local(source), local(image)
         var_a, var_b = ((local(x * x) - mean * mean).clip(0) for x, mean in ((source, a), (image, b)))
         covariance = local(source * image) - a * b
-        # Where either image is flat, or one is the other's negative, nothing of the source comes through.
+        # Where one of the images is flat, or their correlation negative, no information of the source is kept.
         structured = (var_a >= _TINY) & (var_b >= _TINY) & (covariance > 0)
         gain = np.where(structured, covariance / (var_a + _TINY), 0)
         noise = np.where(structured, var_b - gain * covariance, np.where(var_b < _TINY, 0, var_b)).clip(_TINY)
@@ -52,20 +52,20 @@ def shared_information(
 
 
 def _gaussian(size: int) -> np.ndarray:
-    """`size` weights of a Gaussian whose sigma is a fifth of them."""
+    """`size` weights of a Gaussian with a sigma of size / 5."""
     at = np.arange(size) - size // 2
     weights = np.exp(-(at**2) / (2 * (size / 5) ** 2))
     return weights / weights.sum()
 
 
 def _smooth(hu: np.ndarray, line: np.ndarray) -> np.ndarray:
-    """`hu` (z, y, x) under a 2-D window, without the border that it does not fit into."""
+    """`hu` (z, y, x) averaged with a 2-D window, without the border where the window does not fit."""
     half = len(line) // 2
     return correlate1d(correlate1d(hu, line, axis=1), line, axis=2)[:, half:-half, half:-half]
 
 
 def _across(hu: np.ndarray, depth: int) -> np.ndarray:
-    """`hu` (z, y, x) under a window of `depth` slices, without those that it does not fit around."""
+    """`hu` (z, y, x) averaged over windows of `depth` slices, without slices around which the window does not fit."""
     if depth == 1:
         return hu
     inner = len(hu) - depth + 1

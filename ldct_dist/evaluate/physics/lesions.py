@@ -16,11 +16,11 @@ WIDTH = 160
 """voxels along each side of a slice"""
 TISSUE_HU = 50.0
 BALL, ROD = "ball", "rod"
-"""Shapes: as deep as wide, which a slice shows as its thickness lets it; and alike in all slices, as vessels are and the
-rods of most phantoms. What gathers signal from neighbouring slices sees rods better, and balls worse."""
+"""Shapes: a ball, whose contrast in a slice depends on the slice's thickness, and a rod, which is the same in all slices,
+as vessels and the rods of most phantoms are. Taking signal from neighbouring slices helps with rods, not with balls."""
 
 _LEVELS = 5
-_APART = 3  # slices at least: nearer ones share their noise once a 3-D denoiser has seen them
+_APART = 3  # slices, at least: nearer ones have noise in common after a 3-D denoiser
 
 Place = tuple[int, int]
 

@@ -28,10 +28,10 @@ def hallucination_map(image_hu: np.ndarray, full: Volume, std: np.ndarray) -> np
 
 
 def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np.ndarray:
-    """What the full dose's own noise leaves of itself under 2 mm of smoothing: standard deviation in HU, (z, y, x).
+    """Standard deviation in HU, (z, y, x), of the full dose's own noise after smoothing by 2 mm.
 
-    Where the noise is high and low is told by low - full, which holds no anatomy; how high it is, by the full dose's
-    soft tissue, from its `moments`. Raises UserError where there is too little of it, or no noise in it.
+    Where the noise is higher or lower is taken from low - full, which contains no anatomy, and its level from the full
+    dose's soft tissue, by its `moments`. Raises UserError if there is too little soft tissue, or no noise in it.
     """
     soft = moments.homogeneous
     if soft is None:
@@ -45,7 +45,7 @@ def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np
     blur = [0, *(3 * STRUCTURE_MM / mm for mm in full.spacing[1:])]
     where = gaussian_filter(noise_map(added, full.spacing), blur)
     middle = float(np.median(where[soft]))
-    # Outside the body the low dose adds next to nothing, and a quotient of nothings means nothing.
+    # Outside the body, low dose adds hardly any noise, and dividing by that would mean nothing.
     return np.maximum(where, 0.2 * middle) * (level * left / middle)
 
 

@@ -14,10 +14,10 @@ from ldct_dist.ct import noise
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 
-_REGION_MM = 22.0  # fits into a liver, and tells frequencies 0.05 / mm apart
+_REGION_MM = 22.0  # fits into a liver, and resolves frequencies 0.05 / mm apart
 _LEAST_VOXELS = 12
-_FILLED = 0.95  # share of a region that must hold noise alone
-_LOUD = 1.4  # of the volume's noise: what varies more in a window holds an edge, too
+_FILLED = 0.95  # least share of a region that holds nothing but noise
+_LOUD = 1.4  # times the volume's noise: a window with more holds an edge, too
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class NoisePower:
 
 
 def noise_power(regions: np.ndarray, spacing: tuple[float, float], detrend: bool = True) -> NoisePower:
-    """The mean spectrum of `regions`, (n, y, x) HU, each less its mean or, to `detrend`, less a plane fitted to it.
+    """The mean spectrum of `regions`, (n, y, x) HU. From each, its mean is subtracted, and with `detrend` a fitted plane.
 
     spacing: mm, (y, x). Raises UserError for regions under 8 voxels wide.
     """
@@ -73,10 +73,10 @@ def noise_power(regions: np.ndarray, spacing: tuple[float, float], detrend: bool
 
 
 def flat_regions(volume: Volume, moments: noise.LocalMoments) -> list[tuple[int, slice, slice]]:
-    """Squares of about 22 mm, at least 12 voxels, apart from each other, in which soft tissue holds noise alone, by
-    the volume's own `moments`.
+    """Squares (slice, rows, columns) of about 22 mm, at least 12 voxels, in soft tissue with nothing but noise.
 
-    Choose them in the full dose, and measure every image at the same places. Empty where there are none.
+    moments: the volume's own. The squares do not overlap; there may be none. Choose them in the full dose, and measure
+    every image at the same places.
     """
     size = max(_LEAST_VOXELS, round(_REGION_MM / max(volume.spacing[1:])))
     homogeneous = moments.homogeneous

@@ -1,7 +1,7 @@
-"""The channelised Hotelling observer: how well a lesion of known size and place can be told from none.
+"""The channelised Hotelling observer: how well patches with a lesion of known size and place can be told from others.
 
-Laguerre-Gauss channels, which suit round lesions (Gallas & Barrett, J Opt Soc Am A 20 (2003)). d' is freed of the
-optimism of few samples, and its interval is exact (Wunderlich et al., IEEE Trans Med Imaging 34 (2015)).
+With Laguerre-Gauss channels, which suit round lesions (Gallas & Barrett, J Opt Soc Am A 20 (2003)). d' is corrected for
+the bias of few samples, and its interval is exact (Wunderlich et al., IEEE Trans Med Imaging 34 (2015)).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CHANNELS = 10  # in white noise, they pass on 98 % of the d' of a sharp disc
 
 @dataclass(frozen=True)
 class Detectability:
-    """d_prime, the separation of present and absent in standard deviations, with its 95 % interval; from so many
-    patches with a lesion, and without one."""
+    """d_prime: how far patches with and without a lesion are apart, in standard deviations. low, high: its 95 % interval.
+    present, absent: the number of patches with and without one."""
 
     d_prime: float
     low: float
@@ -44,8 +44,8 @@ def laguerre_gauss(size: int, spacing: tuple[float, float], diameter_mm: float) 
 def detectability(present: np.ndarray, absent: np.ndarray, channels: np.ndarray) -> Detectability:
     """d' of patches with a lesion, (n, size, size) HU, against (m, size, size) without one.
 
-    All patches must hold noise of their own: the same noise with and without a lesion would not tell its spread.
-    Raises UserError where there are too few for the channels, and where they do not differ.
+    Every patch must have noise of its own: with the same noise in pairs of patches, its spread could not be measured.
+    Raises UserError if there are too few patches for the channels, or if their noise does not vary.
     """
     v1, v0 = (
         np.tensordot(patches.astype(np.float64), channels, ((1, 2), (1, 2))) for patches in (present, absent)
@@ -71,7 +71,7 @@ def detectability(present: np.ndarray, absent: np.ndarray, channels: np.ndarray)
 
 
 def _noncentrality(statistic: float, p: int, free: int, quantile: float) -> float:
-    """The non-centrality at which `statistic` is that quantile; 0 where even the central F is above it."""
+    """The non-centrality at which `statistic` is that quantile; 0 if even the central F has a larger one."""
     if f_distribution.cdf(statistic, p, free) <= quantile:
         return 0.0
     top = 1.0

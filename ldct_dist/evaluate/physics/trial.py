@@ -1,6 +1,6 @@
-"""A phantom with known edges and lesions, for what patients cannot tell: TTF and d'.
+"""A phantom with known edges and lesions, for what cannot be measured on patients: TTF and d'.
 
-It gets a case's voxels and kernel, and as much noise as the case has at low dose; each method then denoises it like a
+It has a case's voxel size and kernel, and as much noise as the case has at low dose. Each method denoises it like a
 patient.
 """
 
@@ -23,7 +23,7 @@ from ldct_dist.evaluate.physics.ttf import Transfer, transfer
 
 _CONTRASTS_HU = (-150.0, 40.0, 120.0, 400.0)
 _SLICES = 15
-_TURNS = 2  # scans in which places with a lesion and places without change parts
+_TURNS = 2  # how often each of two scans is made, whose places with and without a lesion are exchanged
 
 Denoise = Callable[[Volume], np.ndarray]
 
@@ -39,7 +39,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Trial:
-    """Scans at low dose: of discs of several contrasts, and by shape, of lesions; each with noise of its own."""
+    """Scans at low dose, each with noise of its own. edges: of discs of several contrasts. lesions: by shape."""
 
     edges: Volume
     discs: tuple[Disc, ...]
@@ -57,8 +57,8 @@ class Trial:
         ]
 
     def detection(self, denoise: Denoise) -> dict[str, Detectability]:
-        """By shape, how well the observer, who sees the slice through a lesion's middle, tells patches with a lesion
-        from those without. Raises UserError as `detectability` does."""
+        """By shape, how well the observer, who sees the slice through a lesion's middle, distinguishes patches with and
+        without a lesion. Raises UserError as `detectability` does."""
         half, levels = self.layout.patch // 2, list(self.layout.levels)
         channels = laguerre_gauss(self.layout.patch, self.layout.spacing[1:], self.layout.diameter_mm)
 
@@ -79,9 +79,9 @@ class Trial:
 def make_trial(full: Volume, low: Volume, lesion_mm: float, lesion_hu: float, seed: int) -> Trial:
     """The phantom as the scanner of this case would show it.
 
-    lesion_mm, lesion_hu: diameter of the lesions, and their contrast to the tissue around them. seed: of the noise,
-    another for every case, or their figures would not be independent.
-    Raises UserError where the case shows too little soft tissue to measure its kernel and noise, and as `Layout` does.
+    lesion_mm, lesion_hu: diameter of the lesions, and their contrast to the tissue around them. seed: of the noise; take
+    another one for each case, or their figures are not independent. Raises UserError if the case has too little soft
+    tissue to measure its kernel and noise, and as `Layout` does.
     """
     layout = Layout(lesion_mm, lesion_hu, full.spacing)
     config = _as_noisy(low, matched(full, DoseConfig()), layout)
@@ -114,7 +114,7 @@ def _around(radius_mm: float) -> tuple[Disc, ...]:
 
 
 def _as_noisy(low: Volume, config: DoseConfig, layout: Layout) -> DoseConfig:
-    """`config` with so many photons that tissue in the phantom is as noisy as in the low dose."""
+    """`config` with the number of photons at which the phantom's tissue is as noisy as the case's at low dose."""
     wanted = _noise(low)
     found = _noise(simulate_full_dose(layout.slices(8), layout.spacing, 0, config))
     assert config.photons is not None
@@ -132,7 +132,7 @@ def _noise(volume: Volume) -> float:
 
 
 def _as_sharp(hu: np.ndarray, spacing: tuple[float, float, float], config: DoseConfig) -> np.ndarray:
-    """The phantom under the kernel that its noise will have: the Hann window up to the cutoff; HU are not rounded."""
+    """The phantom filtered with the kernel of its noise, a Hann window up to the cutoff. HU are not rounded."""
     assert config.cutoff_per_mm is not None
     fy, fx = (np.fft.fftfreq(n, mm) for n, mm in zip(hu.shape[1:], spacing[1:], strict=True))
     f = np.hypot(fy[:, None], fx).clip(max=config.cutoff_per_mm)

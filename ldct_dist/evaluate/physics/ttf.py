@@ -1,7 +1,7 @@
-"""The task transfer function: how sharp an edge of a given contrast comes out.
+"""The task transfer function: how sharp an edge of a given contrast is.
 
-From the rim of a disc, so that every direction and every place between voxels is sampled; for a denoiser, which
-is not linear, it is a function of the contrast and of the noise (Richard et al., Med Phys 39 (2012); AAPM Report 233).
+It is measured on the rim of a disc, which samples every direction and every position between voxels. Denoisers are not
+linear, so it depends on contrast and noise (Richard et al., Med Phys 39 (2012); AAPM Report 233).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BINS_A_VOXEL = 5
 
 @dataclass(frozen=True)
 class Transfer:
-    """frequency: cycles/mm; ttf: 1 at zero frequency; contrast_hu: the disc's less its surroundings', as measured."""
+    """frequency: cycles/mm. ttf: 1 at zero frequency. contrast_hu: of the disc to its surroundings, as measured."""
 
     frequency: np.ndarray
     ttf: np.ndarray
