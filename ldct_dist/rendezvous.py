@@ -97,7 +97,7 @@ def meet(rank: int, size: int, fault: str | None, timeout_s: float) -> tuple[dis
 
 
 def _allow_open_files() -> None:
-    """As many as the system lets this process have.
+    """Raise this process' limit on open files as far as the system allows.
 
     Connections count as files, and a rank has two to each of the others, rank 0 three: the usual 1024 suffice for 340.
     """

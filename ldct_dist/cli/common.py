@@ -42,7 +42,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def progress() -> Progress:
-    """A bar while there is work; gone at the end, when a line says what was done, and never in a log."""
+    """A progress bar. It disappears at the end, when a line says what was done, and is never printed into a log."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -220,7 +220,7 @@ def demo(
 
 
 def _name_of(path: Path, among: list[Path]) -> str:
-    """What a table calls these weights: the name of the run or file where that tells them apart, else the whole path."""
+    """The name of these weights in tables: that of the run or file if it is unique, else the whole path."""
     name = path.resolve().name
     same = [other for other in among if other.resolve().name == name]
     return name if len(same) == 1 and name != "weights.safetensors" else str(path)

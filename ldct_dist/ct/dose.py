@@ -94,13 +94,13 @@ def simulate_low_doses(
 
 
 def _missing(dose: float, config: DoseConfig) -> Variance:
-    """What a scan at `dose` has more of than one at full dose."""
+    """The variance that a scan at `dose` has beyond that of one at full dose."""
     return lambda counts: _whole(dose * counts, config) - _whole(counts, config)
 
 
 def _whole(counts: torch.Tensor, config: DoseConfig) -> torch.Tensor:
-    """All of a line integral's variance. Where hardly a photon arrives, scanners floor the counts before the logarithm,
-    which bounds its error, at either dose."""
+    """The whole variance of line integrals. Where hardly a photon arrives, scanners raise the counts to a least value before
+    the logarithm, which bounds its error at either dose."""
     return (1 / counts + (config.electronic_noise / counts).square()).clamp(max=1)
 
 
@@ -113,9 +113,8 @@ def simulate_full_dose(
 ) -> Volume:
     """A noise-free phantom as a scan with `config.photons` would show it: all the noise, 1/L + electronic^2/L^2.
 
-    hu: (z, y, x), which need not be whole: rounded with the noise in them, they keep their mean, and a faint lesion
-    keeps its rim.
-    There is no noise to match either: without a cutoff_per_mm the kernel is the bare ramp.
+    hu: (z, y, x), not rounded: if they are rounded only after the noise is added, they keep their mean, and a faint lesion
+    keeps its rim. A phantom has no noise to match, so without a cutoff_per_mm the kernel is the bare ramp.
     """
     if config.photons is None:
         raise UserError("simulating a full-dose scan of a phantom: set photons, for example 2e5")

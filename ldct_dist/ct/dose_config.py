@@ -1,4 +1,4 @@
-"""What low dose is simulated with; apart from the simulation, which takes seconds to import."""
+"""The settings of the simulation of low dose, apart from the simulation itself, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class DoseConfig(Config):
 
 
 def seed_of(name: str, seed: int) -> int:
-    """The seed to simulate a scan with, `name` being its series' UID, or what else tells it apart.
+    """The seed with which to simulate a scan. name: its series' UID, or another name of its own.
 
-    Scans under one `seed` must not share their noise, or a network learns it by heart, and figures of several patients
-    are not independent. The same scan draws the same noise, wherever it is simulated.
+    Scans simulated with one `seed` must not share their noise, or a network learns it by heart, and figures of several
+    patients are not independent. The same scan gets the same noise wherever it is simulated.
     """
     return seed + int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)

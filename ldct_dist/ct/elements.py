@@ -1,9 +1,9 @@
-"""The wanted elements of a DICOM file's header, found without a look at the others.
+"""Finding the wanted elements of a DICOM file's header without parsing the others.
 
-pydicom makes an object of each of the hundred or more elements of a CT slice; ingest wants thirty of them, of a
-million files. Walking over the rest takes a twentieth of the time. Only what is wholly regular is walked: a file with
-preamble and meta header, little endian, not deflated, whose pixel data comes within the first 32 KiB. Whatever
-else is left to pydicom, which knows how real files are broken, so there is one reading of each file, not two.
+pydicom makes an object of each of the hundred or more elements of a CT slice. Ingest wants thirty of them, of perhaps a
+million files, and stepping over the rest takes a twentieth of the time. Only entirely regular files are read like that:
+with preamble and meta header, little endian, not deflated, with pixel data that begins within the first 32 KiB. All
+others are left to pydicom, which knows how real files are broken, so a file is never read in two ways.
 
 Encoding: DICOM PS3.5, chapter 7 (elements), 7.5 (sequences); PS3.10, 7.1 (meta header).
 """
@@ -43,14 +43,14 @@ _Element = tuple[int, str | None, int, int]
 
 
 class Raw(NamedTuple):
-    """An element as its bytes. vr: None where it is implicit."""
+    """An element's bytes. vr: None where it is implicit."""
 
     vr: str | None
     value: bytes | None
     little_endian: bool = True
 
     def converted(self, tag: int, encodings: tuple[str, ...] = (), sign: Raw | None = None) -> DataElement:
-        """What pydicom makes of it; `sign`: PixelRepresentation, on which the VR of padding depends.
+        """pydicom's element for these bytes. sign: PixelRepresentation, on which the VR of padding depends.
 
         Raises and warns as pydicom does.
         """
@@ -69,8 +69,8 @@ class Raw(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """What stands before a file's pixels. encodings: Python's names of those of its text. pixels: where in the file
-    native ones begin, and their length in bytes."""
+    """The beginning of a file, up to its pixels. encodings: of its text, by Python's names. pixels: offset in the file and
+    length in bytes of native ones; None for others."""
 
     elements: dict[int, Raw]
     encodings: tuple[str, ...]
@@ -80,7 +80,7 @@ class Head:
 
 
 class _Irregular(Exception):
-    """Something that pydicom had better look at."""
+    """The file is not regular, so it is left to pydicom."""
 
 
 def read_head(head: bytes, wanted: Set[int]) -> Head | None:
@@ -113,7 +113,7 @@ def _head(head: bytes, wanted: Set[int]) -> Head:
 
 
 def _meta(head: bytes) -> tuple[dict[int, bytes], int]:
-    """The values of the meta header by tag, and where the data set begins."""
+    """(the values of the meta header by tag, the offset at which the data set begins)."""
     if head[_PREAMBLE - 4 : _PREAMBLE] != b"DICM":
         raise _Irregular
     values: dict[int, bytes] = {}
@@ -125,9 +125,9 @@ def _meta(head: bytes) -> tuple[dict[int, bytes], int]:
 
 
 class _Layout(NamedTuple):
-    """The outcome of a walk, and the bytes that it looked at, which are all that it depends on.
+    """The outcome of a walk through a header, and the bytes that it looked at, which are all that it depends on.
 
-    The slices of a series mostly share one, or the few that the lengths of their UIDs make.
+    Most slices of a series share one, or a few that differ in the lengths of their UIDs.
     """
 
     explicit: bool
@@ -144,7 +144,7 @@ _recent: tuple[_Layout, ...] = ()
 
 
 def _wanted_elements(head: bytes, at: int, explicit: bool, wanted: Set[int]) -> tuple[_Element, ...]:
-    """The elements `wanted` of the data set at `at`, from where they are counted; the last one is the pixels."""
+    """The elements `wanted` of the data set at `at`, with offsets relative to that; the last one is the pixels."""
     global _recent  # replaced as a whole, so threads may share it
     for layout in _recent:
         if layout.explicit == explicit and layout.wanted is wanted and layout.is_of(head, at):
@@ -179,9 +179,9 @@ def _elements(
     seen: list[tuple[int, int]],
     group: int | None = None,
 ) -> Iterator[_Element]:
-    """The elements from `at` on; only those of `group`, if it is given, up to the first of another.
+    """The elements from `at` on; if `group` is given, up to the first of another group.
 
-    seen: takes where the bytes that were looked at begin and end.
+    seen: the ranges of bytes that were looked at are appended to it.
     """
     while True:
         of, number, name, length = _EXPLICIT.unpack_from(head, at)

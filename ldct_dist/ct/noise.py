@@ -81,7 +81,7 @@ def local_moments(
 def _moments_in_plane(
     image: np.ndarray, sizes: Sequence[int], stride: int, neighbours: bool
 ) -> list[np.ndarray]:
-    """Those of LocalMoments in windows of `sizes`, each (y, x)."""
+    """The arrays of LocalMoments for one slice, each (y, x), in windows of `sizes` voxels (y, x)."""
     image = image.astype(np.float32)
     flat_y, flat_x = (np.full(n, 1 / n) for n in sizes)
     at_y, at_x = (np.arange(n) - n // 2 for n in sizes)

@@ -1,4 +1,4 @@
-"""Objects whose HU are known: what tests measure on, and what benches use where no scan is at hand.
+"""Objects whose HU are known: for the image physics of reports, for tests, and for benches without a scan at hand.
 
 Noise-free; `ldct_dist.ct.dose.simulate_full_dose` makes a scan of them.
 """
@@ -28,7 +28,7 @@ def water_cylinder(
 
 @dataclass(frozen=True)
 class Disc:
-    """A cylinder along z. x_mm, y_mm: from the slice's centre, y downwards. hu: what it is filled with."""
+    """A cylinder along z. x_mm, y_mm: its axis, from the slice's centre, y downwards. hu: of its inside."""
 
     x_mm: float
     y_mm: float
@@ -39,9 +39,9 @@ class Disc:
 def discs(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], filled: Sequence[Disc]
 ) -> np.ndarray:
-    """HU (z, y, x), float64, of discs in air (-1000 HU), each laid over those before it; all slices alike.
+    """HU (z, y, x), float64, of discs in air (-1000 HU), each of which covers those before it; all slices are alike.
 
-    Each voxel's share of a disc is exact. HU are not rounded: of faint lesions, the rims would be lost.
+    Each voxel's share of a disc is exact. HU are not rounded, which would lose the rims of faint lesions.
     """
     hu = np.full(shape[1:], _AIR)
     y, x = (_borders(n, mm) for n, mm in zip(shape[1:], spacing[1:], strict=True))
@@ -126,7 +126,7 @@ def body(shape: tuple[int, int, int], spacing: tuple[float, float, float], seed:
 
 
 def _borders(count: int, mm: float) -> np.ndarray:
-    """(count + 1,) of voxels along an axis, mm from its middle."""
+    """(count + 1,) the borders of voxels along an axis, mm from its middle."""
     return (np.arange(count + 1) - count / 2) * mm
 
 

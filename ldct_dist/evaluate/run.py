@@ -105,7 +105,7 @@ def _say(console: Console, status: Status) -> Say:
 
 
 def _cohort(store: Store, config: StudyConfig, labels: Path, key: Path) -> Cohort:
-    """What is refused is refused here: better told before all is denoised than after."""
+    """The cohort of the labels. Raises UserError for all that can be wrong with them, before anything is denoised."""
     known, unit = read_labels(labels)
     if unit == "patient":
         if not key.exists():

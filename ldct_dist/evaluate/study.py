@@ -71,8 +71,8 @@ class Row:
 
 @dataclass
 class Study:
-    """What came out. scans: by case, how it was made. weights: by network, the hash of its file. notes: what could not
-    be measured, and why."""
+    """All that was measured. scans: by case, how it was made. weights: by network, the hash of its file. notes: what could
+    not be measured, and why."""
 
     store: str
     fingerprint: str

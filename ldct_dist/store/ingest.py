@@ -1,4 +1,4 @@
-"""DICOM to store: in parallel over cases, each whole or not at all, safe to kill and to start again."""
+"""DICOM to store: in parallel over cases, each completely or not at all, safe to kill and to start again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TYPICAL_RATIO = 1.6  # lz4 + bitshuffle on noisy CT
 
 
 class IngestConfig(Config):
-    """What becomes of a folder of DICOM."""
+    """How a folder of DICOM is ingested."""
 
     dose: float = Field(0.25, ge=0.01, le=0.99)
     """dose fraction of the low-dose images, where their source does not say it"""
@@ -47,7 +47,7 @@ class IngestConfig(Config):
 
 @dataclass(frozen=True)
 class Survey:
-    """What an ingest is going to write, told before it starts."""
+    """What an ingest is going to write, known before it starts."""
 
     cases: int
     files: int
@@ -55,7 +55,7 @@ class Survey:
     free: int
     """bytes free on the store's file system; a quota may leave fewer"""
     empty: tuple[str, ...]
-    """splits that are to have a share of the patients, and have none"""
+    """splits with a share above 0 into which no patient falls"""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class IngestReport:
     skipped: list[str] = field(default_factory=list)
     """cases that were there whole, from the same source"""
     moved: list[str] = field(default_factory=list)
-    """those of them that stood in another split, and have only been told their new one"""
+    """those of them that were in another split, of which only the record was changed"""
     rejected: list[Refusal] = field(default_factory=list)
     rejected_csv: Path | None = None
     """where the rejected are listed, if there are any"""
@@ -149,10 +149,10 @@ def _make(
     announce: Callable[[Survey], None],
     progress: Callable[[str], None],
 ) -> IngestReport:
-    """Make the cases that are not there yet, and move those that stand in another split; the report of that."""
+    """Make the cases that are not there yet, and move those that are in another split; a report of it."""
     records = [t.record for t in tasks]
     todo = [t for t, record in zip(tasks, records, strict=True) if record is None]
-    # Large ones first: the last to be made are then short, and no process waits long for the others.
+    # Large ones first: those made last are then short, and no process has to wait long for the others.
     todo.sort(key=lambda t: math.prod(t.pair.full.shape), reverse=True)
     announce(_survey(out, todo, empty))
     report = IngestReport()
@@ -198,14 +198,14 @@ def _tasks(
 
 def _survey(out: Path, tasks: Sequence[Task], empty: tuple[str, ...]) -> Survey:
     shapes = [t.pair.full.shape for t in tasks]
-    # a case is its record, and for each of its two doses the array's metadata and its shards
+    # A case has one file for its record, and for each of its two doses one for the array's metadata, and its shards.
     files = sum(1 + 2 * (1 + layout.shard_count(shape)) for shape in shapes)
     size = round(2 * 2 * sum(map(math.prod, shapes)) / TYPICAL_RATIO)
     return Survey(len(tasks), files, size, shutil.disk_usage(out).free, empty)
 
 
 def check(source: Path, out: Path, config: IngestConfig) -> None:
-    """Raises UserError for what is wrong already before a file is read. Writes nothing."""
+    """Raises UserError for mistakes that can be found before any DICOM file is read. Writes nothing."""
     check_shares(config.splits, config.split_of)
     if not os.path.exists(source):  # unlike Path's, this answers where nothing may be looked at
         raise UserError(
@@ -223,7 +223,7 @@ def _nothing_ingested(source: Path, refused: Sequence[Refusal]) -> UserError:
 
 @contextmanager
 def _unwritable_as_user_error(out: Path) -> Iterator[None]:
-    """What goes wrong with source files is a UserError before it gets here, so an OSError is the store's."""
+    """Raise an OSError in the block as a UserError about `out`: errors of source files are UserErrors already."""
     try:
         yield
     except OSError as e:
@@ -234,8 +234,11 @@ def _unwritable_as_user_error(out: Path) -> Iterator[None]:
 
 
 def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal]) -> Path | None:
-    """Beside the store, not in it, and for its owner alone, like the key: the folders' names may name patients. Lists of
-    an ingest in another number of parts go: none of its tasks would come by to renew them."""
+    """Write the list of what was refused; its path, None if nothing was.
+
+    It is beside the store, not in it, and readable by its owner alone, like the key, since folder names may contain names
+    of patients. Lists of an earlier ingest in another number of parts are deleted: no task would write them anew.
+    """
     which = f"-{part[0]}-of-{part[1]}" if part[1] > 1 else ""
     path = out.with_name(f"{out.name}.rejected{which}.csv")
     for end in ("", "-[0-9]*-of-[0-9]*"):
@@ -245,7 +248,7 @@ def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal
     if not rejected:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    # surrogateescape: names of files that are not UTF-8, as archives from elsewhere hold, are written as they are
+    # surrogateescape writes file names that are not UTF-8 as they are.
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(fd, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)

@@ -126,7 +126,7 @@ def physics(study: Study) -> Table:
 
 
 def _falls_to_half(ttf: dict[str, Any]) -> Cell:
-    """What stays above a half is the sharpest, and sorted as such."""
+    """The frequency at which the TTF is down to a half. A TTF that stays above it is the sharpest, and sorted as such."""
     if math.isfinite(ttf["f50_per_mm"]):
         return _number(ttf["f50_per_mm"], 2)
     last, at_last = ttf["curve"][-1]
@@ -214,7 +214,7 @@ def classification(found: dict[str, Any]) -> list[Table]:
 
 
 def _means(estimates: Iterable[Estimate]) -> str:
-    """What the estimates of a table are."""
+    """The sentence of a caption that says what the table's estimates are."""
     found = list(estimates)
     if max((e.n for e in found), default=0) == 1:
         return "Of one patient, so without intervals"
