@@ -60,7 +60,7 @@ class LogConfig(Config):
     every: Positive = 20
     """steps between progress lines and TensorBoard scalars"""
     images: bool = True
-    """three-plane images of the first validation case"""
+    """three-plane images of the first validation case, of some fifty validations at most"""
 
 
 class RunConfig(Config):

@@ -25,6 +25,7 @@ from ldct_dist.train.run import RunFolder
 from ldct_dist.train.validation import Validated
 from ldct_dist.world import World
 
+PICTURES = 50  # of a run: half a MiB each, and all are read by TensorBoard, which shows ten
 _LOSS_LINE = re.compile(rb'(\{"step": (\d+)\b.*\})\n?')  # the last may lack its end after a kill
 
 
@@ -71,6 +72,7 @@ class Monitor(Mute):
         self.usage = Usage(config, world)
         self.folder, self.total, self.batch = folder, config.steps, config.data.batch
         self.every, self.images = config.log.every, config.log.images
+        self.validates_every = config.validation.every
         self.protocol = protocol_named(config.validation.protocol)
         self._losses: TextIO | None = None
         self._warned = False
@@ -104,7 +106,7 @@ class Monitor(Mute):
             told += f"  {few(done.failed, ', ')}: the network's answer is not finite"
         took = timedelta(seconds=round(done.seconds))
         self._say(f"validation   {told}   [{protocol.name}]   cases {done.basis['cases']} in {took}")
-        if self.images and done.first is not None:
+        if done.first is not None and self._shows(step):
             self._image(step, done.first, protocol.window)
 
     def close(self) -> None:
@@ -125,6 +127,12 @@ class Monitor(Mute):
                     f"warning: {self.folder.path}: figures cannot be written ({e.strerror or e}); training goes on"
                 )
             self._warned = True
+
+    def _shows(self, step: int) -> bool:
+        """Whether the validation after this step has a picture: the first, the last, and at most PICTURES in between."""
+        apart = -(-self.total // (self.validates_every * PICTURES))
+        is_last = step + self.validates_every > self.total
+        return self.images and (is_last or (step // self.validates_every - 1) % apart == 0)
 
     def _image(self, step: int, images: dict[str, Volume], window: tuple[float, float]) -> None:
         """Three planes of each image, and of the difference of the last two, in a window of HU."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import tracemalloc
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldct_dist.train.config import RunConfig
+from ldct_dist.ct.volume import Volume
+from ldct_dist.train.config import RunConfig, ValidationConfig
 from ldct_dist.train.monitor import Monitor
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.validation import Validated
@@ -50,6 +53,21 @@ def test_a_validation_says_how_many_cases_took_how_long_and_names_few_of_them(tm
     assert "case-000, " in line
     assert len(line) < 250
     assert line.endswith("[abdomen]   cases 1047 in 0:20:34\n")
+
+
+def test_however_many_validations_there_are_some_fifty_have_a_picture(tmp_path):
+    config = CONFIG.model_copy(update={"steps": 200, "validation": ValidationConfig(every=1)})
+    case = Volume(np.arange(4096, dtype=np.int16).reshape(4, 32, 32), (3.0, 1.0, 1.0))
+    done = Validated({}, [], {"low dose": case, "full dose": case}, {"cases": 1}, 1.0)
+    with Monitor(RunFolder(tmp_path), config, World()) as monitor:
+        monitor.rewind(0)
+        for step in range(1, 201):
+            monitor.validation(step, done)
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    (tag,) = board.Tags()["images"]
+    shown = [image.step for image in board.Images(tag)]
+    assert (shown[0], shown[-1]) == (1, 200)
+    assert 40 < len(shown) < 60
 
 
 def test_where_tensorboard_has_no_room_to_begin_nothing_else_is_said(tmp_path, monkeypatch):
