@@ -38,7 +38,7 @@ def load_key(path: Path) -> bytes:
     """The key at `path`, made with owner-only access if there is none yet.
 
     Parts of an array job that start together agree: the first to link its key into place wins.
-    Raises UserError if the file is not a key.
+    Raises UserError if the file is not a key, or may not be read.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,12 @@ def load_key(path: Path) -> bytes:
             temporary.unlink()
     try:
         key = bytes.fromhex(path.read_text().strip())
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise UserError(
+            f"patient key {path}: cannot be read ({e.strerror}); have its owner let you: by another key, patients that the "
+            "store has already would be taken for new ones"
+        ) from e
+    except ValueError as e:
         raise UserError(
             f"patient key {path}: not readable as a key ({e}); name the right file with key="
         ) from e

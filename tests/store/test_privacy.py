@@ -148,6 +148,13 @@ def test_a_file_that_is_no_key_is_refused(tmp_path, content, said):
         privacy.load_key(tmp_path / "key")
 
 
+def test_a_key_of_a_colleague_that_may_not_be_read_is_not_to_be_replaced_by_another(tmp_path):
+    """A patient with two hashes may stand in two splits, and nothing would tell."""
+    (tmp_path / "key").mkdir()  # root may read anything else
+    with pytest.raises(UserError, match=r"cannot be read \(.*\); have its owner let you"):
+        privacy.load_key(tmp_path / "key")
+
+
 def test_a_folder_whose_name_is_not_utf_8_has_a_hash_too():
     assert privacy.keyed_hash(b"k", os.fsdecode(b"M\xfcller")) == privacy.keyed_hash(b"k", b"M\xfcller")
 
