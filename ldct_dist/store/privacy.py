@@ -20,10 +20,11 @@ from ldct_dist.errors import UserError
 KEY_BYTES = 32
 LONGEST_VALUE = 16  # of text that a store keeps: DICOM's own limit for short strings (SH)
 NAMES = ("PatientName", "OtherPatientNames", "PatientBirthName")
+NUMBERS = ("OtherPatientIDs", "AccessionNumber", "PatientBirthDate")
 IDENTIFYING = (
     *NAMES,
-    *("PatientID", "OtherPatientIDs", "PatientAddress"),
-    *("PatientBirthDate", "PatientMotherBirthName", "PatientTelephoneNumbers", "AccessionNumber", "StudyID"),
+    *NUMBERS,
+    *("PatientID", "PatientAddress", "PatientMotherBirthName", "PatientTelephoneNumbers", "StudyID"),
     *("ReferringPhysicianName", "PerformingPhysicianName", "NameOfPhysiciansReadingStudy", "OperatorsName"),
     *("RequestingPhysician", "InstitutionName", "InstitutionAddress"),
 )
@@ -112,20 +113,27 @@ def identifying_words(path: Path, patient: str) -> frozenset[str]:
 
 
 def names_patient(case: str, path: Path, identities: Collection[str]) -> bool:
-    """Whether `case` contains a word of the patient's name in the DICOM file at `path`, or one of `identities`.
+    """Whether `case` contains a word of the patient's name in the DICOM file at `path`, or a number of theirs there, such as
+    the accession number, or one of `identities`.
 
     Upper case and punctuation are ignored. An identity of fewer than four characters is part of many words, so it only
     counts if it is all of `case`.
     """
     bare = _bare(case)
-    held = (identity for identity in map(_bare, identities) if len(identity) > 3 and identity in bare)
-    return bare in map(_bare, identities) or any(held) or bool(_words(case) & _words_in(path, NAMES))
+    numbers = (number for told in _texts_in(path, NUMBERS) for number in told.split("\\"))
+    every = [_bare(identity) for identity in (*identities, *numbers)]
+    held = (identity for identity in every if len(identity) > 3 and identity in bare)
+    return bare in every or any(held) or bool(_words(case) & _words_in(path, NAMES))
 
 
 def _words_in(path: Path, keywords: Collection[str]) -> frozenset[str]:
+    return _words(" ".join(_texts_in(path, keywords)))
+
+
+def _texts_in(path: Path, keywords: Collection[str]) -> list[str]:
     with pydicom_faults_as_user_errors(path):
         ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(keywords))
-    return _words(" ".join(text(ds, keyword) or "" for keyword in keywords))
+    return [text(ds, keyword) or "" for keyword in keywords]
 
 
 def _words(phrase: str) -> frozenset[str]:

@@ -27,7 +27,7 @@ MARKERS = (
         "Wadenwickel",
         "Geheimrat",
     ),
-    "Sanatoriumstrasse",
+    *("Sanatoriumstrasse", "QX-8812", "RX-55501"),
 )
 
 
@@ -37,6 +37,8 @@ def write_marked(folder: Path) -> list[Path]:
         "PatientName": "Zwiebelmann^Ottokar",
         "PatientID": "ZX-4711-Q",
         "PatientBirthDate": "19370203",
+        "OtherPatientIDs": ["QQ-1", "QX-8812"],
+        "AccessionNumber": "RX-55501",
         "InstitutionName": "Krankenhaus",
         "InstitutionAddress": "Sanatoriumstrasse 1",
         "ReferringPhysicianName": "Doktorova^Anna",
@@ -168,6 +170,7 @@ def test_the_hash_keeps_its_items_apart():
     [
         *(("scan-001", False), ("Wadenwickel-1", False), ("c", False), ("case-4711", False)),
         *(("ZX4711Q", True), ("zx-4711-q.2", True), ("OTTOKAR_1", True), ("row-label-2", True), ("ab", True)),
+        *(("rx55501", True), ("scan-RX-55501", True), ("qx_8812", True), ("scan-19370203", True)),
     ],
 )
 def test_a_case_does_not_carry_its_patients_name_or_id(tmp_path, case, names):
