@@ -20,13 +20,14 @@ from ldct_dist import config as configs
 from ldct_dist.checkpoint import pieces
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.errors import UserError
+from ldct_dist.models.registry import build
 from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.stop import Stop
 from ldct_dist.train.strategy import engine
 from ldct_dist.train.strategy.config import BUCKET
-from ldct_dist.train.strategy.engine import refuse_deepspeed
+from ldct_dist.train.strategy.engine import build_adam, refuse_deepspeed
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
 from runs import equal, final_state, losses, same, unsharded, write_config
@@ -222,6 +223,25 @@ def test_on_a_disk_stopped_and_taken_up_it_is_bitwise_the_unbroken_run(trained, 
     whole, rtol = run_of(trained, f"nvme-{stage}"), {"fp32": 1e-5, "bf16": 2e-2}[precision]
     assert np.allclose(curve(whole), curve(run_of(trained, f"{precision}-0")), rtol=rtol, atol=0)
     assert same(run_of(trained, f"broken-nvme-{stage}"), whole)
+
+
+@with_adam_on_cpu
+def test_on_the_cpu_a_step_is_bitwise_the_same_by_an_adam_that_has_done_those_before_it_and_by_a_new_one():
+    config = RunConfig(
+        name="run", store="store", steps=1, model={"size": "xs"}, deepspeed={"optimizer": "cpu"}
+    )
+    whole, broken = build(config.model), build(config.model)
+    broken.load_state_dict(whole.state_dict())
+    ours, state = build_adam(whole, config, World()), {}
+    for _ in range(8):
+        new = build_adam(broken, config, World())
+        new.state.update(state)
+        for p, q in zip(whole.parameters(), broken.parameters(), strict=True):
+            p.grad = q.grad = torch.randn_like(p)
+        ours.step()
+        new.step()
+        state = dict(new.state)
+        assert equal(dict(broken.named_parameters()), dict(whole.named_parameters()))
 
 
 @with_adam_on_cpu

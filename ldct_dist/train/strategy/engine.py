@@ -103,9 +103,21 @@ def build_adam(model: Denoiser, config: RunConfig, world: World) -> Optimizer:
     if config.deepspeed.optimizer == "gpu":
         return build_optimizer(model.parameters(), config.optim)
     o = config.optim
-    return _deepspeed(world).ops.adam.DeepSpeedCPUAdam(
+    adam = _deepspeed(world).ops.adam.DeepSpeedCPUAdam(
         model.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, adamw_mode=o.name == "adamw"
     )
+    adam.register_step_pre_hook(_forget_powers)
+    return adam
+
+
+def _forget_powers(adam: Any, *_: object) -> None:
+    """Have Adam work out the powers of its betas from the number of the step.
+
+    It multiplies them up from step to step, which rounds otherwise than a resumed run that begins with a power. At
+    other betas, here those of a step on one number that nobody has, it begins anew.
+    """
+    nothing = [torch.zeros(1) for _ in range(4)]
+    adam.ds_opt_adam.adam_update(adam.opt_id, 0, 0.0, 0.0, 0.0, 1.0, 0.0, False, *nothing)
 
 
 def refuse_deepspeed(config: RunConfig, world: World) -> None:
