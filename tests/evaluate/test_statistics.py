@@ -36,11 +36,15 @@ def test_students_interval_by_hand():
 
 
 def test_an_interval_ends_where_its_mean_cannot_be():
-    """Three patients, one of them odd: Student's t would have an RMSE below 0."""
+    """Three patients, one of them odd: Student's t would have an RMSE below 0, and an SSIM above 1."""
     values, patients = [6.0, 7.0, 50.0], ["a", "b", "c"]
     free, cut = estimate(values, patients), estimate(values, patients, within=(0, math.inf))
     assert free.low < 0 == cut.low
     assert (cut.mean, cut.high) == (free.mean, free.high)
+    alike = [0.97, 0.96, 0.7]
+    free, cut = estimate(alike, patients), estimate(alike, patients, within=(-1, 1))
+    assert free.high > 1 == cut.high
+    assert (cut.mean, cut.low) == (free.mean, free.low)
 
 
 def test_patients_weigh_alike_however_many_cases_they_have():

@@ -37,8 +37,8 @@ class Ground:
         """The fields of a study's Row: bias_hu and, if they can be measured, noise_hu and conspicuous."""
         found: dict[str, Any] = {"bias_hu": tissue_bias(image, self.full, self.tissues)}
         if self.soft is not None:
-            # In the flat windows of the full dose: those of a smooth image would leave out what noise it still has.
-            variance = noise.local_moments(image, self.full.spacing).variance[self.soft & self.moments.flat]
+            # In windows that are flat in the full dose: those that are in a smooth image leave out what noise it has.
+            variance = noise.local_moments(image, self.full.spacing).variance[self.soft]
             found["noise_hu"] = float(np.sqrt(np.median(variance)))
         if self.std is not None:
             body = self.moments.mean > BODY_HU
