@@ -194,6 +194,24 @@ def test_a_folder_that_another_user_has_laid_there_is_neither_written_to_nor_rea
     assert same(batches(staged), batches(Store(store)))
 
 
+def test_copies_that_go_at_the_moment_they_are_looked_for_are_read_from_the_store(
+    store, tmp_path, monkeypatch
+):
+    staged, _ = copied(store, tmp_path)
+    exists = os.path.exists
+
+    def gone_after(path):
+        there = exists(path)
+        shutil.rmtree(staged.copies, ignore_errors=True)
+        return there
+
+    monkeypatch.setattr(os.path, "exists", gone_after)
+    region = (slice(0, 9),) * 3
+    assert np.array_equal(
+        staged.read("case-000", "1.00", region), Store(store).read("case-000", "1.00", region)
+    )
+
+
 def test_the_stage_is_named_by_a_variable_of_the_node(store, tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH_OF_THIS_NODE", str(tmp_path))
     staged, _ = copied(store, "$SCRATCH_OF_THIS_NODE")
