@@ -47,6 +47,8 @@ def ingest(
     from ldct_dist.store.ingest import ingest as run
 
     settings = configs.read(IngestConfig, config, overrides or [])
+    if not console.is_terminal:  # a log has no bar, and millions of headers take an hour
+        console.print(f"reading headers: {source}")
     with progress() as bar:
         task = bar.add_task("reading headers", total=None)
 
