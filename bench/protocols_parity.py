@@ -43,12 +43,8 @@ PACKAGES = [
     "urllib3",
 ]
 PACKAGES += ["charset-normalizer", "idna", "certifi", "pyyaml"]
-UNUSED = (
-    "wandb",
-    "torchvision",
-    "torchvision.models",
-    "ldctbench.evaluate.ldct_iqa",
-)  # wanted at import, not by compute_metric
+# wanted at import, not by compute_metric
+UNUSED = ("wandb", "torchvision", "torchvision.models", "ldctbench.evaluate.ldct_iqa")
 EXAMS = {"C": "ldctbench-chest", "L": "ldctbench-abdomen", "N": "ldctbench-neuro"}
 MEASURES = {"RMSE": "rmse_hu", "PSNR": "psnr_db", "SSIM": "ssim", "VIF": "vif"}
 ROOT = Path(__file__).parents[1]

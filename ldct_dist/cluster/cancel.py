@@ -74,9 +74,8 @@ def _cancel_within(row: Row, grace_s: float, say: Say) -> None:
             f"{row.folder}: job {job.id} ({job.state}), which `submit` did not make, does not train it now; to end "
             f"that whole job: scancel {job.id}"
         )
-    if (
-        start.get("slurm_node") is None
-    ):  # started by hand, such as in a shell of salloc, which no script requeues
+    if start.get("slurm_node") is None:
+        # Started by hand, such as in a shell of salloc, so no script requeues it.
         _cancel_local(row, grace_s, say)
         return
     note_cancelled(row.folder)

@@ -51,9 +51,8 @@ def was_cancelled(run: Path, job: str) -> bool:
     path, started = run / CANCELLED, run / "environment.json"
     if not path.is_file() or path.read_text().strip() != job:
         return False
-    return not (
-        started.is_file() and _newer(started, path)
-    )  # else it was started again in the same allocation
+    started_since = started.is_file() and _newer(started, path)  # in the same allocation
+    return not started_since
 
 
 def error_of(run: Path) -> str | None:

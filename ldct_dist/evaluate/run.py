@@ -82,9 +82,8 @@ def evaluate(
         print_classification(classified, console)
     for note in study.notes:
         console.print(f"not measured: {note}", markup=False)
-    if (
-        cohort and lost
-    ):  # here alone: what no case is called may be a patient's name, and a report is handed on
+    if cohort and lost:
+        # Here alone: a label that is no case's may be a patient's name, and a report is handed on.
         console.print(f"labels without a case: {few(lost, ', ')}", markup=False)
     if out is not None:
         console.print(f"report -> {write_report(out, study, pictures, classified)}")

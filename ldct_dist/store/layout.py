@@ -183,9 +183,8 @@ def finalise(store: Path) -> int:
     Do not call it while cases are being written. Raises UserError if `store` is not a store, if a case's record is
     damaged, or if a patient stands in more than one split.
     """
-    from ldct_dist.store.catalogue import (
-        parquet,
-    )  # imports pyarrow, which the processes of an ingest do not need
+    # It imports pyarrow, which the processes of an ingest do not need.
+    from ldct_dist.store.catalogue import parquet
 
     check_format(store)
     _sweep(store)

@@ -65,9 +65,8 @@ class Workers:
         running: dict[Future[str | None], Task] = {}
         try:
             while waiting or running:
-                while (
-                    waiting and len(running) <= self._size
-                ):  # one more, so that no worker has to wait for this process
+                # One more than there are workers, so that none has to wait for this process.
+                while waiting and len(running) <= self._size:
                     future = processes.submit(make_case, waiting[0])
                     running[future] = waiting.popleft()
                 done, _ = wait(running, return_when=FIRST_COMPLETED)

@@ -260,9 +260,8 @@ def test_this_machine_is_examined_and_left_clean(tmp_path):
     ]
     assert [line.split()[1] for line in done.stdout.splitlines()] == [*names, "room"]
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
-    assert (
-        "a run keeps 38 checkpoints" in done.stdout
-    )  # 33 for ever, three newest, the best, the one being written
+    # 33 for ever, the three newest, the best, and the one being written
+    assert "a run keeps 38 checkpoints" in done.stdout
     assert list((tmp_path / "runs").iterdir()) == []
 
 

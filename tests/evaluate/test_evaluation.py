@@ -42,9 +42,8 @@ def test_a_dose_that_is_not_there_is_told_with_whose_it_is_and_what_to_give(comm
 
 def test_an_unknown_filter_is_refused_before_any_is_tuned(command, tmp_path):
     full = Volume(np.zeros((8, 48, 48), np.int16), (3.0, 1.0, 1.0))
-    layout.write_case(
-        tmp_path / "ct.zarr", "c1", {1.0: full, 0.25: full}, patient="c", split="train"
-    )  # to tune on
+    to_tune_on = {1.0: full, 0.25: full}
+    layout.write_case(tmp_path / "ct.zarr", "c1", to_tune_on, patient="c", split="train")
     layout.finalise(tmp_path / "ct.zarr")
     out = ["--out", str(tmp_path / "report"), "--baselines", "gaussian,median"]
     done = CliRunner().invoke(app, [*command, *out])

@@ -207,9 +207,8 @@ def tells_padding(series: Series) -> bool:
 def plain(ds: Dataset) -> Dataset:
     """`ds` with what describes its pixels as it should be, without which pydicom decodes nothing."""
     ds.pop("NumberOfFrames", None)
-    if (
-        "TransferSyntaxUID" not in ds.file_meta
-    ):  # as in old exports: then it is what the elements are written in
+    if "TransferSyntaxUID" not in ds.file_meta:
+        # As in old exports: then it is what the elements are written in.
         implicit, _ = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):

@@ -186,9 +186,8 @@ def test_what_a_node_holds_is_what_its_ranks_were_seen_to_take():
     held = {name: (kind.memory - PROCESS) / 2**20 - 64 for name, kind in kinds.items()}
     assert held["zero 3 offload"] == pytest.approx(5043 - 995, rel=0.1)
     assert held["ddp"] == pytest.approx(16 * 98e6 / 2**20)  # the copy that is saved
-    assert held["zero 3 nvme"] == pytest.approx(
-        1788 - 995, rel=0.1
-    )  # the first weights, and the gradients' sums
+    # the first weights, and the gradients' sums
+    assert held["zero 3 nvme"] == pytest.approx(1788 - 995, rel=0.1)
     assert kinds["zero 3 nvme"].disk == pytest.approx(38 * 98e6)
     # where ranks share the copy out, each still begins with the whole network
     assert node(STRATEGIES[0], config, 98_000_000, 64, 8).memory == 8 * (PROCESS + (64 << 20) + 4 * 98e6)

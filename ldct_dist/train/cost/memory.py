@@ -174,9 +174,8 @@ def node(sharing: Sharing, config: RunConfig, parameters: int, gpus: int, per_no
     # Every rank has the first weights whole until they are handed over; that is over before the first save.
     first, saving = 4.0 * parameters, STATE_BYTES * p
     offloaded = sums = 0.0
-    if (
-        sharing.offload_optimizer
-    ):  # with the step's gradients, and weights that are in use or on their way to the GPU
+    if sharing.offload_optimizer:
+        # With the step's gradients, and weights that are in use or on their way to the GPU.
         offloaded = (STATE_BYTES + 4 + low) * p
     if sharing.offload_optimizer and (sharing.zero == 3 or low == 4):
         sums = 4 * p  # of gradients, in memory of their own, from which the step's are copied

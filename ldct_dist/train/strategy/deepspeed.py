@@ -37,9 +37,8 @@ class DeepSpeedStrategy:
     def __init__(self, model: Denoiser, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         if not config.channels_last:
-            model.lay_out(
-                torch.contiguous_format
-            )  # of activations; the weights' layout is that of DeepSpeed's flat buffers
+            # Of activations: the weights' layout is that of DeepSpeed's flat buffers.
+            model.lay_out(torch.contiguous_format)
         parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._adam = build_adam(model, config, world)
