@@ -25,7 +25,7 @@ from ldct_dist.evaluate.study import Say, Study, StudyConfig, measure, methods_f
 from ldct_dist.evaluate.tasks import Cohort, of_cases, read_labels
 from ldct_dist.files import refuse_unwritable
 from ldct_dist.models.weights import weights_hash
-from ldct_dist.store.privacy import default_key_path, load_key
+from ldct_dist.store.privacy import default_key_path, key_id, load_key
 from ldct_dist.store.reader import Store
 
 
@@ -112,7 +112,10 @@ def _cohort(store: Store, config: StudyConfig, labels: Path, key: Path) -> Cohor
                 f"{labels}: there is no {key}, by whose hashes the store knows its patients; say where it is by --key, "
                 "or label cases, by their names"
             )
-        known = of_cases(known, {case.name: case.patient for case in store.cases}, load_key(key))
+        secret = load_key(key)
+        if not {key_id(secret), None} & set(store.table["key_id"].to_pylist()):
+            raise UserError(f"{labels}: {key} is not the key of {store.path}; name the right file by --key")
+        known = of_cases(known, {case.name: case.patient for case in store.cases}, secret)
     cases = [store.cases[int(i)] for i in store.split(config.split)]
     window = protocol_named(config.protocol).window
     cohort = Cohort(known, window, {case.name: case.patient for case in cases})

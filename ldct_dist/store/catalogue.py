@@ -31,6 +31,7 @@ _SCHEMA = pa.schema(
         "provenance": pa.string(),
         "body": pa.binary(),
         "low_dose": pa.string(),
+        "key_id": pa.string(),
     }
 )
 

@@ -19,7 +19,8 @@ from ldct_dist.ct.dose_config import DoseConfig
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, parts
 from ldct_dist.store.pairing import Pair, PairingConfig, Refusal, find_pairs
-from ldct_dist.store.privacy import default_key_path, load_key
+from ldct_dist.store.privacy import default_key_path, key_id, load_key
+from ldct_dist.store.record import read_record
 from ldct_dist.store.splits import check_named, check_shares, split_of_each
 from ldct_dist.store.task import Task, task
 from ldct_dist.store.workers import Workers
@@ -215,6 +216,27 @@ def check(source: Path, out: Path, config: IngestConfig) -> None:
         raise UserError(f"{out}: is the source or lies in it; put the store outside {source}")
     with _unwritable_as_user_error(out):
         layout.check_place(out)
+        _check_key(out, config.key or default_key_path(out))
+
+
+def _check_key(out: Path, path: Path) -> None:
+    """Raises UserError unless the key at `path` is the one of the cases that are there already, if any are."""
+    cases = out / layout.CASES
+    there = (p for p in cases.iterdir() if not p.name.startswith(".")) if cases.is_dir() else ()
+    known = next((p for p in there if p.is_dir()), None)
+    if known is None:
+        return
+    danger = "by another key, its patients would be taken for new ones"
+    if not path.exists():
+        raise UserError(
+            f"{out}: its key is not at {path}; lay it there again, or name its place by key=: {danger}"
+        )
+    try:
+        record = read_record(known)
+    except UserError:  # damaged: it is ingested again, and `finalise` compares all keys
+        return
+    if record.key_id not in (None, key_id(load_key(path))):
+        raise UserError(f"{out}: {path} is not its key; name the right file by key=: {danger}")
 
 
 def _nothing_ingested(source: Path, refused: Sequence[Refusal]) -> UserError:

@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from ldct_dist.ct.volume import Volume
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, few
 from ldct_dist.files import TEMPORARY, replace, sync_tree
 from ldct_dist.store.record import (
     FORMAT,
@@ -128,11 +129,12 @@ def write_case(
     provenance: str = "",
     noise_hu: float | None = None,
     low_dose: dict[str, Any] | None = None,
+    key_id: str | None = None,
 ) -> CaseRecord:
     """Write a case: it appears under its name in one rename, or not at all, and replaces one that is there.
 
-    doses: dose fraction to Volume, all on one grid. patient: the keyed hash, never the ID. provenance, noise_hu and
-    low_dose: as in CaseRecord.
+    doses: dose fraction to Volume, all on one grid. patient: the keyed hash, never the ID. provenance, noise_hu,
+    low_dose and key_id: as in CaseRecord.
     """
     names = {dose_name(d): v for d, v in sorted(doses.items(), reverse=True)}
     full = next(iter(names.values()))
@@ -160,6 +162,7 @@ def write_case(
             provenance=provenance,
             body=body_share(full.hu, chunk),
             low_dose=low_dose,
+            key_id=key_id,
         )
         (temporary / "zarr.json").write_bytes(case_metadata(record))
         sync_tree(temporary)
@@ -181,7 +184,7 @@ def finalise(store: Path) -> int:
     """Write the catalogue of the cases that are there, and delete what killed writers have left; the number of cases.
 
     Do not call it while cases are being written. Raises UserError if `store` is not a store, if a case's record is
-    damaged, or if a patient stands in more than one split.
+    damaged, if patients were hashed with more than one key, or if one stands in more than one split.
     """
     # It imports pyarrow, which the processes of an ingest do not need.
     from ldct_dist.store.catalogue import parquet
@@ -190,6 +193,14 @@ def finalise(store: Path) -> int:
     _sweep(store)
     _sweep(store / CASES)
     records = [read_record(store / CASES / name) for name in list_cases(store)]
+    keys = Counter(r.key_id for r in records if r.key_id is not None)
+    if len(keys) > 1:
+        (usual, _), *_ = keys.most_common(1)
+        cases = [r.name for r in records if r.key_id not in (usual, None)]
+        raise UserError(
+            f"{store}: {len(cases)} case(s) were ingested with another key than the others ({few(cases, ', ')}), so a "
+            "patient may stand there twice; delete them, and ingest them again with the key of the others (key=)"
+        )
     splits: dict[str, set[str]] = {}
     for r in records:
         splits.setdefault(r.patient, set()).add(r.split)

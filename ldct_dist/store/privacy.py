@@ -80,6 +80,11 @@ def keyed_hash(key: bytes, *items: bytes | str) -> str:
     return mac.hexdigest()[:32]
 
 
+def key_id(key: bytes) -> str:
+    """Tells this key from others, and nothing else of it."""
+    return keyed_hash(key, "key")[:16]
+
+
 def patient_hash(key: bytes, patient: str) -> str:
     """A patient's name in a store; `patient` is their name in the source."""
     return keyed_hash(key, "patient", patient)

@@ -27,8 +27,9 @@ class CaseRecord:
     voxels, arrays: `voxel_hash` of each dose's voxels, and sha256 of its zarr.json.
     provenance: keyed hash of what it was made from.
     low_dose: how the doses below the full one were made. "made" is "acquired" or "simulated"; "config", if they were
-    simulated here, is the `DoseConfig` with the photons and the cutoff that were matched to the scan. None: not known, as
-    in stores that were written before this was recorded.
+    simulated here, is the `DoseConfig` with the photons and the cutoff that were matched to the scan.
+    key_id: which key `patient` and `provenance` are hashed with.
+    low_dose, key_id: None where it is not known, as in stores that were written before this was recorded.
     """
 
     name: str
@@ -47,13 +48,15 @@ class CaseRecord:
     provenance: str
     body: bytes
     low_dose: dict[str, Any] | None = None
+    key_id: str | None = None
 
 
 def case_metadata(record: CaseRecord) -> bytes:
     """A case's zarr.json. It is a function of its record alone, so any byte that differs is damage."""
     body = {**asdict(record), "body": record.body.hex()}
-    if record.low_dose is None:
-        del body["low_dose"]  # so that the seals of older records hold
+    for later in ("low_dose", "key_id"):
+        if body[later] is None:
+            del body[later]  # so that the seals of older records hold
     seal = sha256(json.dumps(body).encode())
     return group_metadata({"ome": _ome(record), FORMAT: {**body, "seal": seal}})
 

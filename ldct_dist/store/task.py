@@ -16,7 +16,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.paircheck import PairCheckConfig, check_images
 from ldct_dist.store.pairing import Pair
-from ldct_dist.store.privacy import identifying_words, keyed_hash, patient_hash, scrubbed
+from ldct_dist.store.privacy import identifying_words, key_id, keyed_hash, patient_hash, scrubbed
 from ldct_dist.store.record import CaseRecord, case_metadata, read_record
 
 
@@ -29,6 +29,7 @@ class Task:
     name: str
     pair: Pair
     patient: str
+    key_id: str
     split: str
     provenances: dict[str, str]
     dose: float
@@ -82,6 +83,7 @@ def task(
         name=pair.name or f"case-{keyed_hash(key, 'case', *uids)[:12]}",
         pair=pair,
         patient=patient,
+        key_id=key_id(key),
         split=split,
         provenances={s: keyed_hash(key, "provenance", *made_of, s) for s in {split, *splits}},
         dose=dose,
@@ -107,6 +109,7 @@ def make_case(task: Task) -> str | None:
             provenance=task.provenance,
             noise_hu=_noise_hu(moments),
             low_dose=low_dose,
+            key_id=task.key_id,
         )
     except UserError as e:
         return str(e)

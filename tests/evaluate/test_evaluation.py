@@ -11,7 +11,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.study import StudyConfig, measure
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
-from ldct_dist.store.privacy import load_key, patient_hash
+from ldct_dist.store.privacy import key_id, load_key, patient_hash
 from ldct_dist.store.reader import Store
 from networks import random_network
 
@@ -78,6 +78,7 @@ def labelled(tmp_path):
             {1.0: full, 0.25: low},
             patient=patient_hash(key, f"MRN-{i}"),
             split="test",
+            key_id=key_id(key),
         )
     layout.finalise(tmp_path / "ct.zarr")
     save_weights(tmp_path / "net.safetensors", random_network("unet3d"))
@@ -111,6 +112,9 @@ def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
     assert f"there is no {key}, by whose hashes" in str(CliRunner().invoke(app, command).exception)
     assert not key.exists()
     assert "classified: 11 images of 11 patients" in told([*command, "--key", str(elsewhere)])
+    load_key(another := tmp_path / "theirs.key")
+    refused = CliRunner().invoke(app, [*command, "--key", str(another)]).exception
+    assert f"{another} is not the key of" in str(refused)
 
 
 def test_a_label_of_a_slice_that_is_not_there_is_refused_before_any_work(labelled):

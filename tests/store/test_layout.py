@@ -129,6 +129,16 @@ def test_a_failing_write_leaves_the_old_case_and_nothing_else(tmp_path, monkeypa
     assert sorted(p.name for p in (store.path / "cases").iterdir()) == ["case-000", "zarr.json"]
 
 
+def test_patients_hashed_with_two_keys_make_no_catalogue(tmp_path):
+    """As by tasks of an array whose key= was on a disk of each node. Who is whose is unknown then."""
+    layout.create(tmp_path)
+    volume = Volume(np.zeros((3, 8, 8), np.int16), SPACING)
+    for name, key in (("a", "mine"), ("b", "theirs"), ("c", "mine"), ("d", None)):
+        layout.write_case(tmp_path, name, {1.0: volume}, patient=name, split="train", key_id=key)
+    with pytest.raises(UserError, match=r"1 case\(s\) were ingested with another key than the others \(b\)"):
+        layout.finalise(tmp_path)
+
+
 def test_one_patient_in_two_splits_makes_no_catalogue(tmp_path):
     layout.create(tmp_path)
     volume = Volume(np.zeros((3, 8, 8), np.int16), SPACING)

@@ -13,7 +13,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store import privacy
 from ldct_dist.store.ingest import ingest
 from ldct_dist.store.reader import Store
-from sources import CONFIG, anatomy
+from sources import CONFIG, anatomy, content
 from synthetic_dicom import Options, write_series
 
 MARKERS = (
@@ -155,6 +155,24 @@ def test_a_key_of_a_colleague_that_may_not_be_read_is_not_to_be_replaced_by_anot
     (tmp_path / "key").mkdir()  # root may read anything else
     with pytest.raises(UserError, match=r"cannot be read \(.*\); have its owner let you"):
         privacy.load_key(tmp_path / "key")
+
+
+def test_a_store_takes_no_more_cases_by_another_key(source, out, tmp_path, threads):
+    """As where the store was moved without its key: a patient with two hashes would stand there as two."""
+    key = privacy.default_key_path(out)
+    ingest(source, out, CONFIG)
+    before = content(out)
+    mine = key.rename(tmp_path / "mine.key")
+    with pytest.raises(
+        UserError, match=rf"its key is not at {key}; lay it there again, or name its place by key="
+    ):
+        ingest(source, out, CONFIG)
+    assert not key.exists()
+    privacy.load_key(tmp_path / "theirs.key")
+    with pytest.raises(UserError, match=r"theirs\.key is not its key; name the right file"):
+        ingest(source, out, CONFIG.model_copy(update={"key": tmp_path / "theirs.key"}))
+    assert content(out) == before
+    assert len(ingest(source, out, CONFIG.model_copy(update={"key": mine})).skipped) == 3
 
 
 def test_a_folder_whose_name_is_not_utf_8_has_a_hash_too():
