@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -137,7 +138,7 @@ def info(
     if cases:
         console.print(listing(found))
     else:
-        console.print(f"each case: ldct-dist info {store} --cases")
+        console.print(f"each case: ldct-dist info {shlex.quote(str(store))} --cases")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -236,16 +237,17 @@ def sweep(
     words, options = split(axes)
     planned = plan(config, words)
     say(f"{len(planned.points)} runs -> {planned.folder}")
+    folder = shlex.quote(str(planned.folder))
     code = 0
     if cluster == "local":
         ranks = number(shaped(options, read_site(site)), "ntasks-per-node")
         code = run_here(planned, config, ranks, say)
     elif cluster == "slurm":
         job = submit_array(planned, options, site, say)
-        say(f"job {job}; how it goes: ldct-dist status {planned.folder}" if job else "nothing is left to do")
+        say(f"job {job}; how it goes: ldct-dist status {folder}" if job else "nothing is left to do")
     else:
         raise UserError(f"--cluster {cluster}: slurm or local")
-    say(f"side by side: tensorboard --logdir {planned.folder}, under HParams")
+    say(f"side by side: tensorboard --logdir {folder}, under HParams")
     raise typer.Exit(code)
 
 

@@ -141,5 +141,5 @@ def announce(request: Request, job: Job[int], cluster: str) -> Iterator[str]:
     yield f"run      {request.run}"
     if cluster != "debug":
         yield f"log      {logs}.log" if cluster == "slurm" else f"logs     {logs}_*_log.out, {logs}_*_log.err"
-    yield f"status   ldct-dist status {request.run}"
-    yield f"figures  tensorboard --logdir {request.run.parent}"
+    yield f"status   ldct-dist status {shlex.quote(str(request.run))}"
+    yield f"figures  tensorboard --logdir {shlex.quote(str(request.run.parent))}"

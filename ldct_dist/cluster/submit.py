@@ -241,7 +241,7 @@ def _refuse_twice(request: Request) -> None:
     if job is not None:
         raise UserError(
             f"{request.run}: in the queue already, job {job.id} ({job.state}); to end it first: "
-            f"ldct-dist cancel {request.run}"
+            f"ldct-dist cancel {shlex.quote(str(request.run))}"
         )
 
 

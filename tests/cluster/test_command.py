@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from commands import command, commands_on_path
-from ldct_dist.cluster.command import MOST_PARTS, parse_parts, split
+from ldct_dist.cluster.command import MOST_PARTS, announce, parse, parse_parts, split
 from ldct_dist.cluster.parts import submit_parts
 from ldct_dist.cluster.sbatch import render
 from ldct_dist.denoise.claim import claim
@@ -15,6 +17,7 @@ from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
+from runs import write_config
 
 
 def test_words_of_the_command_line_are_told_apart():
@@ -33,6 +36,16 @@ def test_words_of_the_command_line_are_told_apart():
         ["c.yaml", "optim.lr=1", "seed=3"],
         {"nodes": "2", "gres": "gpu:4", "exclusive": True, "comment": "a b"},
     )
+
+
+def test_the_commands_that_a_submission_names_can_be_pasted_into_a_shell(tmp_path):
+    folder = tmp_path / "CT studies"
+    folder.mkdir()
+    request = parse([str(write_config(folder, folder / "ct.zarr"))], None, False)
+    told = [line.split(maxsplit=1)[1] for line in announce(request, SimpleNamespace(job_id=7), "slurm")]
+    status, board = (shlex.split(line) for line in told if line.startswith(("ldct-dist", "tensorboard")))
+    assert status == ["ldct-dist", "status", str(request.run)]
+    assert board == ["tensorboard", "--logdir", str(folder / "runs")]
 
 
 def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path, monkeypatch):
