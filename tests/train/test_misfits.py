@@ -1,11 +1,39 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from ldct_dist.errors import UserError
 from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.misfits import note_on_margin
+from ldct_dist.train.misfits import note_on_margin, refuse_emulated_bf16, refuse_without_compiler
 from stores import make_store
+
+
+@pytest.mark.parametrize(("device", "needed"), [("cpu", r"g\+\+"), ("cuda", "icx or gcc or clang")])
+def test_a_node_without_a_compiler_is_told_of_before_a_run_that_compiles(
+    tmp_path, monkeypatch, device, needed
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "icx")
+    with pytest.raises(UserError, match=f"compile=true needs {needed} on "):
+        refuse_without_compiler(torch.device(device))
+    for name in ("g++", "clang"):
+        (tmp_path / name).touch(0o755)
+    refuse_without_compiler(torch.device(device))
+
+
+def test_a_gpu_that_only_emulates_bf16_is_refused_as_the_planner_refuses_it(monkeypatch):
+    major = 8
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: major >= 8 or including_emulation
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    refuse_emulated_bf16(torch.device("cuda", 0))
+    major = 7
+    with pytest.raises(UserError, match=r"Tesla V100 .*emulates it.*precision=fp32"):
+        refuse_emulated_bf16(torch.device("cuda", 0))
+    refuse_emulated_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("slices", "margin", "share"), [(33, (10, 0, 0), 38), (30, (0, 0, 0), 100)])
