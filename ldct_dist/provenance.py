@@ -16,9 +16,8 @@ def commit() -> str | None:
     package = Path(__file__).parent
     if (package / COMMIT).exists():
         return (package / COMMIT).read_text()
-    if not (
-        package.parent / ".git"
-    ).exists():  # or git would describe the repository in which this is installed
+    if not (package.parent / ".git").exists():
+        # Or git would describe the repository in which this is installed.
         return None
     describe = ["git", "-C", str(package.parent), "describe", "--always", "--dirty"]
     try:

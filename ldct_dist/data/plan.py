@@ -2,7 +2,8 @@
 
 Lane l of the global batch reads its own stream of blocks and cuts k crops from each before it moves on.
 Lanes are staggered, so that they do not all change blocks at the same step: a batch mixes first and later crops of
-blocks, and reading is spread evenly over the steps. Rank r of R takes lanes r, r + R, ...: the global batch is the same for every number of ranks.
+blocks, and reading is spread evenly over the steps. Rank r of R takes lanes r, r + R, ...: the global batch is the same
+for every number of ranks.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import Protocol, Range, protocol_named
 from ldct_dist.evaluate.vif import DEPTH, LEAST_SIDE, shared_information
 
-_SLAB = (
-    8  # slices that are worked on at a time with 3-D windows, so that memory does not grow with the volume
-)
+_SLAB = 8
+"""Slices that are worked on at a time with 3-D windows, so that memory does not grow with the volume."""
 
 
 def evaluate_volume(

@@ -63,9 +63,8 @@ def _settings(config: RunConfig, world: World, parameters: int) -> dict[str, Any
         "stage": config.zero,
         # Below ZeRO 3, it fills a second bucket while the first is sent: of no use where one holds all gradients.
         "overlap_comm": gpu and (config.zero == 3 or parameters > BUCKET),
-        "reduce_bucket_size": min(
-            BUCKET, parameters
-        ),  # the bucket is allocated in full, however little it holds
+        # The bucket is allocated in full, however little it holds.
+        "reduce_bucket_size": min(BUCKET, parameters),
         # Weights that are gathered ahead and kept for backward. DeepSpeed's default, 1e9, is nearly every whole network.
         "stage3_max_live_parameters": BUCKET,
         "stage3_max_reuse_distance": BUCKET,
@@ -76,9 +75,8 @@ def _settings(config: RunConfig, world: World, parameters: int) -> dict[str, Any
         if place != "gpu":
             zero[what] = {"device": "cpu", "pin_memory": gpu and place == "cpu"}
     if places.optimizer == "nvme":
-        zero["sub_group_size"] = (
-            STRETCH  # so that a step's second pass finds in memory what its first has read
-        )
+        # So that a step's second pass finds in memory what its first has read.
+        zero["sub_group_size"] = STRETCH
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
         "steps_per_print": None,
@@ -163,9 +161,8 @@ def _refuse_missing(config: RunConfig, world: World) -> None:
             builders.CPUAdamBuilder().load()
         except UserError:
             raise
-        except (
-            Exception
-        ) as e:  # compiling fails in many ways: a missing nvcc has an exception class of its own
+        except Exception as e:
+            # Compiling fails in many ways: a missing nvcc has an exception class of its own.
             raise UserError(
                 f"deepspeed.optimizer={place}: its Adam could not be compiled ({str(e)[-200:]}): install g++ and ninja, "
                 "and nvcc on a node with GPUs, or leave the optimizer on the GPU"
