@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,10 @@ def _cohort(store: Store, config: StudyConfig, labels: Path, key: Path) -> Cohor
     """The cohort of the labels. Raises UserError for all that can be wrong with them, before anything is denoised."""
     known, unit = read_labels(labels)
     if unit == "patient":
-        if not key.exists():
+        if not os.path.exists(key):  # unlike Path's, this answers where nothing may be looked at
             raise UserError(
-                f"{labels}: there is no {key}, by whose hashes the store knows its patients; say where it is by --key, "
-                "or label cases, by their names"
+                f"{labels}: there is no {key} that may be read, by whose hashes the store knows its patients; say where "
+                "it is by --key, or label cases, by their names"
             )
         secret = load_key(key)
         if not {key_id(secret), None} & set(store.table["key_id"].to_pylist()):

@@ -227,9 +227,10 @@ def _check_key(out: Path, path: Path) -> None:
     if known is None:
         return
     danger = "by another key, its patients would be taken for new ones"
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(
-            f"{out}: its key is not at {path}; lay it there again, or name its place by key=: {danger}"
+            f"{out}: its key is not at {path}, or may not be read there; lay it there again, or name its place by key=: "
+            f"{danger}"
         )
     try:
         record = read_record(known)

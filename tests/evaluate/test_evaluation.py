@@ -109,7 +109,9 @@ def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
     assert not any(b"MRN" in path.read_bytes() for path in (tmp_path / "report").iterdir())
     key = tmp_path / "ct.zarr.key"
     elsewhere = key.rename(tmp_path / "ours.key")
-    assert f"there is no {key}, by whose hashes" in str(CliRunner().invoke(app, command).exception)
+    for words, place in (([], key), (["--key", where := str(tmp_path / ("n" * 300) / "key")], where)):
+        refused = CliRunner().invoke(app, [*command, *words]).exception
+        assert f"there is no {place} that may be read, by whose hashes" in str(refused)
     assert not key.exists()
     assert "classified: 11 images of 11 patients" in told([*command, "--key", str(elsewhere)])
     load_key(another := tmp_path / "theirs.key")

@@ -157,6 +157,16 @@ def test_a_key_of_a_colleague_that_may_not_be_read_is_not_to_be_replaced_by_anot
         privacy.load_key(tmp_path / "key")
 
 
+def test_a_key_whose_folder_may_not_be_looked_into_is_told_of_and_not_the_store(
+    source, out, tmp_path, threads
+):
+    """As a colleague's own: the advice was to make room for the store."""
+    ingest(source, out, CONFIG)
+    hidden = tmp_path / ("n" * 300) / "key"
+    with pytest.raises(UserError, match=rf"its key is not at {hidden}, or may not be read there; lay it"):
+        ingest(source, out, CONFIG.model_copy(update={"key": hidden}))
+
+
 def test_a_store_takes_no_more_cases_by_another_key(source, out, tmp_path, threads):
     """As where the store was moved without its key: a patient with two hashes would stand there as two."""
     key = privacy.default_key_path(out)
@@ -164,7 +174,7 @@ def test_a_store_takes_no_more_cases_by_another_key(source, out, tmp_path, threa
     before = content(out)
     mine = key.rename(tmp_path / "mine.key")
     with pytest.raises(
-        UserError, match=rf"its key is not at {key}; lay it there again, or name its place by key="
+        UserError, match=rf"its key is not at {key}, or .*; lay it there again, or name its place by key="
     ):
         ingest(source, out, CONFIG)
     assert not key.exists()
