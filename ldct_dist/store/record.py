@@ -62,11 +62,18 @@ def case_metadata(record: CaseRecord) -> bytes:
 
 
 def read_record(case: Path) -> CaseRecord:
-    """The record of the case in folder `case`. Raises UserError if there is none, or one that is damaged."""
+    """The record of the case in folder `case`. Raises UserError if there is none, or one that is damaged, or newer than
+    this package."""
     try:
         raw = (case / "zarr.json").read_bytes()
         body = json.loads(raw)["attributes"][FORMAT]
-        del body["seal"]  # case_metadata works it out anew
+        seal = body.pop("seal")  # case_metadata works it out anew
+        later = body.keys() - CaseRecord.__dataclass_fields__
+        if later and seal == sha256(json.dumps(body).encode()):
+            raise UserError(
+                f"{case.parent.parent}: case {case.name} was ingested by a newer ldct_dist, which records its "
+                f"{', '.join(sorted(later))}; update the package"
+            )
         tuples = {k: tuple(v) for k, v in body.items() if isinstance(v, list)}
         tuples["direction"] = tuple(map(tuple, body["direction"]))
         record = CaseRecord(**{**body, **tuples, "body": bytes.fromhex(body["body"])})

@@ -14,7 +14,7 @@ from ldct_dist.cli import app
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
-from ldct_dist.store.record import case_metadata, read_record
+from ldct_dist.store.record import case_metadata, group_metadata, read_record, sha256
 from ldct_dist.store.verify import verify
 from stores import SPACING, make_store
 
@@ -63,6 +63,23 @@ def test_a_record_that_was_edited_is_neither_read_nor_taken_into_a_catalogue(sto
     for use in (lambda: store.volume("case-000", "1.00"), lambda: layout.finalise(store.path)):
         with pytest.raises(UserError, match="the record of case case-000 is damaged"):
             use()
+
+
+def test_a_record_of_a_later_version_is_not_called_damaged(store):
+    """As by a job that still runs the code that it was submitted with: to delete the case would be the wrong advice."""
+    path = store.path / "cases/case-000/zarr.json"
+    body = json.loads(path.read_text())["attributes"]["ldct_dist"]
+    del body["seal"]
+    later = {**body, "gantry": 1}
+    later["seal"] = sha256(json.dumps(later).encode())
+    path.write_bytes(group_metadata({"ome": {}, "ldct_dist": later}))
+    with pytest.raises(
+        UserError, match=r"case-000 was ingested by a newer .* its gantry; update the package"
+    ):
+        store.volume("case-000", "1.00")
+    path.write_text(path.read_text().replace('"gantry": 1', '"gantry": 2'))
+    with pytest.raises(UserError, match="the record of case case-000 is damaged"):
+        store.volume("case-000", "1.00")
 
 
 def files_of(store):
