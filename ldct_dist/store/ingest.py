@@ -210,10 +210,10 @@ def check(source: Path, out: Path, config: IngestConfig) -> None:
     check_shares(config.splits, config.split_of)
     if not os.path.exists(source):  # unlike Path's, this answers where nothing may be looked at
         raise UserError(
-            f"{source}: no such file or folder, or none that may be read; give the DICOM files' folder, or a manifest"
+            f"{source}: does not exist or may not be read; give the folder of the DICOM files, or a manifest"
         )
     if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"{out}: is the source or lies in it; put the store outside {source}")
+        raise UserError(f"{out}: is the source or is in it; put the store outside {source}")
     with _unwritable_as_user_error(out):
         layout.check_place(out)
         _check_key(out, config.key or default_key_path(out))
@@ -226,18 +226,17 @@ def _check_key(out: Path, path: Path) -> None:
     known = next((p for p in there if p.is_dir()), None)
     if known is None:
         return
-    danger = "by another key, its patients would be taken for new ones"
+    danger = "with another key, its patients would be taken for new ones"
     if not os.path.exists(path):
         raise UserError(
-            f"{out}: its key is not at {path}, or may not be read there; lay it there again, or name its place by key=: "
-            f"{danger}"
+            f"{out}: its key is not at {path}, or may not be read there; put it back, or say where it is by key=: {danger}"
         )
     try:
         record = read_record(known)
     except UserError:  # damaged: it is ingested again, and `finalise` compares all keys
         return
     if record.key_id not in (None, key_id(load_key(path))):
-        raise UserError(f"{out}: {path} is not its key; name the right file by key=: {danger}")
+        raise UserError(f"{out}: {path} is not its key; give the right file by key=: {danger}")
 
 
 def _nothing_ingested(source: Path, refused: Sequence[Refusal]) -> UserError:
@@ -252,7 +251,7 @@ def _unwritable_as_user_error(out: Path) -> Iterator[None]:
     except OSError as e:
         raise UserError(
             f"{out}: cannot be written ({e.strerror or e}); make room or choose another folder, then start again: "
-            "cases that are whole stay"
+            "complete cases are kept"
         ) from e
 
 

@@ -105,7 +105,7 @@ def check_format(path: Path) -> str | None:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); make it readable") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: a Zarr group, but not one that ldct-dist ingest made") from e
+        raise UserError(f"{path}: not a store that ldct-dist ingest made; give another folder") from e
     if version != FORMAT_VERSION:
         older = version in range(FORMAT_VERSION)
         todo = "ingest its source again, into a new folder" if older else "update the package"
@@ -184,7 +184,7 @@ def finalise(store: Path) -> int:
     """Write the catalogue of the cases that are there, and delete what killed writers have left; the number of cases.
 
     Do not call it while cases are being written. Raises UserError if `store` is not a store, if a case's record is
-    damaged, if patients were hashed with more than one key, or if one stands in more than one split.
+    damaged, if patients were hashed with more than one key, or if one is in more than one split.
     """
     # It imports pyarrow, which the processes of an ingest do not need.
     from ldct_dist.store.catalogue import parquet
@@ -199,7 +199,7 @@ def finalise(store: Path) -> int:
         cases = [r.name for r in records if r.key_id not in (usual, None)]
         raise UserError(
             f"{store}: {len(cases)} case(s) were ingested with another key than the others ({few(cases, ', ')}), so a "
-            "patient may stand there twice; delete them, and ingest them again with the key of the others (key=)"
+            "patient may be in it twice; delete these cases, and ingest them again with the others' key (key=)"
         )
     splits: dict[str, set[str]] = {}
     for r in records:
@@ -208,7 +208,7 @@ def finalise(store: Path) -> int:
     if leaking:
         cases = [r.name for r in records if r.patient in leaking]
         raise UserError(
-            f"{store}: {len(leaking)} patient(s) stand in more than one split ({', '.join(cases[:6])}); "
+            f"{store}: {len(leaking)} patient(s) are in more than one split ({', '.join(cases[:6])}); "
             "give every case of a patient the same split and ingest these again"
         )
     content = parquet(records)

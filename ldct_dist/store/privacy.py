@@ -59,15 +59,17 @@ def load_key(path: Path) -> bytes:
         key = bytes.fromhex(path.read_text().strip())
     except OSError as e:
         raise UserError(
-            f"patient key {path}: cannot be read ({e.strerror}); have its owner let you: by another key, patients that the "
-            "store has already would be taken for new ones"
+            f"patient key {path}: cannot be read ({e.strerror}); ask its owner for access: with another key, patients "
+            "already in the store would be taken for new ones"
         ) from e
     except ValueError as e:
         raise UserError(
-            f"patient key {path}: not readable as a key ({e}); name the right file with key="
+            f"patient key {path}: not readable as a key ({e}); give the right file by key="
         ) from e
     if len(key) < KEY_BYTES:
-        raise UserError(f"patient key {path}: holds {len(key)} bytes, at least {KEY_BYTES} are needed")
+        raise UserError(
+            f"patient key {path}: {len(key)} bytes, but a key has {KEY_BYTES} or more; give the right file by key="
+        )
     return key
 
 

@@ -164,8 +164,8 @@ class Store:
             foreign = pc.filter(column, pc.invert(pc.match_substring_regex(column, _WORD)))
             if len(foreign):
                 raise UserError(
-                    f"{self.path}: {layout.CATALOGUE} calls a case or a dose {foreign[0].as_py()!r}, which no ingest does; do "
-                    "not use this store"
+                    f"{self.path}: a case or dose in {layout.CATALOGUE} is called {foreign[0].as_py()!r}, a name that no "
+                    "ingest gives; do not use this store"
                 )
 
     def _open(self, root: Path, name: str, dose: str) -> ShardedArray:

@@ -13,7 +13,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.store.processes import kill, pool
 from ldct_dist.store.task import Task, make_case
 
-KILLED = "its process was killed, most likely for want of memory; give fewer workers or more memory"
+KILLED = "its process was killed, probably because memory ran out; give fewer workers or more memory"
 S = TypeVar("S")
 T = TypeVar("T")
 

@@ -109,7 +109,7 @@ def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        (["nowhere", "x.zarr"], "nowhere: no such file or folder"),
+        (["nowhere", "x.zarr"], "nowhere: does not exist or may not be read"),
         (["in", "in/x.zarr"], "put the store outside"),
         (["in", "x.zarr", "dos=0.25"], "dos: no such setting"),
         (["in", "x.zarr", "splits={train: 2}"], "must add up to 1"),

@@ -41,7 +41,7 @@ def test_a_killed_worker_is_refused_and_takes_no_other_case_along(tmp_path, out,
     with workers.Workers(2) as processes:
         results = {t.name: refusal for t, refusal in processes.make([deadly, fine])}
     assert results[fine.name] is None
-    assert "its process was killed, most likely for want of memory" in results[deadly.name]
+    assert "its process was killed, probably because memory ran out" in results[deadly.name]
     assert layout.list_cases(out) == [fine.name]
 
 

@@ -144,7 +144,7 @@ def test_one_patient_in_two_splits_makes_no_catalogue(tmp_path):
     volume = Volume(np.zeros((3, 8, 8), np.int16), SPACING)
     for name, split in (("a", "train"), ("b", "test")):
         layout.write_case(tmp_path, name, {1.0: volume}, patient="same", split=split)
-    with pytest.raises(UserError, match=r"1 patient\(s\) stand in more than one split \(a, b\)"):
+    with pytest.raises(UserError, match=r"1 patient\(s\) are in more than one split \(a, b\)"):
         layout.finalise(tmp_path)
     assert not (tmp_path / "catalogue.parquet").exists()
 
@@ -159,9 +159,9 @@ def edit(store: Path, text: str) -> None:
         (lambda s: (s / "zarr.json").unlink(), "not a store"),
         (
             lambda s: edit(s, '{"zarr_format": 3, "node_type": "group", "attributes": {}}'),
-            "not one that ldct-dist",
+            "not a store that ldct-dist ingest made",
         ),
-        (lambda s: edit(s, "{"), "not one that ldct-dist"),
+        (lambda s: edit(s, "{"), "not a store that ldct-dist ingest made"),
         (
             lambda s: edit(s, '{"attributes": {"ldct_dist": {"version": 3}}}'),
             "store format 3, this ldct_dist reads 2; update the package",

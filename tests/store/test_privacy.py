@@ -142,7 +142,7 @@ def test_the_key_is_made_once_for_its_owner_alone_and_outside_the_store(tmp_path
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("hello", "not readable as a key .*; name the right file with key="), ("abcd", "holds 2 bytes")],
+    [("hello", "not readable as a key .*; give the right file by key="), ("abcd", "2 bytes, but a key has 32")],
 )
 def test_a_file_that_is_no_key_is_refused(tmp_path, content, said):
     (tmp_path / "key").write_text(content)
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_key_is_refused(tmp_path, content, said):
 def test_a_key_of_a_colleague_that_may_not_be_read_is_not_to_be_replaced_by_another(tmp_path):
     """A patient with two hashes may stand in two splits, and nothing would tell."""
     (tmp_path / "key").mkdir()  # root may read anything else
-    with pytest.raises(UserError, match=r"cannot be read \(.*\); have its owner let you"):
+    with pytest.raises(UserError, match=r"cannot be read \(.*\); ask its owner for access"):
         privacy.load_key(tmp_path / "key")
 
 
@@ -163,7 +163,7 @@ def test_a_key_whose_folder_may_not_be_looked_into_is_told_of_and_not_the_store(
     """As a colleague's own: the advice was to make room for the store."""
     ingest(source, out, CONFIG)
     hidden = tmp_path / ("n" * 300) / "key"
-    with pytest.raises(UserError, match=rf"its key is not at {hidden}, or may not be read there; lay it"):
+    with pytest.raises(UserError, match=rf"its key is not at {hidden}, or may not be read there; put it back"):
         ingest(source, out, CONFIG.model_copy(update={"key": hidden}))
 
 
@@ -174,12 +174,12 @@ def test_a_store_takes_no_more_cases_by_another_key(source, out, tmp_path, threa
     before = content(out)
     mine = key.rename(tmp_path / "mine.key")
     with pytest.raises(
-        UserError, match=rf"its key is not at {key}, or .*; lay it there again, or name its place by key="
+        UserError, match=rf"its key is not at {key}, or .*; put it back, or say where it is by key="
     ):
         ingest(source, out, CONFIG)
     assert not key.exists()
     privacy.load_key(tmp_path / "theirs.key")
-    with pytest.raises(UserError, match=r"theirs\.key is not its key; name the right file"):
+    with pytest.raises(UserError, match=r"theirs\.key is not its key; give the right file"):
         ingest(source, out, CONFIG.model_copy(update={"key": tmp_path / "theirs.key"}))
     assert content(out) == before
     assert len(ingest(source, out, CONFIG.model_copy(update={"key": mine})).skipped) == 3

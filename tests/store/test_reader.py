@@ -42,5 +42,5 @@ def test_a_store_whose_names_lead_elsewhere_is_refused(tmp_path, name):
         catalogue = parquet([changed])
         (path / layout.CATALOGUE).write_bytes(catalogue)
         (path / "zarr.json").write_bytes(layout.root_metadata(sha256(catalogue)))
-        with pytest.raises(UserError, match=f"{re.escape(repr(name))}, which no ingest does"):
+        with pytest.raises(UserError, match=f"{re.escape(repr(name))}, a name that no ingest gives"):
             Store(path)
