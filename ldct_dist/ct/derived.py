@@ -120,7 +120,7 @@ def _check(series: Series, hu: np.ndarray, out: Path, said: dict[str, tuple[str,
         if not (words.isascii() and words.isprintable() and 0 < len(words) <= longest):
             raise UserError(f"{what} {words[:40]!r}: write 1 to {longest} plain ASCII characters in one line")
         if "\\" in words:
-            raise UserError(f"{what} {words[:40]!r}: DICOM separates values by backslashes; write none")
+            raise UserError(f"{what} {words[:40]!r}: remove the backslash, which in DICOM separates values")
     refuse_taken(out)
 
 

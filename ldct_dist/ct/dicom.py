@@ -79,7 +79,7 @@ def find_series(
     """
     folder = Path(folder)
     if not os.path.isdir(folder):  # unlike Path's, this answers where nothing may be looked at
-        what = "a file" if os.path.exists(folder) else "no such folder, or none that may be read"
+        what = "a file" if os.path.exists(folder) else "no such folder, or it may not be read"
         raise UserError(f"{folder}: {what}; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
@@ -109,7 +109,7 @@ def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line
     damaged = [e for e in refused if not isinstance(e, NotAVolume)]
     if damaged:
         others = (
-            f" ({len(found)} other series are sound: move it out of {folder} to use them)" if found else ""
+            f" ({len(found)} other series are usable: move it out of {folder} to use them)" if found else ""
         )
         raise UserError(f"{damaged[0]}{others}")
     if not found:
@@ -124,7 +124,7 @@ def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line
         if series.is_own_output:
             notice(f"made by ldct_dist from a scan, not a scan itself: {series.name}")
         if not is_axial(series.direction):
-            notice(f"not axial, as scans and what networks learn from are: {series.name}")
+            notice(f"not axial, which scans and a network's training data are: {series.name}")
     return found
 
 
@@ -158,7 +158,9 @@ def read_slices(series: Series) -> Iterator[tuple[Dataset, Slice]]:
 def _slice(series: Series, stored: Stored) -> Slice:
     slice_ = read_slice(stored)
     if slice_.patterns.shape != series.shape[1:]:
-        raise UserError(f"{stored.path}: its compressed pixels are of another size than Rows and Columns say")
+        raise UserError(
+            f"{stored.path}: its compressed pixels are of another size than Rows and Columns say; export the file again"
+        )
     return slice_
 
 
@@ -226,7 +228,7 @@ def _series(headers: Sequence[Header]) -> Series:
     rows, columns = _required(first.matrix, "Rows and Columns", first)
     if max(math.dist(position, positions[0]) for position in positions) < SAME_PLACE_MM:
         raise NotAVolume(
-            "a single slice, or one place again and again (bolus tracking), is no volume; give the whole series"
+            "a single slice, or the same place again and again (bolus tracking), is no volume; give the whole series"
         )
     grid = stack(positions, orientation, pixel_spacing, names)
     return Series(

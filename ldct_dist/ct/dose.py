@@ -35,7 +35,7 @@ _BATCH = 16  # slices that share one working-out of the geometry
 _MATCHED_SLICES = 8  # on these the noise of a volume is measured
 _CUTOFFS = (0.4, 0.55, 0.75, 1.0, 1.4, 2.0, 4.0)  # of the image's Nyquist frequency, tried on the texture
 _LEAST_STD_HU = 0.5  # rounding to whole HU alone makes 0.3
-_GIVEN = "say photons=2e5 and cutoff_per_mm=0.8, or what the scanner has (in an ingest simulation.photons and so on)"
+_GIVEN = "set photons=2e5 and cutoff_per_mm=0.8, or the scanner's own values (for ingest: simulation.photons and so on)"
 
 _DEFAULTS = DoseConfig()
 
@@ -85,7 +85,7 @@ def simulate_low_doses(
         return [volume] * len(doses)
     if not is_axial(volume.direction):
         raise UserError(
-            "simulated dose: its slices are not axial, and a scanner's fan turns in axial ones; give the axial series"
+            "simulated dose: its slices are not axial, as the simulated scanner's are; give the axial series"
         )
     config = matched(volume, config, device)
     missing = [_missing(dose, config) for dose in lower]

@@ -23,7 +23,7 @@ DRIFT = 0.25
 """Largest sideways shift within a stack, in pixels: a tilted gantry's stack shifts by many."""
 
 LENGTHS_MM = (0.01, 100.0)
-"""Spacings outside this range belong to no CT of a patient, so the header is wrong."""
+"""Spacings outside this range are impossible in CT of a patient: the header is wrong."""
 
 FARTHEST_MM = 1e5
 """No table moves further from the origin of patient coordinates; beyond, floats also lose the spacing."""
@@ -61,7 +61,9 @@ def stack(
     """
     x_axis, y_axis, normal = _axes(orientation)
     if not all(LENGTHS_MM[0] <= s <= LENGTHS_MM[1] for s in pixel_spacing):
-        raise UserError(f"PixelSpacing {tuple(pixel_spacing)} mm belongs to no CT; correct it at the source")
+        raise UserError(
+            f"PixelSpacing {tuple(pixel_spacing)} mm is impossible in CT; correct it at the source"
+        )
     points = np.asarray(positions, float)
     if np.abs(points).max() > FARTHEST_MM:
         farthest = names[int(np.abs(points).max(axis=1).argmax())]
@@ -73,7 +75,9 @@ def stack(
     _refuse_sheared(points, along, normal, min(pixel_spacing))
     dz = (along[-1] - along[0]) / (len(along) - 1)
     if not LENGTHS_MM[0] <= dz <= LENGTHS_MM[1]:
-        raise UserError(f"slices {dz:g} mm apart belong to no CT; correct ImagePositionPatient at the source")
+        raise UserError(
+            f"slices {dz:g} mm apart are impossible in CT; correct ImagePositionPatient at the source"
+        )
     return Grid(
         order=tuple(map(int, order)),
         positions=tuple(map(float, along)),
@@ -132,7 +136,7 @@ def _refuse_sheared(points: np.ndarray, along: np.ndarray, normal: np.ndarray, p
     if drift > DRIFT * pixel:
         raise UserError(
             f"slices shift sideways by {drift:.2f} mm through the stack (gantry tilt?); "
-            "give a reconstruction whose slices lie straight above each other"
+            "give a reconstruction without tilt"
         )
 
 

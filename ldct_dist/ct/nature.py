@@ -38,7 +38,7 @@ def refuse_other_than_ct(headers: Sequence[Header]) -> None:
             raise UserError(f"{h.path.name}: not CT (Modality missing); export the original CT images")
         if (h.frames or 1) > 1 or "Enhanced" in _sop_class_name(h):
             raise UserError(
-                "enhanced (multi-frame) CT is not supported; convert it to one file a slice, as emf2sf of dcm4che does"
+                "enhanced (multi-frame) CT is not supported; convert it to one file a slice, for example by emf2sf of dcm4che"
             )
         if h.tilt and abs(h.tilt) > 0.1:
             raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
@@ -51,7 +51,7 @@ def refuse_other_than_ct(headers: Sequence[Header]) -> None:
 def _other_nature(header: Header) -> str | None:
     """What the file is instead of a CT slice; None if it is one, or a multi-frame CT."""
     if header.modality not in ("CT", None):
-        return f"not CT (Modality {header.modality}); nothing to do unless it should be"
+        return f"not CT (Modality {header.modality}); correct its header if it should be"
     if header.sop_class != CTImageStorage and "Enhanced" not in _sop_class_name(header):
         return f"{header.path.name} is no CT image ({_sop_class_name(header)}); export the original CT images"
     if header.rescale_type not in (None, "HU"):

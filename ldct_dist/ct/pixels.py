@@ -193,7 +193,7 @@ def _sample_format(form: PixelForm) -> tuple[int, bool]:
     if allocated != 16 or bits is None or not 1 < bits <= 16 or high_bit != bits - 1:
         raise UserError(
             f"BitsAllocated {form.bits_allocated}, BitsStored {form.bits_stored}, HighBit {form.high_bit}, "
-            "but CT uses 16 bits, the low ones first; export the original CT images"
+            "but CT stores values in the low bits of 16; export the original CT images"
         )
     if samples != 1 or representation not in (0, 1) or not (form.photometric or "").startswith("MONO"):
         raise UserError("not one grey value a pixel (a screen capture?); export the original CT images")

@@ -90,7 +90,7 @@ def test_a_phantom_without_noise_is_simulated_once_told_of_the_scanner(tmp_path,
         return ended.value.code
 
     assert simulate() == 2
-    assert "say photons=2e5 and cutoff_per_mm=0.8" in capsys.readouterr().err
+    assert "set photons=2e5 and cutoff_per_mm=0.8" in capsys.readouterr().err
     assert simulate("photon=2e5") == 2
     assert "photon" in capsys.readouterr().err
     assert not simulate("photons=1e5", "cutoff_per_mm=0.5", "views=16", "columns=32")

@@ -321,9 +321,9 @@ def test_slices_across_which_no_fan_turns_are_refused():
 
 
 def test_a_volume_without_noise_to_match_says_what_to_set():
-    with pytest.raises(UserError, match="say photons"):
+    with pytest.raises(UserError, match="set photons"):
         simulate_low_dose(Volume(np.full((2, 64, 64), 50, np.int16), SPACING), 0.25, seed=0)
-    with pytest.raises(UserError, match="say photons"):
+    with pytest.raises(UserError, match="set photons"):
         simulate_low_dose(body((2, 200, 200), (5.0, 2.0, 2.0), seed=0), 0.25, seed=0)
     with pytest.raises(UserError, match="too little soft tissue"):
         simulate_low_dose(Volume(np.full((2, 64, 64), -1000, np.int16), SPACING), 0.25, seed=0)

@@ -144,7 +144,7 @@ def test_what_is_no_axial_scan_is_passed_over_or_told_of(tmp_path):
     assert [s.paths[0].parent.name for s in found] == ["again", "axial", "coronal"]
     told = {line.split(": ")[0]: line for line in notices if not line.startswith("passed over")}
     assert f"{tmp_path}/again" in told["made by ldct_dist from a scan, not a scan itself"]
-    assert f"{tmp_path}/coronal" in told["not axial, as scans and what networks learn from are"]
+    assert f"{tmp_path}/coronal" in told["not axial, which scans and a network's training data are"]
     passed = [line for line in notices if line.startswith("passed over")]
     assert [
         any(f"/{name}:" in line for line in passed) for name in ("mip", "iodine", "zeff", "monitoring")
@@ -168,7 +168,7 @@ def test_the_same_slice_in_two_folders(tmp_path):
 
 def test_single_slice(tmp_path):
     write_series(tmp_path, phantom()[:1])
-    assert "a single slice, or one place again and again" in refusal(tmp_path)
+    assert "a single slice, or the same place again and again" in refusal(tmp_path)
 
 
 def test_one_bad_series_does_not_hide_a_good_one(tmp_path):
@@ -243,7 +243,7 @@ def test_a_file_in_place_of_a_folder_is_said(tmp_path):
         find_series(path)
     for name in ("nowhere", "n" * 300):  # at the second, the system refuses to look
         with pytest.raises(
-            UserError, match=f"{name}: no such folder, or none that may be read; give the folder"
+            UserError, match=f"{name}: no such folder, or it may not be read; give the folder"
         ):
             find_series(tmp_path / name)
 
@@ -296,7 +296,7 @@ PIXEL_TAGS = {
     "padding is tissue": ({"PixelPaddingValue": 1024}, "tissue has too"),
     "beyond BitsStored": ({"BitsStored": 8, "HighBit": 7}, "beyond BitsStored"),
     "more rows": ({"Rows": 30}, "more pixel data than Rows and Columns say"),
-    "8 bits": ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "CT uses 16 bits"),
+    "8 bits": ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "CT stores values in the low bits of 16"),
     "colour": ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "not one grey value"),
     "no pixels": ({"PixelData": None}, "no pixel data"),
     "no signedness": ({"PixelRepresentation": None}, "not one grey value"),

@@ -210,7 +210,7 @@ def test_an_output_that_cannot_be_looked_at_is_refused_before_any_work(tmp_path)
 def test_a_series_that_cannot_be_used_stops_all_and_is_named(identity, tmp_path):
     write_series(tmp_path / "in" / "good", phantom())
     write_series(tmp_path / "in" / "holed", phantom(), Options(seed="holed"))[2].unlink()
-    with pytest.raises(UserError, match=r"holed.*\(1 other series are sound: move it out of"):
+    with pytest.raises(UserError, match=r"holed.*\(1 other series are usable: move it out of"):
         denoise_series(identity, tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -232,7 +232,7 @@ def test_one_stray_image_in_a_series_does_not_hide_the_series(identity, tmp_path
     ds = pydicom.dcmread(stray)
     ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     ds.save_as(stray)
-    with pytest.raises(UserError, match=r"slice-002.dcm is a localizer.*\(1 other series are sound"):
+    with pytest.raises(UserError, match=r"slice-002.dcm is a localizer.*\(1 other series are usable"):
         denoise_series(identity, tmp_path / "in", tmp_path / "out")
 
 
