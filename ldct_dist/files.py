@@ -62,10 +62,10 @@ def refuse_taken(folder: Path) -> None:
 
 
 def refuse_inside(folder: Path, source: Path) -> None:
-    """Raises UserError where `folder` is in `source`: what is written there would be read as a source the next time."""
+    """Raises UserError where `folder` is in `source`: what is written there would be read as input the next time."""
     if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
         raise UserError(
-            f"{folder}: in {source}, where what is written would be read as a source the next time; choose a folder "
+            f"{folder}: is in {source}, so what is written there would be read as input the next time; choose a folder "
             "outside it"
         )
 

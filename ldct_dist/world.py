@@ -168,7 +168,7 @@ class World:
         without = [host for host, gpu in ranks if gpu is None]
         if 0 < len(without) < len(ranks):
             self.refuse(
-                f"ranks on {', '.join(without)} see no GPU, others do: see nvidia-smi there, or leave it out"
+                f"ranks on {', '.join(without)} see no GPU, others do: check nvidia-smi there, or exclude that node"
             )
         for (host, theirs), sharing in ranks.items():
             if theirs is not None and len(sharing) > 1:

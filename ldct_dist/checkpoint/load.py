@@ -106,5 +106,5 @@ def weights_of(path: Path) -> Path:
         return path / WEIGHTS
     sound, _ = retention.newest_first(path / "checkpoints")
     if not sound:
-        raise UserError(f"{path}: neither a weights file nor a checkpoint nor a run that has one")
+        raise UserError(f"{path}: not a weights file, a checkpoint, or a run that has one; give one of these")
     return (retention.best_of(sound) or sound[0][0]) / WEIGHTS

@@ -170,7 +170,7 @@ class Saver:
                 generations.check(self.claims, self.generation)
                 retention.prune(self.root, self.config)
         except (OSError, generations.Fenced) as e:
-            return f"checkpoints that are not to be kept could not be deleted: {e}"
+            return f"old checkpoints could not be deleted: {e}"
         return None
 
     def _stage(self, parts: dict[str, Part], owner: dict[str, int]) -> Held:

@@ -145,10 +145,10 @@ class Copier:
         except (DamagedError, UserError, OSError) as e:
             reason = e.strerror if isinstance(e, OSError) and e.strerror else e
             self._say(
-                f"data.stage: copying to {where} ended ({reason}); the rest is read from {self.store.path}"
+                f"data.stage: copying to {where} stopped ({reason}); the rest is read from {self.store.path}"
             )
         else:
-            self._say(f"data.stage: {where} has all; {self._made} arrays, {size(self._bytes)}, are new there")
+            self._say(f"data.stage: {where} is complete; copied {self._made} arrays, {size(self._bytes)}")
 
     def _delete_outdated(self) -> None:
         """Delete copies of earlier states of the store at this path that no run uses any more."""
@@ -161,7 +161,7 @@ class Copier:
             with _lock(origin) as unused:
                 if unused:
                     shutil.rmtree(origin.parent, ignore_errors=True)
-                    self._say(f"data.stage: deleted {origin.parent}, copies of what {path} was before")
+                    self._say(f"data.stage: deleted {origin.parent}, copies of an earlier state of {path}")
 
     def _copy(self, case: str, dose: str) -> bool:
         """Copy an array; whether its copy is there now. It is not while another process is making it."""

@@ -33,7 +33,7 @@ def refuse_others(out: Path, maker: str) -> None:
         if mark.exists():
             made_by = mark.read_text()
         elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-            made_by = "a network that it does not name"
+            made_by = "an unknown network"
     except OSError as e:
         raise _unwritable(out, e) from e
     if made_by != maker:
@@ -43,4 +43,4 @@ def refuse_others(out: Path, maker: str) -> None:
 
 
 def _unwritable(out: Path, why: OSError) -> UserError:
-    return UserError(f"{out}: {why.strerror}; choose a folder that can be written")
+    return UserError(f"{out}: cannot be written ({why.strerror}); choose another folder")

@@ -33,7 +33,9 @@ def cases_of(source: Path) -> list[Path]:
     there = source.iterdir() if source.is_dir() else ()
     cases = sorted(path for path in there if path.is_dir() and not path.name.startswith("."))
     if not cases:
-        raise UserError(f"{source}: no folder in it; a cohort is a folder that holds a folder a case")
+        raise UserError(
+            f"{source}: no folders in it; give the cohort's folder, which holds one folder for each case"
+        )
     return cases
 
 

@@ -88,7 +88,7 @@ def denoise_volume(
     """
     if not (isinstance(hu, np.ndarray) and hu.ndim == 3 and hu.dtype == np.int16):
         got = f"{hu.dtype} {hu.shape}" if isinstance(hu, np.ndarray) else type(hu).__name__
-        raise UserError(f"denoise_volume: takes int16 HU (z, y, x), not {got}; of a Volume give its hu")
+        raise UserError(f"denoise_volume: takes int16 HU (z, y, x), not {got}; for a Volume, give its hu")
     refuse_strength(strength)
 
     def in_hu(given: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,9 @@ def peers_beside(networks: Iterable[str], specs: Sequence[str]) -> dict[str, Met
     for spec in specs:
         name, method = peer(spec)
         if name in taken:
-            raise UserError(f"--peer {spec}: tables call another image {name}; name it otherwise")
+            raise UserError(
+                f"--peer {spec}: another image is called {name} in the tables; choose another name"
+            )
         taken.add(name)
         peers[name] = method
     return peers

@@ -73,7 +73,7 @@ def evaluate(
         if cohort:
             lost, bare = _unmatched(opened, cohort)
             if lost:
-                study.note(f"labels of what is not in {opened.path.name}: {len(lost)}")
+                study.note(f"labels without a case in {opened.path.name}: {len(lost)}")
             if bare:
                 study.note(f"classification of cases without a label: {few(bare, ', ')}")
             say("classifying", "each kind of image")
@@ -110,12 +110,12 @@ def _cohort(store: Store, config: StudyConfig, labels: Path, key: Path) -> Cohor
     if unit == "patient":
         if not os.path.exists(key):  # unlike Path's, this answers where nothing may be looked at
             raise UserError(
-                f"{labels}: there is no {key} that may be read, by whose hashes the store knows its patients; say where "
-                "it is by --key, or label cases, by their names"
+                f"{labels}: labels of patients need the store's key, and {key} is not there, or may not be read; say "
+                "where it is by --key, or label cases"
             )
         secret = load_key(key)
         if not {key_id(secret), None} & set(store.table["key_id"].to_pylist()):
-            raise UserError(f"{labels}: {key} is not the key of {store.path}; name the right file by --key")
+            raise UserError(f"{labels}: {key} is not the key of {store.path}; give the right file by --key")
         known = of_cases(known, {case.name: case.patient for case in store.cases}, secret)
     cases = [store.cases[int(i)] for i in store.split(config.split)]
     window = protocol_named(config.protocol).window

@@ -65,9 +65,9 @@ def _add(labels: Labels, what: str, name: str | None, at: str | None, label: str
         return "labels are 0 or 1, and slices whole numbers from 0 up"
     own, where = labels.setdefault(name, {}), int(at) if at else None
     if own.get(where, int(label)) != int(label):
-        return f"{what} {name} is labelled {own[where]} further up; give it one label"
+        return f"{what} {name} is labelled {own[where]} in an earlier line; give it one label"
     if own and (None in own) != (where is None):
-        return f"{what} {name} has a label as a whole and one of a slice; give one or the other"
+        return f"{what} {name} has both a label for all of it and one for a slice; give one or the other"
     own[where] = int(label)
     return None
 
@@ -105,8 +105,8 @@ class Cohort:
     def __post_init__(self) -> None:
         if self.labels.keys().isdisjoint(self.patients):
             raise UserError(
-                "labels: none of them is of a case that is evaluated; theirs are "
-                + (few(list(self.labels), ", ") or "none at all")
+                "labels: none is for a case that is evaluated; they are for "
+                + (few(list(self.labels), ", ") or "no case at all")
             )
 
     def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:

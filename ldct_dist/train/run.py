@@ -120,7 +120,7 @@ class RunFolder:
             recorded = None
         if not isinstance(recorded, dict):
             raise UserError(
-                f"{self.config}: damaged; delete it, and the run goes on with the config that it is given"
+                f"{self.config}: damaged; delete it, and start again: the run goes on with the config you give"
             )
         # A setting that is newer than the run counts as having had its default, which is what the run did without it.
         defaults = RunConfig(name=config.name, store=config.store, steps=config.steps)

@@ -63,9 +63,9 @@ class Stop:
             return None
         self._warned = True
         return (
-            f"a step and a save take {needed:.1f} s, longer than grace_s={self.grace_s:g}: a kill that soon "
-            "after the signal goes back to the checkpoint before; ask the scheduler for more (Slurm: "
-            "--signal=USR1@SECONDS) and set grace_s to it"
+            f"a step and a save take {needed:.1f} s, longer than grace_s={self.grace_s:g}: killed that soon after "
+            "the signal, the run goes back to its last checkpoint; ask the scheduler for more seconds (Slurm: "
+            "--signal=USR1@SECONDS) and set grace_s to them"
         )
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -96,7 +96,7 @@ class Trainer:
 
     def take_up(self, regular: bool = False) -> None:
         """Load the newest valid checkpoint, or begin with the first weights; `regular`: see `Checkpoints.take_up`."""
-        self._enter("taking up a checkpoint", SLOW)
+        self._enter("loading a checkpoint", SLOW)
         self.state = self.checkpoints.take_up(regular)
         self._began = self.state.step
         self.world.on_main(lambda: self.monitor.rewind(self.state.step))
@@ -235,7 +235,7 @@ class Trainer:
         self._enter("saving before the stop", SLOW)
         outcome, step = self.checkpoints.commit(self.state), self.state.step
         if outcome.error is None:
-            reason = self.stop.reason or "another rank was asked to"
+            reason = self.stop.reason or "another rank was asked to stop"
             self._say(f"stopped at step {step} ({reason}); start the same command again to go on")
             return Ending.RESUMABLE
         self._say(f"stopped at step {step}, which was not saved: {outcome.error}")
@@ -275,7 +275,7 @@ class Trainer:
             return Ending.FENCED if outcome is not None and outcome.fenced else Ending.UNSTABLE
         self.take_up(regular=True)
         self.state = self.state.after_rollback_of(before)
-        self._say(f"{what}: gone back to step {self.state.step}, on with batch {self.state.position}")
+        self._say(f"{what}: went back to step {self.state.step}, goes on with batch {self.state.position}")
         return None
 
     def _end_on(self, damage: str | None) -> NoReturn:

@@ -294,5 +294,5 @@ def test_writes_are_spread_over_ranks():
 
 
 def test_weights_of_a_folder_without_any_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="neither a weights file nor a checkpoint nor a run"):
+    with pytest.raises(UserError, match="not a weights file, a checkpoint, or a run"):
         weights_of(tmp_path)

@@ -102,7 +102,7 @@ def test_on_a_full_disk_training_ends_in_one_line_and_the_last_good_checkpoint_s
     assert "Traceback" not in said
     assert "warning: a checkpoint was not written" in said
     assert said.count("error: the last checkpoint of") == 1
-    assert "training goes on, the last good one stays" in said
+    assert "training goes on, and the last good one is kept" in said
     assert newest_valid(run / "checkpoints", World()).manifest.step == 3
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert verify_run(run / "checkpoints") == []
@@ -207,7 +207,7 @@ def test_where_no_checkpoint_is_sound_a_start_neither_begins_anew_nor_deletes_an
     said = config.with_suffix(".log").read_text()
     assert said.count("passed over checkpoint") == len(files) > 1
     assert said.count("error: ") == 1
-    assert f"error: no checkpoint in {run / 'checkpoints'} is sound" in said
+    assert f"error: no checkpoint in {run / 'checkpoints'} is valid" in said
     assert len(losses(run)) == 8
     for file in files:
         file.with_name("away").rename(file)

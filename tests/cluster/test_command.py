@@ -100,7 +100,7 @@ def test_an_array_may_be_told_how_many_of_its_tasks_run_at_once(tmp_path):
 
 def test_a_cohort_without_weights_is_refused_before_it_is_submitted(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match="neither a weights file nor"):
+    with pytest.raises(UserError, match="not a weights file, a checkpoint, or a run"):
         parse_parts(
             ["denoise", str(tmp_path / "run"), str(tmp_path / "in"), str(tmp_path / "out")], None, None
         )

@@ -263,7 +263,7 @@ def test_copies_of_what_the_store_was_before_are_deleted_unless_in_use(store, tm
         assert len(lines) == 1
         assert same(batches(before), expected)  # a run from before the change goes on
     after, lines = copied(store, tmp_path)
-    assert f"deleted {before.copies}, copies of what {store} was before" in lines[0]
+    assert f"deleted {before.copies}, copies of an earlier state of {store}" in lines[0]
     assert set(tmp_path.glob("ldct_dist-*")) == {neighbour, after.copies}
     assert same(batches(after), batches(Store(store)))
 
@@ -285,7 +285,7 @@ def test_copies_that_another_run_deletes_at_the_same_time_are_no_reason_to_copy_
     after, lines = copied(store, tmp_path)
     assert list(tmp_path.glob("ldct_dist-*")) == [after.copies]
     (line,) = lines
-    assert "has all; 6 arrays" in line
+    assert "is complete; copied 6 arrays" in line
 
 
 COPY_ALL = """

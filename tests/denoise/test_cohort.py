@@ -81,7 +81,7 @@ def test_a_case_has_a_line_as_soon_as_it_is_whole(source, weights, tmp_path):
 
 def test_cases_that_nothing_is_known_of_are_not_added_to(source, weights, tmp_path):
     (tmp_path / "out" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match="a network that it does not name"):
+    with pytest.raises(UserError, match="an unknown network"):
         denoise_cohort(SeriesDenoiser.load(weights), source, tmp_path / "out")
     assert not (tmp_path / "out" / MADE_BY).exists()
 
@@ -91,7 +91,7 @@ def test_a_case_that_is_refused_leaves_the_others(source, weights, tmp_path):
     report = denoise_cohort(SeriesDenoiser.load(weights), source, tmp_path / "out")
     assert report.written == ["a", "c"]
     assert report.refused[0].startswith("b: ")
-    with pytest.raises(UserError, match="a folder that holds a folder a case"):
+    with pytest.raises(UserError, match="holds one folder for each case"):
         cohort.cases_of(source / "a")
 
 

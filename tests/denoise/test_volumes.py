@@ -179,7 +179,7 @@ def test_names_may_be_text_and_a_run_stands_for_its_weights(denoiser, tmp_path, 
 def test_what_is_no_array_of_whole_hu_is_one_line(given, tmp_path):
     volume = phantom()
     hu = {"volume": Volume(volume, (1.0, 1.0, 1.0)), "2-D": volume[0], "float": volume.astype(float)}[given]
-    with pytest.raises(UserError, match=r"takes int16 HU \(z, y, x\), not .*; of a Volume give its hu"):
+    with pytest.raises(UserError, match=r"takes int16 HU \(z, y, x\), not .*; for a Volume, give its hu"):
         denoise_volume(build(ModelConfig(size="xs")), hu)
 
 
@@ -197,7 +197,7 @@ def test_an_output_in_the_source_is_refused_as_the_next_start_would_denoise_it_t
     (tmp_path / "link").symlink_to(tmp_path / "in")
     before = sorted((tmp_path / "in").iterdir())
     for out in (tmp_path / "in" / "out", tmp_path / "link" / "out"):
-        with pytest.raises(UserError, match="read as a source the next time; choose a folder outside"):
+        with pytest.raises(UserError, match="read as input the next time; choose a folder outside"):
             denoise_series(identity, tmp_path / "in", out)
     assert sorted((tmp_path / "in").iterdir()) == before
 

@@ -92,7 +92,7 @@ def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled, tmp_
     command, labels = labelled
     labels.write_text("case,label\nMeier-3,1\n" + "".join(f"c{i},{i % 2}\n" for i in range(10)))
     words = told(command)
-    assert "not measured: labels of what is not in ct.zarr: 1" in words
+    assert "not measured: labels without a case in ct.zarr: 1" in words
     assert "labels without a case: Meier-3" in words
     assert not any(b"Meier" in path.read_bytes() for path in (tmp_path / "report").iterdir())
     assert "not measured: classification of cases without a label: c10" in words
@@ -111,7 +111,7 @@ def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
     elsewhere = key.rename(tmp_path / "ours.key")
     for words, place in (([], key), (["--key", where := str(tmp_path / ("n" * 300) / "key")], where)):
         refused = CliRunner().invoke(app, [*command, *words]).exception
-        assert f"there is no {place} that may be read, by whose hashes" in str(refused)
+        assert f"need the store's key, and {place} is not there, or may not be read" in str(refused)
     assert not key.exists()
     assert "classified: 11 images of 11 patients" in told([*command, "--key", str(elsewhere)])
     load_key(another := tmp_path / "theirs.key")

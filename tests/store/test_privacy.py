@@ -142,7 +142,10 @@ def test_the_key_is_made_once_for_its_owner_alone_and_outside_the_store(tmp_path
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("hello", "not readable as a key .*; give the right file by key="), ("abcd", "2 bytes, but a key has 32")],
+    [
+        ("hello", "not readable as a key .*; give the right file by key="),
+        ("abcd", "2 bytes, but a key has 32"),
+    ],
 )
 def test_a_file_that_is_no_key_is_refused(tmp_path, content, said):
     (tmp_path / "key").write_text(content)

@@ -202,7 +202,7 @@ def test_a_rank_without_room_costs_a_checkpoint_and_holds_up_nobody(trained):
 
 def test_it_goes_back_to_its_last_checkpoint_as_ddp_does(trained):
     ours, ddp = (losses(run_of(trained, f"rolled-{stage}")) for stage in (3, 0))
-    assert (trained / "start.log").read_text().count("gone back to step 2, on with batch 3") == 2
+    assert (trained / "start.log").read_text().count("went back to step 2, goes on with batch 3") == 2
     assert [line["step"] for line in ours] == [line["step"] for line in ddp]
     assert np.allclose([line["loss"] for line in ours], [line["loss"] for line in ddp], rtol=1e-5, atol=0)
 
@@ -301,7 +301,7 @@ def test_a_run_goes_on_by_any_strategy_at_any_number_of_ranks_past_a_damaged_che
         ({**zero(3), "deepspeed": {"optimizer": "nvme"}}, "needs nvme_path=FOLDER"),
         (
             {**zero(3), "deepspeed": {"optimizer": "nvme", "nvme_path": "/no/such"}},
-            r"nvme_path=/no/such on .* is no folder that one may write in",
+            r"nvme_path=/no/such on .* is not a folder you may write to",
         ),
     ],
 )

@@ -50,8 +50,8 @@ def counters(run) -> dict:
 def test_a_bad_stretch_leads_back_to_the_checkpoint_before_it_and_on_with_other_data(unbroken):
     run, log = unbroken
     # Batches 5 to 7 were steps 6 to 8. No checkpoint is made within the stretch: step 4 is the one before it.
-    assert "3 steps in a row were skipped, up to step 8: gone back to step 4, on with batch 8" in log
-    assert log.count("gone back") == 1
+    assert "3 steps in a row were skipped, up to step 8: went back to step 4, goes on with batch 8" in log
+    assert log.count("went back") == 1
     state = counters(run)
     assert (state["step"], state["moved"], state["guard"]["rollbacks"]) == (STEPS, 4, 1)
     assert [line["step"] for line in losses(run)] == list(range(1, STEPS + 1))
@@ -110,7 +110,7 @@ def test_what_going_back_does_not_help_ends_the_run_with_the_samples_named(store
     assert fork(config, *OPTIONS, "checkpoint.every=100", "guard.rollbacks=2", plant=plant) == [65, 65]
     log = config.with_suffix(".log").read_text()
     # Without a checkpoint, back is where the run began.
-    assert log.count("gone back to step 0") == 2
+    assert log.count("went back to step 0") == 2
     (line,) = [line for line in log.splitlines() if line.startswith("error:")]
     assert "3 steps in a row were skipped, up to step 3, after going back 2 times" in line
     assert line.count("(lane 1, block at [") == 3
@@ -168,7 +168,7 @@ def test_stopped_after_going_back_before_a_checkpoint_of_the_best_it_goes_on_fro
     bad = partial(spoilt, dict.fromkeys((6, 7, 8), NAN))
     assert fork(config, *options, plant=partial(together, bad, partial(asked_to_stop, 9))) == [75, 75]
     log = config.with_suffix(".log")
-    assert "gone back to step 4, on with batch 9" in log.read_text()
+    assert "went back to step 4, goes on with batch 9" in log.read_text()
     assert fork(config, *options, plant=bad) == [0, 0]
     assert "resumed at step 5 from" in log.read_text()
-    assert log.read_text().count("gone back") == 1
+    assert log.read_text().count("went back") == 1

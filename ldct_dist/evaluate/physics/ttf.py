@@ -48,7 +48,7 @@ def transfer(
     reach = 0.9 * radius_mm
     if min(-y[0], y[-1], -x[0], x[-1]) < radius_mm + reach:
         raise UserError(
-            f"TTF: twice the disc's radius, {2 * radius_mm:g} mm, reaches over the image's border"
+            f"TTF: twice the disc's radius, {2 * radius_mm:g} mm, reaches beyond the image's border"
         )
     width = voxel / _BINS_A_VOXEL
     half = int(reach / width)

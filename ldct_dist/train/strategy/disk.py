@@ -80,7 +80,7 @@ def folder_on_this_node(nvme_path: str | None) -> Path:
     folder = looked_up(nvme_path)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
-            f"deepspeed.nvme_path={nvme_path} on {socket.gethostname()}: {folder} is no folder that one may write in"
+            f"deepspeed.nvme_path={nvme_path} on {socket.gethostname()}: {folder} is not a folder you may write to"
         )
     return folder
 

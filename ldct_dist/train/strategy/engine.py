@@ -125,17 +125,17 @@ def refuse_deepspeed(config: RunConfig, world: World) -> None:
         raise UserError("zero and deepspeed are for strategy=deepspeed: set it, or leave them out")
     if config.zero == 0 and places != DeepSpeedConfig():
         raise UserError(
-            "deepspeed.optimizer and deepspeed.parameters move what ZeRO shares out: set zero=1, 2 or 3"
+            "deepspeed.optimizer and deepspeed.parameters move what ZeRO shards: set zero=1, 2 or 3"
         )
     if config.zero == 0:
         return
     if config.precision == "fp64":
-        raise UserError(f"zero={config.zero} has no fp64: precision=fp64 is for strategy=ddp, or take fp32")
+        raise UserError(f"zero={config.zero} has no fp64: set precision=fp32, or strategy=ddp and zero=0")
     if config.compile:
         raise UserError("compile=true is for strategy=ddp: set compile=false")
     if places.parameters != "gpu" and config.zero != 3:
         raise UserError(
-            f"deepspeed.parameters={places.parameters} is for zero=3: below it, every GPU keeps all parameters"
+            f"deepspeed.parameters={places.parameters} is for zero=3: with less, every GPU keeps all parameters"
         )
     if "nvme" in (places.optimizer, places.parameters):
         folder = folder_on_this_node(places.nvme_path)
@@ -185,7 +185,7 @@ def _await_compiler(world: World) -> None:
     while (age := _age(lock)) is not None:
         if age > COMPILING_S:
             raise UserError(
-                f"{lock} has been there for {age / 60:.0f} minutes: what compiled DeepSpeed's Adam was killed; delete it"
+                f"{lock} has been there for {age / 60:.0f} minutes: the process that compiled DeepSpeed's Adam was killed; delete it"
             )
         time.sleep(0.5)
 
