@@ -19,9 +19,6 @@ from ldct_dist.world import World
 WINDOW = 64
 """losses that the running median is taken over; there is no spike before half of them are known"""
 
-NAMED = 3
-"""skipped steps that the line about a rollback names"""
-
 
 class GuardConfig(Config):
     """What to do about steps that would spoil the weights."""
@@ -63,11 +60,6 @@ class Guard:
     def skip(self, why: str) -> None:
         self.skipped += 1
         self.stretch.append(why)
-
-    def summary(self) -> str:
-        """Why the latest steps were skipped, in one line; of many, the first few."""
-        rest = len(self.stretch) - NAMED
-        return "; ".join(self.stretch[:NAMED]) + (f"; and {rest} more, named above" if rest > 0 else "")
 
 
 def blame(losses: Sequence[float], crops: Sequence[Crop], world: World) -> str:

@@ -11,7 +11,7 @@ import torch
 from ldct_dist.data.loader import Batch, Loader
 from ldct_dist.data.plan import Plan
 from ldct_dist.data.stage import StagedStore
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, few
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import outline
 from ldct_dist.train.agreement import Agreed, agree
@@ -269,8 +269,8 @@ class Trainer:
         what = f"{len(before.guard.stretch)} steps in a row were skipped, up to step {before.step}"
         if before.guard.rollbacks >= limit:
             self._say(
-                f"error: {what}, after going back {limit} times: {before.guard.summary()}. Look at these samples; "
-                "if they are sound, start a new run with a lower optim.lr"
+                f"error: {what}, after going back {limit} times: {few(before.guard.stretch)}. Look at these samples "
+                "(the lines above name all of them); if they are sound, start a new run with a lower optim.lr"
             )
             return Ending.FENCED if outcome is not None and outcome.fenced else Ending.UNSTABLE
         self.take_up(regular=True)

@@ -153,12 +153,9 @@ def test_an_applied_step_ends_the_stretch():
     guard = Guard()
     guard.skip("a")
     guard.skip("b")
-    assert guard.summary() == "a; b"
+    assert guard.stretch == ["a", "b"]
     guard.applied(1.0)
     assert (guard.stretch, guard.skipped) == ([], 2)
-    for i in range(5):
-        guard.skip(str(i))
-    assert guard.summary() == "0; 1; 2; and 2 more, named above"
 
 
 def test_stopped_after_going_back_before_a_checkpoint_of_the_best_it_goes_on_from_the_stop(store, tmp_path):
