@@ -135,49 +135,61 @@ def denoised_tiles(
     """
     if device is not None:
         model.to(device)
-    weight = next(model.parameters())
     missing = [(0, -n % s) for n, s in zip(hu.shape, model.stride, strict=True)]
     padded = np.pad(hu, missing, constant_values=AIR_HU) if any(map(any, missing)) else hu
-    precision = autocast(weight.device, bf16)
+    work = _Work(model, padded, bf16, finish)
     training = model.training
     model.eval()
-
-    def start(t: Tile) -> _Answer:
-        # Contiguous and pinned, or the copy to a GPU would first make another one that is not pinned.
-        given = torch.empty(padded[t.read].shape, dtype=torch.int16, pin_memory=weight.is_cuda)
-        given.numpy()[:] = padded[t.read]
-        given = given.to(weight.device, non_blocking=True)
-        with torch.inference_mode(), precision:
-            given = given.to(weight.dtype)
-            return _Answer(finish(given[t.keep], model(given[None, None])[0, 0][t.keep]))
-
-    def cut_and_begun() -> tuple[list[Tile], _Answer]:
-        """The largest tiles that fit into memory, and the output for the first, which is the largest of them."""
-        sizes = (tile,) if tile is not None else TILES[weight.device.type]
-        for size in sizes:
-            cut = sorted(tiles(padded.shape, size, model.radius, model.stride), key=_voxels, reverse=True)
-            if weight.is_cuda and size != sizes[-1] and _too_large(cut[0], model, bf16):
-                continue
-            with _memory_running_out():
-                return cut, start(cut[0])
-            torch.cuda.empty_cache()
-        raise UserError(
-            f"{model.config.name}-{model.config.size} does not fit the memory of {weight.device} even in tiles of "
-            f"{size}: take another device, or a smaller tile"
-        )
-
     try:
         # The next tile is started before this one's output is waited for, so that a GPU always has work.
-        cut, ahead = cut_and_begun()
+        cut, ahead = work.begin(tile)
         for done, t in enumerate(cut, start=1):
             answer = ahead
             if done < len(cut):
-                ahead = start(cut[done])
+                ahead = work.start(cut[done])
             inside = hu[t.write].shape  # without what was only added to fill up the stride
             yield t.write, answer.wait()[tuple(map(slice, inside))]
             progress(done, len(cut))
     finally:
         model.train(training)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A volume, padded to multiples of the stride, and what its tiles are denoised by."""
+
+    model: Denoiser
+    padded: np.ndarray
+    bf16: bool
+    finish: Finish
+
+    def begin(self, tile: Triple | None) -> tuple[list[Tile], _Answer]:
+        """The largest tiles that fit into memory, and the output for the first, which is the largest of them."""
+        model, device = self.model, next(self.model.parameters()).device
+        sizes = (tile,) if tile is not None else TILES[device.type]
+        for size in sizes:
+            cut = sorted(
+                tiles(self.padded.shape, size, model.radius, model.stride), key=_voxels, reverse=True
+            )
+            if device.type == "cuda" and size != sizes[-1] and _too_large(cut[0], model, self.bf16):
+                continue
+            with _memory_running_out():
+                return cut, self.start(cut[0])
+            torch.cuda.empty_cache()
+        raise UserError(
+            f"{model.config.name}-{model.config.size} does not fit the memory of {device} even in tiles of "
+            f"{size}: take another device, or a smaller tile"
+        )
+
+    def start(self, t: Tile) -> _Answer:
+        weight = next(self.model.parameters())
+        # Contiguous and pinned, or the copy to a GPU would first make another one that is not pinned.
+        given = torch.empty(self.padded[t.read].shape, dtype=torch.int16, pin_memory=weight.is_cuda)
+        given.numpy()[:] = self.padded[t.read]
+        given = given.to(weight.device, non_blocking=True)
+        with torch.inference_mode(), autocast(weight.device, self.bf16):
+            given = given.to(weight.dtype)
+            return _Answer(self.finish(given[t.keep], self.model(given[None, None])[0, 0][t.keep]))
 
 
 @contextmanager
