@@ -137,7 +137,7 @@ def _environment(script: Script) -> str:
     code = shlex.quote(_one_line("the folder of the run", str(script.code)))
     lines += [
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1   # the snapshot of the code, not what lies in the working directory",
+        "export PYTHONSAFEPATH=1   # the code's snapshot, not what is in the working directory",
         "export PYTHONUNBUFFERED=1",
     ]
     return "\n".join(lines) + "\n"
@@ -183,25 +183,27 @@ def _srun_options(site: Site) -> str:
 
 _RANKS = """\
 {insist}
-# The number of an array's last task is that of the whole array, so a task goes by this name.
+# The last task of an array has the job number of the array itself, so tasks are told apart as ARRAY_TASK.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-first=$SLURMD_NODENAME   # of the nodes: this shell runs where rank 0 does
-{meeting}# When the time limit ends the job, in seconds since the epoch; Slurm says so itself from 23.02 on. Unset without a
-# limit, and without an answer: date would read that as last midnight.
+first=$SLURMD_NODENAME   # the first of the nodes, where this shell and rank 0 run
+{meeting}# When the time limit ends the job, in seconds since the epoch; from 23.02 on, Slurm itself sets it. It stays unset where
+# there is no limit, or no answer, which `date` would read as last midnight.
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
   ends=$(SLURM_TIME_FORMAT=standard insist squeue -h -j "$job" -o %e | grep -xE '[0-9]+-[0-9-]+T[0-9:]+')
   [ -z "$ends" ] || export SLURM_JOB_END_TIME="$(date -d "$ends" +%s)"
 fi
-export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run heeds signals by itself
+export SUBMITIT_EXECUTOR=slurm SUBMITIT_PREEMPT_SIGNAL=URG   # the run handles signals itself
 
 trap : TERM USR1 USR2   # this shell outlives the ranks
 {still_ours}
-# One task a rank. Since Slurm 22.05, srun does not take over sbatch's --cpus-per-task. Ranks that stop together
-# need not leave together, and if a node is lost, Slurm is to find that out first: so none is killed because another
-# has left. A signal that comes before a rank can heed it must not kill it either. But a rank that hangs would hold
-# the nodes: those that found it out, and left with 76 or 77, have the whole step killed. Some sites have srun hand
-# on nothing of what is set here, unless told to.
+# One task a rank.
+# --cpus-per-task: since Slurm 22.05, srun does not take it over from sbatch.
+# --export=ALL: at some sites, srun passes on no variables unless told to.
+# --kill-on-bad-exit=0 --wait=0: no rank is killed because another has exited. Ranks that stop together may exit one after
+# the other, and if a node is lost, Slurm is to find that out first.
+# trap: a signal must not kill a rank that cannot handle it yet.
+# 76 and 77: a rank that hangs would hold the nodes, so the ranks that exited because of it have the whole step killed.
 hung={hung}
 rm -f "$hung"
 export hung job
@@ -216,12 +218,12 @@ srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --export=ALL -
     exit "$code"' -- \\
   {launch}
 code=$?
-# Of a step that was killed, srun only says 137, as if it had run out of memory.
+# After a step was killed, srun exits with 137, as if memory had run out. The ranks noted their own codes.
 [ ! -s "$hung" ] || code=$(sort "$hung" | head -n 1)
 rm -f "$hung"
 
-# 75: all ranks stopped at one step, and a checkpoint is committed. Leaving now would count as finished. After 76
-# the run had got on before it hung, and is worth another start.
+# 75: all ranks stopped at the same step, which is saved. Without a requeue, the job would count as finished.
+# 76: the run hung after it had saved something, so it is worth another start.
 if { [ "$code" -eq 75 ] || [ "$code" -eq 76 ]; } && still_ours; then
 {again}fi
 exit "$code"
@@ -232,7 +234,7 @@ job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 {launch} --part "$SLURM_ARRAY_TASK_ID/{parts}"
 code=$?
 
-# Killed, for want of memory or otherwise: once more, up to three times. What is written stays.
+# Killed, because memory ran out or otherwise: up to three more tries. Complete cases are kept.
 if [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] && still_ours; then
 {again}fi
 exit "$code"
@@ -248,12 +250,12 @@ insist() { for pause in 0 5 15 30; do sleep "$pause"; "$@" 2>&1 && return; done;
 _MEETING = """\
 # The address of rank 0's node as Slurm itself uses it: a node's name need not be in the DNS.
 MASTER_ADDR=$(insist scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))   # jobs that share a node do not meet, nor what calls from 32768 on
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))   # this job's own; outgoing connections have 32768 and above
 export MASTER_ADDR MASTER_PORT
 """
 _STILL_OURS = """\
-# Not ended by scancel, which is to stay so; nor gone on elsewhere, if this node was cut off meanwhile. What Slurm says
-# of the job stays in `now`.
+# Whether this job is still the one to go on with the run: scancel has not ended it, and Slurm has not started it again
+# elsewhere while this node was cut off. Slurm's answer is left in `now`.
 still_ours() {
   now=$(insist scontrol --oneliner show job "$job") ||
     { echo "job $job is left as it is, since Slurm does not say how it stands: $now" >&2; return 1; }
@@ -263,21 +265,21 @@ still_ours() {
 _REQUEUE = """\
   answer='Slurm has been told not to (Requeue=0), as `ldct-dist cancel` does'
   [[ $now == *" Requeue=0 "* ]] ||
-    { trap '' TERM; answer=$(insist scontrol requeue "$job") && exit 75; }   # twice is once; its TERM may come first
+    { trap '' TERM; answer=$(insist scontrol requeue "$job") && exit 75; }   # its TERM may come before its answer
   echo "not requeued: $answer" >&2
 """
 _CHAIN = """\
-  # Requeuing is not allowed: the next job is chained to this one, unless a person has cancelled the run.
+  # Requeuing is not allowed: the next job is chained to this one, unless somebody has cancelled the run.
   cd {folder} || exit
   if [ "$(cat cancelled 2>/dev/null)" != "$SLURM_JOB_ID" ]; then
-    # Not for the next job: what this one was told of itself, and what sbatch would take before the script's lines.
+    # Not passed on to the next job: variables about this one, and those that sbatch puts before the script's lines.
     foreign=$(compgen -e | grep -vxE {kept} | grep -xE \\
       -e {of_a_job} \\
       -e {beaten})
     for pause in 5 15 30 0; do   # Slurm may be busy
       next=$(unset $foreign; sbatch --parsable --dependency="afterany:$job" job.sbatch) && break
       sleep "$pause"
-      # It may have heard a call that it did not answer, and two jobs must not follow this one.
+      # Slurm may have taken the job without answering, and two jobs must not follow this one.
       next=$(squeue -h --me --name="$SLURM_JOB_NAME" -o '%A %E' | sed -n "s/ afterany:$job\\b.*//p")
       [ -z "$next" ] || break
     done
