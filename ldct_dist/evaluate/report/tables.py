@@ -65,11 +65,11 @@ def tests(study: Study, protocol: str) -> Table:
     caption = f"{protocol}: {_means(t.difference for _, t in found)}."
     most = max((t for _, t in found), key=lambda t: t.difference.n, default=None)
     if most is None or most.least_p is None:
-        caption += " Tests take two patients or more."
+        caption += " Tests need two patients or more."
     else:
         caption += (
             " Paired Wilcoxon tests over patients, Holm-corrected for all pairs of a measure. "
-            f"{most.difference.n} patients can give no p below {most.least_p:.2g}, and none below "
+            f"With {most.difference.n} patients, p is at least {most.least_p:.2g}, and at least "
             f"{most.least_p_holm:.2g} when corrected."
         )
     return Table(caption, ["pair", "measure", "mean difference", "p", "p, corrected", "patients"], rows)
@@ -81,9 +81,7 @@ def bias(study: Study) -> Table:
     rows = [[Cell(m, m), *(_estimate(row[t], 1, sign=True) for t in tissues)] for m, row in found.items()]
     means = _means(e for row in found.values() for e in row.values())
     ranges = minus(", ".join(f"{t} {TISSUES[t][0]:g} to {TISSUES[t][1]:g}" for t in tissues))
-    caption = (
-        f"Mean of image − full dose by tissue, told by the full dose's local mean in HU: {ranges}. {means}."
-    )
+    caption = f"Mean of image − full dose in each tissue, found by the full dose's local mean in HU: {ranges}. {means}."
     return Table(caption, ["method", *(f"{t}, HU" for t in tissues)], rows)
 
 
@@ -113,13 +111,13 @@ def physics(study: Study) -> Table:
     counted = f" in {patches.present} patches with one and {patches.absent} without" if patches else ""
     caption = (
         "Noise: median standard deviation in windows of 6 mm, at least 5 voxels, about a fitted plane, in the patients' "
-        "soft tissue; blotches wider than that do not show in it. TTF and d′: on a phantom with the kernel and the noise "
+        "soft tissue; wider blotches do not show in it. TTF and d′: on a phantom with the kernel and the noise "
         f"of {study.phantom_case or 'no case'}, in the same scans for every method. TTF 50 %: the frequency at which it "
-        "is down to a half; > where it is not up to the Nyquist frequency. d′, with its 95 % interval: of a channelised "
+        "has fallen to a half; > where it has not by the Nyquist frequency. d′, with its 95 % interval: of a channelised "
         "Hotelling observer without noise of its own, who sees one slice and looks for lesions of "
         f"{lesion}, balls, and rods across all slices,{counted}. Off (conspicuous in cases.csv): share of the body where "
-        "the difference from full dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise: what an image adds, "
-        "loses or blurs, and also the noise that it keeps, which is all that a simulated low dose is off by. "
+        "the difference from full dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise. It counts what an image "
+        "adds, loses or blurs, and the noise that it keeps, which is the only difference of a simulated low dose. "
         f"{_means(estimates)}."
     )
     return Table(caption, columns, rows)
@@ -191,8 +189,8 @@ def classification(found: dict[str, Any]) -> list[Table]:
     caption = (
         f"The same CNN trained on each kind of image, patients kept apart over {found['training']['folds']} folds; "
         f"{found['samples']} samples of {found['patients']} patients, 95 % intervals over patients (expanded percentile "
-        "bootstrap; none where no draw differs). Scores of all folds are pooled, and how they would vary with the training "
-        "is in no interval or test."
+        "bootstrap; none where no draw differs). Scores of all folds are pooled; no interval or test includes how they "
+        "would vary from training to training."
     )
     pairs = [
         [

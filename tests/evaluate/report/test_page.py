@@ -157,7 +157,7 @@ def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
     assert "fat −140 to −50, soft 0 to 120" in captions
     assert re.search(r"across all slices, in (\d+) patches with one and \1 without\.", captions)
     assert "Split test: 2 cases of 2 patients" in (report / "index.html").read_text()
-    assert "2 patients can give no p below 0.5, and none below 1 when corrected." in captions
+    assert "With 2 patients, p is at least 0.5, and at least 1 when corrected." in captions
 
 
 def test_one_legend_names_the_curves_of_all_pictures(report):
