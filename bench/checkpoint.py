@@ -1,9 +1,9 @@
 """How long does a save hold up training, against writing the same state synchronously?
 
-One rank with a network and an Adam state of over 1 GB. Synchronous: torch.save of the same tensors, fsync. Ours:
-what the training thread waits because of a save, that is, in `save` itself and in `staged` before the optimizer
-may change the weights; and besides, how much longer steps take while a save is written beside them. In turn, to the
-same disk. Memory is what the process holds above its state while a save is under way.
+One rank with a network and an Adam state of over 1 GB. Synchronous: torch.save of the same tensors, fsync. Ours: how
+long the training thread waits for a save (in `save` itself, and in `staged`, before the optimizer may change the
+weights), and how much longer steps take while a save is written beside them. The two take turns on the same disk.
+Memory is what the process holds in addition to its state during a save.
 """
 
 from __future__ import annotations

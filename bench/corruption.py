@@ -1,9 +1,9 @@
 """Is any damage to a checkpoint or to a store found before its content is used?
 
-A run of two ranks leaves checkpoints; then, one at a time, single bytes of the newest one are changed, or a file
-of it is cut short. Found means: the run would go on from the one before, and says why. In a store, single bits are
-flipped. Found means: verify names the place, and reading the whole store ends in a refusal wherever a voxel or a
-header would come out otherwise than it was written.
+A run of two ranks leaves checkpoints; then, one at a time, single bytes of the newest one are changed, or one of its
+files is cut short. Found means: the run would go on from the checkpoint before, and says why. In a store, single bits
+are flipped. Found means: verify names the place, and the store refuses to be read where a voxel or a header is not
+what was written.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What one GPU makes of this package: ceilings, training steps, a plain loop, the loader, whole volumes.
+"""How fast this package is on one GPU: ceilings, training steps, a plain loop, the loader, whole volumes.
 
     python bench/gpu.py                  # under 8 minutes on one GPU
-    python bench/gpu.py --tiny           # the same code on CPU, in small: its figures mean nothing
+    python bench/gpu.py --tiny           # the same code in small, on a CPU: its figures mean nothing
 
-Needs torch and the package's own dependencies; a part whose packages are missing is skipped, and named so. Parts run
-in the order of their worth, and what would begin after `--budget` seconds is skipped too. Rows go to stderr as they
-come; the last line of stdout is JSON:
+Needs torch and the package's own dependencies. The most important parts run first; a part is skipped, and listed, if
+its packages are missing, or if it would begin after `--budget` seconds. Rows go to stderr as they come; the last line
+of stdout is JSON:
 
 device, torch, cudnn    what ran where, and commit
 matmul_tflops           (a) the measured ceiling, bf16; `ceilings` has the copy's and the convolutions'
@@ -15,8 +15,8 @@ vs_monai_loop           (c) a plain loop's time over ours, eager or compiled: it
 data_wait               (d) share of a step that waits for the loader
 denoise_vs_monai        (e) our voxels a second over MONAI's sliding window: its defaults, and the same type and memory
 memory_error            (b) the planner's worst, over the measured peaks
-ranks                   how far the weights of one NCCL rank, and of two gloo ranks, are from those without either
-skipped, failed         part: why; a part that failed costs the others nothing, and makes the exit code 1
+ranks                   how far the weights of one NCCL rank, and of two gloo ranks, are from those of a process alone
+skipped, failed         part: why; after a part that failed the others still run, and the exit code is 1
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def run(device: torch.device, tiny: bool, bench: Bench) -> dict[str, Any]:
     wait = bench.part(
         "loader", lambda: _import("volumes").data_wait("xs" if tiny else "m", crop, 4 * crops, device, steps)
     )
-    ranks = bench.part("ranks", lambda: _import("ranks").proved(device))
+    ranks = bench.part("ranks", lambda: _import("ranks").differences(device))
     rows += _training(bench, ["cudnn benchmark"], {main_size: crops}, crop, device, peaks)
     rows += _training(bench, ["eager", "channels first"], nafnet, crop, device, peaks)
     others = ["full checkpointing", "selective checkpointing", "channels first", "compiled"]

@@ -3,8 +3,8 @@
 Both sides are commands, run in turn with the same number of worker processes over the same pairs of uncompressed
 series, files in the page cache. The bare loop reads each file, takes its pixels and stacks them: nothing is sorted,
 checked, hashed, compressed or written. Times are from a command's start to its end; `steady` leaves the start of
-processes out, as the slope between half of the cases and all. `cpu` figures are those of processor time, which other
-work on the machine changes little.
+processes out: it is the slope between half of the cases and all. `cpu` figures are processor time, which depends little
+on other work on the machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Does a run that is killed at any instant, saves and renames included, end as if it never had been?
+"""Does a run that is killed at any instant, saves and renames included, end as if nothing had happened?
 
-Two ranks train a small network and save every other step. Each start is killed by SIGKILL: within a step, or
-within a phase of a save, or just before or after one of its renames. Once a run is done, it is compared with
-one that nobody killed, and the next begins.
+Two ranks train a small network and save every other step. Each start is killed by SIGKILL: in a step, in a phase of a
+save, or just before or after one of its renames. Once a run is done, it is compared with one that was never killed, and
+the next begins.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How well `ldct-dist plan` foretells memory: predicted bytes against what a training process on CPU really grows by.
+"""How well does `ldct-dist plan` predict memory? Predicted bytes against how much a training process on CPU really grows.
 
     python bench/plan.py
 
 Each case trains two steps in a process of its own. Growth is the peak of resident memory (VmHWM) since before the
 network was built; the network has run once by then, so that code, oneDNN's kernels and their caches are not counted.
-glibc is told to hand large freed blocks back, or its own hoard would be measured. memory_error is the worst of the
-cases' |predicted / measured - 1|.
+glibc is told to return large freed blocks, or what it keeps would be measured as well. memory_error is the largest
+|predicted / measured - 1| of the cases.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
 """Is a network of this package the best denoiser of these patients, and does it keep what matters?
 
-    python bench/quality.py                                   # measures the weights there are: 16 to 30 minutes on 2 cores
-    python bench/quality.py --train --budget 28800            # first trains what is not trained, that long in all; resumable
+    python bench/quality.py                          # measures the weights in the repository: 16 to 30 minutes on 2 cores
+    python bench/quality.py --train --budget 28800   # first trains what is missing, for so many seconds in all; resumable
 
 Four quiet series of four patients (--data, see bench/leave_one_out/patients.py), a quarter of the dose simulated.
 Each patient is left out once: a network learns from two of the others and is chosen by the third; the filters are tuned
-on all three. Training is in bf16, ours at the end with faint lesions inserted and noise of many strengths; measuring in
-fp32. The last line printed is JSON:
+on all three. Training is in bf16, ours at the end with faint lesions and noise of many strengths; measuring is in fp32.
+The last line printed is JSON:
 
 rmse, ssim         by method: mean over patients, with the 95 % interval over patients; under `protocol`
 d_prime            the channelised Hotelling observer's, on a phantom with each patient's kernel and noise: of balls, and
                    of rods across all slices
-ours_minus         what each of these has more than low dose and RED-CNN, paired by patient, with intervals
+ours_minus         each of these figures less that of low dose, and of RED-CNN, paired by patient, with intervals
 worst_bias_hu      mean bias in the tissue class where it is furthest from 0, and its name
 goals              ours: first in RMSE, in SSIM; d' not below low dose's, RED-CNN's, by shape; every bias below 2 HU
 not_measured       methods without weights for every patient
-at_plateau         by patient: whether RED-CNN's training came to its plateau of validation; curves lie beside the weights
+at_plateau         by patient: whether RED-CNN's validation reached its plateau; its curves lie beside the weights
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def as_they_are(store: Path, work: Path, patient: str, steps: int, seconds: floa
 
 
 def with_lesions(plain: RunConfig) -> RunConfig:
-    """Fine-tuning of that run's best weights: one voxel of tissue in twelve is a lesion's, and the noise is as of other
-    doses, too, or it would suit the training patients' alone."""
+    """Fine-tuning of that run's best weights: one tissue voxel in twelve is part of a lesion, and the noise is that of
+    several doses, or the network would suit the training patients' noise alone."""
     assert plain.time_limit_s is not None
     steps = max(4, int(LESIONS_SHARE * plain.steps))
     every = {"every": steps // 4}

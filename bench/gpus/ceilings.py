@@ -11,7 +11,7 @@ from torch import nn
 from gpus.timing import LAYOUTS, seconds
 
 IN_A_ROW = 8
-"""so that waiting for the device, which takes as long as a small kernel, does not lower a ceiling"""
+"""calls timed together: waiting for the device takes as long as a small kernel, and would lower a ceiling"""
 
 
 def ceilings(device: torch.device, tiny: bool) -> dict[str, float]:

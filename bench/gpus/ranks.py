@@ -1,4 +1,4 @@
-"""Ranks on one device: one on NCCL, and two on gloo, whose steps must be those of a process without either."""
+"""Ranks on one device: one on NCCL, and two on gloo, whose steps must be those of a process alone."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ STEPS = 5
 PATIENCE = timedelta(seconds=60)
 
 
-def proved(device: torch.device) -> dict[str, float]:
-    """Largest difference of the weights, relative to how far training moved them: of one rank under DDP, on NCCL where
-    there is a GPU, and of two on gloo, each against a process alone."""
+def differences(device: torch.device) -> dict[str, float]:
+    """The largest difference of a weight from that of a process alone, relative to how far training moved them: for one
+    rank under DDP, on NCCL where there is a GPU, and for two ranks on gloo."""
     alone, start = _train(World(device=device))
     dist.init_process_group(
         backend_of(device), store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE
@@ -50,8 +50,7 @@ def _rank(rank: int, device: str, folder: str) -> None:
 
 
 def _train(world: World, ddp: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """All weights after and before some steps on a global batch of two crops, on the CPU. ddp: also for a single rank,
-    which needs none."""
+    """All weights, on the CPU, after and before some steps on a global batch of two crops. ddp: wrap a single rank, too."""
     torch.manual_seed(0)
     # In fp64: a GPU's TF32 rounds so much that Adam, which takes signs of small gradients, would differ after five steps.
     config = config_of("s", (4, 16, 16), 2, precision="fp64")

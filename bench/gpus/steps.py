@@ -27,13 +27,13 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config
     "selective checkpointing": {"model": {"activation_checkpointing": "selective"}},
     "cudnn benchmark": {},
 }
-FORETOLD = ("eager", "channels first", "full checkpointing", "selective checkpointing")
-"""by the planner, which knows kernels as they are called: the compiler makes others, and cuDNN's benchmark takes memory for
-what it tries"""
+PREDICTED = ("eager", "channels first", "full checkpointing", "selective checkpointing")
+"""variants whose memory the planner predicts; it knows neither the kernels that the compiler makes nor the memory that
+cuDNN's benchmark takes for what it tries"""
 
 
 def config_of(size: str, crop: tuple[int, int, int], crops: int, **changes: Any) -> RunConfig:
-    """`size` is unet3d's, or with a name before it that network's: nafnet3d-m."""
+    """size: of unet3d, or, after another network's name, of that network: nafnet3d-m."""
     name, _, size = size.rpartition("-")
     tree: dict[str, Any] = {
         "name": "bench",
@@ -98,7 +98,7 @@ def training(
         "roofline": (kernels * crops / 2 + update) / took,
         "voxels_per_s": crops * math.prod(config.data.crop) / took,
     }
-    if variant in FORETOLD and (measured := peak(device)) is not None:
+    if variant in PREDICTED and (measured := peak(device)) is not None:
         predicted = memory(STRATEGIES[0], config, activations, crops, crops, 1).without_batches_ahead
         row |= {
             "peak_bytes": measured - before,
@@ -110,8 +110,8 @@ def training(
 
 @contextmanager
 def _benchmarking(wanted: bool) -> Iterator[None]:
-    """cuDNN tries its kernels instead of guessing the best. It tries none for what is in its cache already, under a key
-    that TF32, of which bf16 takes no notice, is a part of."""
+    """Have cuDNN try its kernels instead of guessing the best. Where its cache already holds a choice it tries none, so
+    TF32, which is part of the cache's key and does nothing to bf16, is set to the other value."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
     if wanted:

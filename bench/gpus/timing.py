@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 LONG = 5.0
-"""seconds: a kernel without a fast implementation is not to take the other parts' time"""
+"""seconds; what takes longer is timed once, or a kernel without a fast implementation would use up the other parts' time"""
 LAYOUTS = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
 
 
 def seconds(act: Callable[[], Any], device: torch.device, least: float = 0.5) -> float:
-    """Median of repetitions that together take at least so many seconds, after two that warm up; the second of these
-    alone where it is LONG; on CPU, where figures mean nothing, a single one."""
+    """Median of as many repetitions as take `least` seconds, after two that warm up. The second of the two where it takes
+    over LONG. On a CPU, where figures mean nothing, the first."""
     if device.type == "cpu":
         return once(act, device)
     once(act, device)

@@ -26,7 +26,7 @@ from ldct_dist.world import World
 
 
 def data_wait(size: str, crop: tuple[int, int, int], crops: int, device: torch.device, steps: int) -> float:
-    """Share of the time of so many steps that they wait for data, after a few that warm up."""
+    """Share of the time of `steps` steps that is spent waiting for data, after a few that warm up."""
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(size, crop, crops, data={"threads": 4, "memory_mib": 4096})
         plan = Plan(_store(Path(folder) / "ct.zarr", crop), config.data, seed=0)
@@ -41,7 +41,7 @@ def data_wait(size: str, crop: tuple[int, int, int], crops: int, device: torch.d
                     batch = loader.batch(i)
                     handed = time.perf_counter()
                     if device.type == "cuda":
-                        # Idle but for the batch's way there, which other streams may still be at.
+                        # The stream has nothing else to do: it waits for the copy of the batch, if that is still on.
                         torch.cuda.current_stream(device).synchronize()
                     waited.append(loader.waited_s + time.perf_counter() - handed)
                     mask = mask_from_box(batch.box, batch.low.shape[2:], (0, 0, 0))
@@ -69,8 +69,9 @@ def denoising(size: str, shape: tuple[int, int, int], device: torch.device, tiny
     """Voxels a second of ours and of MONAI's (overlap 0.25, gaussian), and their ratios; ours alone without MONAI.
 
     defaults: our bf16 against MONAI in fp32; same: bf16 on both sides, and windows as large as what our network is given
-    at once, which take the same memory. Each on its second volume: the first looks for kernels. bf16_from_fp32: root
-    mean square of the difference of our two answers, as a share of the change, which faulty kernels would make large.
+    at once, which take the same memory. Each is timed on its second volume: on the first, cuDNN chooses kernels.
+    bf16_from_fp32: root mean square of the difference of our two answers, over that of the network's change; faulty
+    kernels would make it large.
     """
     hu = np.random.default_rng(0).normal(0, 200, shape).astype(np.int16)
     model = build(config_of(size, (8, 32, 32), 1).model).to(device).eval()

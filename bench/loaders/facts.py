@@ -1,4 +1,4 @@
-"""What is not a rate: memory, cost of opening and resuming, evenness, and what is read for what is used."""
+"""Figures of the loader besides its rate: memory, cost of opening and resuming, evenness, and how much is read for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = (16, 64, 64)
 
 
 def memory(cache: Path, batches: int) -> dict[str, float]:
-    """RSS of a loader at its defaults over many batches of 8 crops of 64^3: above that of the imports, and its growth."""
+    """RSS of a loader at its defaults over many batches of 8 crops of 64^3: its growth, and its peak above the imports."""
     before = _rss()
     plan = Plan(Store(cache / "store"), DataConfig(crop=(64, 64, 64)), seed=0)
     with Loader(plan) as loader:
@@ -87,7 +87,7 @@ class _Counting(Store):
 
 
 def reading(cache: Path) -> dict[str, float]:
-    """What is read for what is used, at the defaults.
+    """How much is read for what is used, at the defaults.
 
     read_amplification: voxels decoded over distinct voxels used, over whole blocks. bytes_read_per_voxel:
     int16 voxels are stored compressed. opens_per_block: files opened for a block, both doses together.
@@ -121,7 +121,7 @@ def reading(cache: Path) -> dict[str, float]:
 
 
 def staging(cache: Path) -> dict[str, float]:
-    """What copies on the node's own disk cost at the start, and what of the store is still opened afterwards."""
+    """What copies on the node's own disk cost at the start, and how often the store is still opened afterwards."""
     source, config = _small_store(cache, 10), DataConfig(crop=SMALL, reuse=1.0)
 
     def first_batch(stage: Path | None) -> Callable[[], None]:

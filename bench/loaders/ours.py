@@ -39,10 +39,10 @@ def batches(
 
 
 def limit(cache: Path, crop: tuple[int, int, int], threads: int, reuse: float) -> Batches:
-    """What cannot be left out: each chunk decoded by blosc, each crop copied out as float.
+    """Only what no loader can leave out: each chunk decoded by blosc, each crop copied out as float.
 
-    The same chunks and crops in the same order as `batches`, with the bytes in memory and found beforehand. No
-    checksums, and blocks are not put together. Threads share the lanes and go ahead without a word to each other.
+    The same chunks and crops in the same order as `batches`, with the bytes in memory and found beforehand. There are no
+    checksums, and chunks are not put together to blocks. Threads share the lanes and do not wait for each other.
     """
     source = plan(cache, crop, reuse, threads)
     done: Queue[tuple[torch.Tensor, torch.Tensor, list[str]]] = Queue(maxsize=4)
