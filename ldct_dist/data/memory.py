@@ -1,4 +1,4 @@
-"""Large arrays whose memory is reused."""
+"""Large arrays that reuse each other's memory."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class Copier:
         copy.check()
         # Checked last, since an ingest may have replaced the case while it was copied.
         if list(self.store.record(case).voxels) != self.store.table["voxels"][row].as_py():
-            raise DamagedError(f"case {case} was ingested anew")
+            raise DamagedError(f"case {case} was ingested again")
 
     def _copy_file(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Imported first, before numpy, by the server that an ingest's workers are forked from, and by the workers.
+"""One thread for each process of an ingest. Imported before numpy, by the server that workers are forked from, and by them.
 
-A worker has one core. What numpy and torch multiply with reads this when it is loaded; threads of theirs would take
-the cores of other workers, and make the server unsafe to fork from.
+A worker has one core. The libraries that numpy and torch calculate with read this when they are loaded; threads of
+theirs would take the cores of other workers, and make the server unsafe to fork from.
 """
 
 import os

@@ -135,7 +135,7 @@ def test_a_case_that_was_put_into_anothers_place_is_not_copied(store, tmp_path):
     layout.write_case(store, "case-000", {1.0: volume, 0.25: volume}, patient="p", split="train")
     lines: list[str] = []
     Copier(staged, staged.copies, lines.append).copy(EVERY_ARRAY)
-    assert "case case-000 was ingested anew" in lines[0]
+    assert "case case-000 was ingested again" in lines[0]
     assert not list(staged.copies.glob("cases/*/?.??"))
 
 

@@ -28,7 +28,7 @@ AHEAD = 8 * STRETCH
 
 
 class Disk:
-    """Room for tensors in `folder`. All of it is allocated at once, so that a run does not fail later for want of room.
+    """Room for tensors in `folder`. All of it is allocated at once, so that a run does not fail later for lack of room.
 
     The file has no name: it is gone when the process ends, however that ends, and no two processes share one.
     Raises UserError where there is no room.
