@@ -214,8 +214,11 @@ def test_images_are_averaged_before_the_window_cuts_them():
         ("label,case\n1\n", "line 2: it names no case"),
         ("patient,label\nL067,1\n,0\n", "line 3: it names no patient"),
         ("patient,slice,label\nL067,3,1\n", "no column case"),
-        ("case,label\na,1\na,1\na,0\n", "line 4: case a is labelled 1 further up"),
-        ("case,slice,label\na,,1\na,3,0\n", "line 3: case a has a label as a whole and one of a slice"),
+        ("case,label\na,1\na,1\na,0\n", "line 4: case a is labelled 1 in an earlier line"),
+        (
+            "case,slice,label\na,,1\na,3,0\n",
+            "line 3: case a has both a label for all of it and one for a slice",
+        ),
         ("case,label\n" + "a" * 200_000 + ",1\n", "cannot be read as CSV"),
     ],
 )
@@ -228,11 +231,11 @@ def test_mistakes_in_labels_name_the_line(tmp_path, text, told):
 def test_labels_of_nothing_evaluated_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file; give a CSV"):
         read_labels(tmp_path / "none.csv")
-    with pytest.raises(UserError, match="none of them is of a case"):
+    with pytest.raises(UserError, match="none is for a case"):
         Cohort({"x": {None: 1}}, WINDOW, {"y": "p"})
-    with pytest.raises(UserError, match="theirs are none at all"):
+    with pytest.raises(UserError, match="they are for no case at all"):
         Cohort({}, WINDOW, {"y": "p"})
-    with pytest.raises(UserError, match="theirs are x0, x1, x2, x3, and 996 more"):
+    with pytest.raises(UserError, match="they are for x0, x1, x2, x3, and 996 more"):
         Cohort({f"x{i}": {None: 1} for i in range(1000)}, WINDOW, {"y": "p"})
     with pytest.raises(UserError, match="slices 0 to 2, not 7"):
         Cohort({"x": {7: 1}}, WINDOW, {"x": "p"}).chosen("x", 3)
