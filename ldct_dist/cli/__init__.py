@@ -32,7 +32,7 @@ def main() -> None:
     except SystemExit as e:
         if e.code in ENDED:
             print(
-                f"{ENDED[e.code]}; the same command again goes on with what is whole, or starts over",
+                f"{ENDED[e.code]}; run the same command again: what was finished is kept, the rest is done again",
                 file=sys.stderr,
             )
         raise

@@ -16,15 +16,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Low-dose CT to full-dose quality with 3-D CNNs: DICOM in, training on any number of nodes, DICOM out.",
+    help="Train 3-D CNNs that denoise low-dose CT: from DICOM to DICOM, on one machine or many nodes.",
 )
 console = Console(soft_wrap=True, markup=False)  # words in brackets may be part of a path
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as optim.lr=3e-4 data.crop=[32,96,96]"),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace those of the config, such as optim.lr=3e-4 data.crop=[32,96,96]",
+    ),
 ]
-Site = Annotated[str | None, typer.Option(help="A profile in configs/sites, or a path to one")]
+Site = Annotated[str | None, typer.Option(help="Site profile: a name in configs/sites, or a path")]
 
 
 def notice(line: str) -> None:

@@ -21,21 +21,22 @@ if TYPE_CHECKING:
 @app.command()
 def ingest(
     source: Annotated[
-        Path, typer.Argument(help="Folder with the DICOM files, nested as it may be, or a manifest (CSV)")
+        Path, typer.Argument(help="Folder with the DICOM files, nested in any way, or a manifest (CSV)")
     ],
-    store: Annotated[Path, typer.Argument(help="The store to write, or to go on with")],
+    store: Annotated[Path, typer.Argument(help="The store to write; one that is there already is continued")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Overrides, such as pairing.kernel='B30*' split_of='{L067: test}'"
+            metavar="KEY=VALUE", help="Settings, such as pairing.kernel='B30*' split_of='{L067: test}'"
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with these settings")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with such settings")] = None,
     part: Annotated[
-        str, typer.Option(help="i/n: every n-th case from the i-th (from 0), for array jobs")
+        str,
+        typer.Option(help="i/n, for array jobs: only every n-th case, starting at case i (counted from 0)"),
     ] = "0/1",
 ) -> None:
-    """DICOM to a Zarr store; what is refused is listed and does not stop the others.
+    """Read DICOM into a Zarr store. Series that cannot be used are listed; the others go in all the same.
 
     Example: ldct-dist ingest /data/dicom /scratch/ct.zarr dose=0.25 splits='{train: 0.8, val: 0.1, test: 0.1}'
     """
@@ -74,15 +75,17 @@ def ingest(
 
 def _print_survey(survey: Survey) -> None:
     console.print(
-        f"cases to write: {survey.cases}, in {survey.files} files of about {size(survey.bytes)} "
-        f"({size(survey.free)} are free there, unless a quota leaves less)"
+        f"cases to write: {survey.cases} (in all {survey.files} files and about {size(survey.bytes)}; the disk has "
+        f"{size(survey.free)} free, a quota may leave less)"
     )
     if survey.bytes > survey.free:
-        notice("warning: the disk will probably be full before the end; cases that are whole by then stay")
+        notice(
+            "warning: the disk will probably fill up before the end; cases that are finished by then are kept"
+        )
     if survey.empty:
         notice(
-            f"warning: no patient falls into split {' or '.join(survey.empty)}; give larger shares by splits=, or name "
-            f"patients by split_of='{{PATIENT: {survey.empty[-1]}}}': cases that are there are not made again for that"
+            f"warning: split {' and '.join(survey.empty)} will hold no patient; raise the shares (splits=) or name patients "
+            f"(split_of='{{PATIENT: {survey.empty[-1]}}}') and run ingest again, which moves finished cases quickly"
         )
 
 
@@ -106,8 +109,10 @@ def _print_splits(store: Path, named: Iterable[str] = ()) -> None:
 
 
 @app.command()
-def finalise(store: Annotated[Path, typer.Argument(help="The store whose parts are all written")]) -> None:
-    """Write a store's catalogue, once every task of an array job has done its --part of the ingest.
+def finalise(
+    store: Annotated[Path, typer.Argument(help="A store whose parts have all been written")],
+) -> None:
+    """Write a store's catalogue, after all tasks of an array job have done their --part of the ingest.
 
     Example: ldct-dist finalise /scratch/ct.zarr
     """
@@ -122,7 +127,7 @@ def info(
     store: Annotated[Path, typer.Argument(help="A store")],
     cases: Annotated[bool, typer.Option("--cases", help="Also list every case")] = False,
 ) -> None:
-    """What a store holds: cases, doses, spacing, noise, splits, size.
+    """Show what a store holds: cases, doses, spacing, noise, splits, size.
 
     Example: ldct-dist info /scratch/ct.zarr
     """
@@ -148,13 +153,21 @@ def simulate(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="The scanner to assume, such as photons=2e5 cutoff_per_mm=0.8"
+            metavar="KEY=VALUE",
+            help="Settings of the simulated scanner, such as photons=2e5 cutoff_per_mm=0.8",
         ),
     ] = None,
-    dose: Annotated[float, typer.Option(help="Fraction of the dose to keep")] = 0.25,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other noise; every series has its own")] = 0,
+    dose: Annotated[
+        float, typer.Option(help="Dose of the new series, as a fraction of the full dose")
+    ] = 0.25,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of the noise; different series get different noise from the same seed"
+        ),
+    ] = 0,
 ) -> None:
-    """A DICOM series as it would look at a lower dose.
+    """Simulate a DICOM series at a lower dose.
 
     Example: ldct-dist simulate full/ quarter/ --dose 0.25
     """
@@ -181,7 +194,7 @@ def verify(
 ) -> None:
     """Check every byte of a store, a run's checkpoints or a weights file against the checksums written with it.
 
-    Names each fault, with its case and array, and ends with exit code 1 if there are any.
+    Lists each fault, with its case and array. Exit code 1 if there are any.
 
     Example: ldct-dist verify /scratch/ct.zarr
     """

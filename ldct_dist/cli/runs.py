@@ -22,19 +22,20 @@ def train(
         bool,
         typer.Option(
             "--allow-new-data",
-            help="Go on with a run although its store changed: weights, optimizer and step stay, samples are "
-            "other ones from here on, and patients held out now may have been trained on",
+            help="Resume although the store has changed since: weights, optimizer and step are kept, but the samples "
+            "differ from here on, and patients that are held out now may have been trained on before",
         ),
     ] = False,
 ) -> None:
-    """Train, or go on with a run that was stopped: the same command does both.
+    """Train a network, or resume a run that was stopped: it is the same command.
 
-    One process alone, or many under torchrun or srun. USR1, USR2, TERM and INT stop it with a checkpoint; a second
-    INT stops it at once.
+    Runs as one process, or as many under torchrun or srun. The signals USR1, USR2, TERM and INT (Ctrl-C) stop it with a
+    checkpoint; a second INT stops it at once.
 
-    Exit codes: 0 done; 75 stopped with a checkpoint, start again to go on; 76 a rank stopped answering, start again
-    to go on; 77 the same before this start had saved anything, read the line first; 70 taken over by a newer start;
-    65 losses out of hand, the line names the samples; 2 a mistake in what was given.
+    Exit codes: 0 done; 75 stopped with a checkpoint, start again to resume; 76 a rank stopped answering, start again
+    to resume; 77 the same, but nothing had been saved since this start, read the error first; 70 a newer start of the
+    run has taken over; 65 the loss got out of hand, the error names the samples; 2 a mistake in the command, the config
+    or the data, read the error.
 
     Example: ldct-dist train configs/mayo2016_unet3d.yaml store=/scratch/ct.zarr optim.lr=3e-4
     """
@@ -45,15 +46,17 @@ def train(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="The run's YAML; its store need not be there")],
+    config: Annotated[Path, typer.Argument(help="The run's YAML; its store need not exist yet")],
     overrides: Overrides = None,
-    gpus: Annotated[str, typer.Option(help="Numbers of GPUs")] = "8,64,512",
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to compare")] = "8,64,512",
     gpu: Annotated[
-        str, typer.Option(help="h100-80g, h200-141g, a100-80g, a100-40g or v100-32g")
+        str, typer.Option(help="Kind of GPU: h100-80g, h200-141g, a100-80g, a100-40g or v100-32g")
     ] = "h100-80g",
-    json: Annotated[bool, typer.Option("--json", help="Everything, bytes and seconds, for programs")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print all figures as JSON, in bytes and seconds")
+    ] = False,
 ) -> None:
-    """What a run will need and take: memory by part, what fits, step time, GPU-hours. Needs no GPU.
+    """Estimate what a run will need: memory by part, what fits, step time, GPU-hours. Needs no GPU.
 
     Example: ldct-dist plan configs/mayo2016_unet3d.yaml model.size=xl --gpus 8,64 --gpu a100-80g
     """
@@ -75,26 +78,34 @@ def plan(
 
 @app.command()
 def denoise(
-    weights: Annotated[Path, typer.Argument(help="weights.safetensors, a checkpoint, or a run")],
+    weights: Annotated[
+        Path, typer.Argument(help="A weights.safetensors, a checkpoint, or a run (its best weights)")
+    ],
     source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],
     out: Annotated[Path, typer.Argument(help="Folder for the derived series")],
     part: Annotated[
         str | None,
-        typer.Option(help="i/n: SOURCE holds a folder a case; every n-th of them from the i-th (from 0)"),
+        typer.Option(
+            help="i/n, for array jobs: SOURCE holds one folder per case; denoise only every n-th, starting at case i (counted from 0)"
+        ),
     ] = None,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Quicker on GPUs; how a run with precision=bf16 validates itself")
+        bool,
+        typer.Option(
+            "--bf16",
+            help="Calculate in bf16: faster on GPUs, and what validation does in a run with precision=bf16",
+        ),
     ] = False,
     strength: Annotated[
         float,
         typer.Option(
-            help="Share of what the network changes; below 1, some of the noise stays, and what it hides"
+            help="Share of the network's change to apply, above 0 and up to 1; below 1, some of the noise stays"
         ),
     ] = 1.0,
 ) -> None:
-    """Denoise DICOM series into derived DICOM series, on a GPU where there is one.
+    """Denoise DICOM series and write the results as derived DICOM series. Uses a GPU if there is one.
 
-    Stopped amid several series or cases, the same command goes on with what is missing.
+    If it is stopped part-way through several series or cases, the same command does those that are missing.
 
     Example: ldct-dist denoise runs/mayo/ /data/patient-7 /data/patient-7-denoised
     """
@@ -136,46 +147,58 @@ def evaluate(
         list[Path],
         typer.Argument(
             metavar="WEIGHTS... STORE",
-            help="Any number of weights.safetensors, checkpoints or runs; last, a store",
+            help="One or more weights.safetensors, checkpoints or runs; then the store",
         ),
     ],
-    split: Annotated[str, typer.Option(help="Which cases: those held out, or val, or train")] = "test",
+    split: Annotated[str, typer.Option(help="The cases to evaluate: test, val or train")] = "test",
     protocol: Annotated[
         str,
         typer.Option(
-            help="Window, what counts, averaging and dose: chest, abdomen, neuro, full-range, ldctbench-chest, "
-            "ldctbench-abdomen, ldctbench-neuro or redcnn-l506; or one of them with -3d"
+            help="Sets the window, which voxels count, how to average, and the dose: chest, abdomen, neuro, full-range, "
+            "ldctbench-chest, ldctbench-abdomen, ldctbench-neuro or redcnn-l506; add -3d to measure in 3-D"
         ),
     ] = "abdomen",
     dose: Annotated[
-        float | None, typer.Option(help="Dose fraction of the input; without it, the protocol's")
+        float | None,
+        typer.Option(help="Dose of the input, as a fraction of full dose; default: the protocol's"),
     ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="See denoise; tables say so")] = False,
-    strength: Annotated[float, typer.Option(help="See denoise; tables say so")] = 1.0,
-    out: Annotated[Path | None, typer.Option(help="Folder for a report: HTML, JSON, CSV")] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Calculate in bf16, as denoise --bf16 does; the tables say so")
+    ] = False,
+    strength: Annotated[float, typer.Option(help="As denoise --strength; the tables say so")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Write a report (HTML, JSON, CSV) to this folder")] = None,
     baselines: Annotated[
-        str, typer.Option(help="Filters that the report compares, tuned on another split; '' for none")
+        str,
+        typer.Option(help="Classic filters to compare in the report, tuned on the other splits; '' for none"),
     ] = "gaussian,bilateral,nlm,tv",
     peer: Annotated[
-        list[str] | None, typer.Option(help="name=module:function, a function of a Volume that gives HU")
+        list[str] | None,
+        typer.Option(
+            help="Another method to compare, as NAME=MODULE:FUNCTION; the function takes a Volume and returns HU. Repeatable"
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="CSV (case,label or case,slice,label or patient,label; 0 or 1): the report classifies, too"
+            help="CSV with the columns case,label or case,slice,label or patient,label (0 or 1): adds a classification "
+            "task to the report"
         ),
     ] = None,
     key: Annotated[
         Path | None,
         typer.Option(
-            help="Of the ingest, where labels are of patients and it is not STORE.key beside the store"
+            help="Key file of the ingest, needed if --labels names patients and the key is not at STORE.key"
         ),
     ] = None,
-    cases_shown: Annotated[int, typer.Option(min=0, help="Cases of which the report holds images")] = 3,
-    lesion_mm: Annotated[float, typer.Option(help="Diameter of the model observer's lesions, mm")] = 6.0,
-    lesion_hu: Annotated[float, typer.Option(help="Contrast of the model observer's lesions, HU")] = 15.0,
+    cases_shown: Annotated[
+        int, typer.Option(min=0, help="Number of cases that the report shows images of")
+    ] = 3,
+    lesion_mm: Annotated[
+        float, typer.Option(help="Diameter in mm of the lesions that the model observer looks for")
+    ] = 6.0,
+    lesion_hu: Annotated[float, typer.Option(help="Contrast of those lesions, in HU")] = 15.0,
 ) -> None:
-    """Low dose against denoised on a store's held-out cases: a table, and with --out a whole report.
+    """Compare low dose and denoised with full dose on a store's held-out cases: prints a table; --out adds a report.
 
     Example: ldct-dist evaluate runs/a/ runs/b/ /scratch/ct.zarr --out report/
     """
@@ -206,7 +229,7 @@ def demo(
     config: Annotated[Path, typer.Argument(help="The demo's YAML")] = DEMO_CONFIG,
     overrides: Overrides = None,
 ) -> None:
-    """The main job on real CT in a few minutes: ingest, train, kill, resume, denoise, compare."""
+    """Run the whole pipeline on real CT in a few minutes: ingest, train, kill, resume, denoise, compare."""
     from ldct_dist.demo import run
 
     if "=" in str(config) and not config.exists():  # an override, and the config left out

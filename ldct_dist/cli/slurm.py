@@ -19,30 +19,37 @@ def submit(
         list[str],
         typer.Argument(
             metavar="CONFIG|ingest|denoise|KEY=VALUE|--SBATCH-OPTION=VALUE",
-            help="The run's YAML, overrides, and options of sbatch: --nodes 2 --gpus-per-node 4 --time 24:00:00",
+            help="The run's YAML, settings (optim.lr=3e-4), and sbatch options (--nodes 2 --gpus-per-node 4 --time 24:00:00)",
         ),
     ],
     cluster: Annotated[
         str,
         typer.Option(
-            help="slurm; for a run also local: here, in the background; debug: here, in this process"
+            help="slurm; or, for training only, local (this machine, in the background) or debug (this process)"
         ),
     ] = "slurm",
     site: Site = None,
-    allow_new_data: Annotated[bool, typer.Option("--allow-new-data", help="See train")] = False,
+    allow_new_data: Annotated[bool, typer.Option("--allow-new-data", help="As for train")] = False,
     parts: Annotated[
         int | None,
-        typer.Option(help="Tasks of an array: 8 for ingest; for denoise as many as cases, at most 256"),
+        typer.Option(
+            help="Number of array tasks; default: 8 for ingest, one per case (at most 256) for denoise"
+        ),
     ] = None,
-    at_once: Annotated[int | None, typer.Option(help="Tasks of an array that run at a time, at most")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, submit nothing")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(help="Maximum number of array tasks that run at the same time")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job script and submit nothing")
+    ] = False,
 ) -> None:
-    """Train as a job: requeued, and going on, after the time limit, preemption, a node failure or a hang.
+    """Submit a job to Slurm that trains, and that is requeued after the time limit, preemption, a node failure or a hang.
 
-    The code and the config are copied into the run's folder, and requeues run these copies. One rank a GPU; on
-    CPUs, --ntasks-per-node says how many.
+    Code and config are copied into the run's folder, and requeued jobs use these copies. There is one rank per GPU; on
+    CPUs, set the number of ranks by --ntasks-per-node.
 
-    `submit ingest SOURCE STORE` and `submit denoise WEIGHTS COHORT OUT`, a folder of cases, are arrays.
+    `submit ingest SOURCE STORE` and `submit denoise WEIGHTS COHORT OUT` submit array jobs; COHORT is a folder with one
+    folder per case.
 
     Example: ldct-dist submit configs/mayo2016_unet3d.yaml optim.lr=3e-4 --nodes 2 --gpus-per-node 4
     --time 24:00:00 --partition gpu
@@ -97,13 +104,15 @@ def _submit_array(
 @app.command()
 def status(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="Runs, or folders of runs; without any: runs/")
+        list[Path] | None, typer.Argument(help="Runs, or folders of runs; default: runs/")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts: a list of objects")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, for scripts")] = False,
 ) -> None:
-    """How runs are: their state in Slurm, step, loss, speed, last checkpoint and its age, time to go.
+    """Show how runs are doing: state, step, loss, speed, last checkpoint and its age, time left.
 
-    Works without Slurm, too. Example: ldct-dist status runs/mayo runs/sweep
+    Works with and without Slurm.
+
+    Example: ldct-dist status runs/mayo runs/sweep
     """
     import json
     import time
@@ -124,9 +133,9 @@ def status(
 @app.command()
 def cancel(
     run: Annotated[Path, typer.Argument(help="The folder of a run")],
-    grace: Annotated[float, typer.Option(help="Seconds that saving and stopping may take")] = 600.0,
+    grace: Annotated[float, typer.Option(help="Seconds to wait for the run to save and stop")] = 600.0,
 ) -> None:
-    """Stop a run, saving a checkpoint first; no requeue follows. Starting it again goes on from there.
+    """Save a checkpoint and stop a run, without a requeue. Starting it again resumes it.
 
     Example: ldct-dist cancel runs/mayo
     """
@@ -141,21 +150,26 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="CONFIG|--SRUN-OPTION=VALUE",
-            help="The run's YAML, to check the time to save and the room it needs; for --nodes, options of srun",
+            help="The run's YAML, to check how long saving takes and the disk space; with --nodes, also srun options",
         ),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="As a job on so many nodes; without it, this machine alone")
+        int | None,
+        typer.Option(min=1, help="Check as a job on this many nodes; default: check this machine only"),
     ] = None,
     tasks: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks a node; without it, one a GPU, and two on a machine without"),
+        typer.Option(min=1, help="Ranks per node; default: one per GPU, or two on a machine without GPUs"),
     ] = None,
     site: Site = None,
-    runs: Annotated[Path | None, typer.Option(help="The folder of runs; else the config's, or runs/")] = None,
-    write_mib: Annotated[int, typer.Option(min=1, help="MiB a rank writes to measure the speed")] = 64,
+    runs: Annotated[
+        Path | None, typer.Option(help="The folder for runs; default: the config's, or runs/")
+    ] = None,
+    write_mib: Annotated[
+        int, typer.Option(min=1, help="MiB that each rank writes to measure the disk's speed")
+    ] = 64,
 ) -> None:
-    """Is this site fit for a run? One line a check, green or what to do. Run it before the first big job.
+    """Check that a site can run training: one line per check, ok or what to do. Run it before the first big job.
 
     Example: ldct-dist doctor configs/mayo2016_unet3d.yaml --nodes 2 --tasks 4 --gpus-per-node 4 --partition gpu
     """
@@ -203,24 +217,23 @@ def doctor_rank(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def sweep(
-    config: Annotated[Path, typer.Argument(help="The YAML that the runs share")],
+    config: Annotated[Path, typer.Argument(help="The YAML that all the runs share")],
     axes: Annotated[
         list[str],
         typer.Argument(
             metavar="KEY=VALUE,...|--SBATCH-OPTION=VALUE",
-            help="Such as lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --partition=gpu",
+            help="Values to combine, and sbatch options: lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --partition=gpu",
         ),
     ],
     cluster: Annotated[
-        str, typer.Option(help="slurm: one array job; local: here, one after the other")
+        str, typer.Option(help="slurm (one array job) or local (this machine, one run after the other)")
     ] = "slurm",
     site: Site = None,
 ) -> None:
-    """Train every combination of the given values; TensorBoard's HParams view holds them side by side.
+    """Train every combination of the given values; TensorBoard's HParams tab compares the runs.
 
-    A key is dotted (optim.lr) or its last part where only one ends so (lr); model=unet3d-s is a network and its
-    size. Options of sbatch are for each run. The same sweep again goes on with the runs that are neither done nor
-    queued.
+    Keys may be shortened where that is unambiguous (lr for optim.lr); model=unet3d-s sets network and size. sbatch
+    options apply to each run. Run the same sweep again to start the runs that are neither done nor queued.
 
     Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --gpus-per-node 4
     --time 24:00:00

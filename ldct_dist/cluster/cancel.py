@@ -43,7 +43,9 @@ def cancel(run: Path, grace_s: float, say: Say = print) -> None:
     else:
         raise UserError(f"{run}: it is {row.state}; there is nothing to cancel")
     after = read_progress(run)
-    kept = f"its checkpoint is of step {after.checkpoint}" if after.checkpoint else "it has no checkpoint"
+    kept = (
+        f"its last checkpoint is of step {after.checkpoint}" if after.checkpoint else "it has no checkpoint"
+    )
     say(f"cancelled at step {after.step}; {kept}")
 
 

@@ -42,7 +42,7 @@ def shaped(given: Options, site: Site) -> dict[str, str | bool]:
         options["ntasks-per-node"] = str(gpus or 1)
     if gpus and number(options, "ntasks-per-node") != gpus:
         raise UserError(
-            f"{options['ntasks-per-node']} ranks a node for {gpus} GPUs: a rank takes one GPU; leave "
+            f"{options['ntasks-per-node']} ranks per node for {gpus} GPUs: each rank takes one GPU; leave "
             "--ntasks-per-node out"
         )
     return options

@@ -122,8 +122,8 @@ def in_queue(runs: Iterable[Path]) -> dict[Path, Job]:
     known, fault = jobs.ask({job for job in ids.values() if job is not None})
     if fault is not None:
         raise UserError(
-            f"an earlier job may still be there, which could not be asked ({fault}); nothing was submitted: do this on a "
-            "login node, or, if you know of none, go on with `ldct-dist train`"
+            f"an earlier job of this run may still exist, but Slurm could not be asked ({fault}); nothing was submitted: "
+            "submit from a login node, or, if you know that there is no such job, go on with `ldct-dist train`"
         )
     found = {run: known[job] for run, job in ids.items() if job is not None and job in known}
     return {run: job for run, job in found.items() if job.active and _at_work(_look(run), job, now)}
@@ -182,7 +182,7 @@ def _notes(folder: Path, state: str, progress: Progress, job: Job | None) -> Ite
     if state in ("failed", "stopped") and error is not None:
         yield error
     if state in ("failed", "stopped", "cancelled") and progress.step > (progress.checkpoint or 0):
-        yield f"{progress.step - (progress.checkpoint or 0)} steps after its checkpoint; started again, they are done again"
+        yield f"{progress.step - (progress.checkpoint or 0)} steps since its last checkpoint, which the next start will repeat"
 
 
 def render(rows: Sequence[Row], now: float, width: int | None) -> str:

@@ -97,8 +97,8 @@ def patient_folds(labels: np.ndarray, patients: np.ndarray, folds: int, seed: in
     )
     if min(positive.sum(), negative.sum()) < folds:
         raise UserError(
-            f"classification: {positive.sum()} patients have positive samples and {negative.sum()} have negative ones, "
-            f"too few for {folds} folds; label more patients"
+            f"classification: of the patients that are evaluated, {positive.sum()} have samples labelled 1 and "
+            f"{negative.sum()} have samples labelled 0; label at least {folds} of each, since it trains on {folds} folds"
         )
     rng = np.random.default_rng(seed)
     dealt = np.concatenate([rng.permutation(names[positive]), rng.permutation(names[~positive])])

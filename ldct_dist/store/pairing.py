@@ -84,7 +84,7 @@ def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tup
     """
     if source.is_file():
         if config.layout not in ("auto", "manifest"):
-            raise UserError(f"{source}: a file, but pairing.layout={config.layout} is about folders")
+            raise UserError(f"{source}: a file, but pairing.layout={config.layout} takes a folder")
         pairs, refused = _by_manifest(source, config, share_out)
     elif config.layout == "manifest":
         raise UserError(f"{source}: not a file; pairing.layout=manifest takes the CSV itself as the source")
@@ -95,7 +95,7 @@ def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tup
     sound, mismatched = _check_grids(pairs, config.check)
     if not (sound or mismatched or refused):
         raise UserError(
-            f"{source}: pairing.kernel, thickness_mm and dose leave no series of those that are there"
+            f"{source}: no series matches pairing.kernel, pairing.thickness_mm and pairing.dose"
             if found
             else f"{source}: no DICOM files below it"
         )
@@ -115,7 +115,7 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
     wanted = [s for s in series if _wanted(s, config)]
     if not wanted and not refused:
         raise UserError(
-            f"{source}: none of its {len(series)} series has that pairing.kernel and thickness_mm"
+            f"{source}: none of its {len(series)} series matches pairing.kernel and pairing.thickness_mm"
         )
     if layout == "simulate":
         pairs = []
@@ -141,14 +141,14 @@ def _recognised(series: Sequence[Series], source: Path) -> str:
             return name
     for one in series:
         if _SAYS_LOW.search(str(one.paths[0].parent.relative_to(source))):
-            raise UserError(_not_full(one, "its folder says low dose, in no layout that is known"))
+            raise UserError(_not_full(one, "its folder says low dose, but the layout is unknown"))
         if one.is_own_output:
-            raise UserError(_not_full(one, "made by ldct_dist, no full dose"))
+            raise UserError(_not_full(one, "made by ldct_dist, so not a full dose"))
     return "simulate"
 
 
 def _not_full(series: Series, why: str) -> str:
-    return f"{series.name}: {why}; pair it by a manifest, or set pairing.layout=simulate to take every series for full dose"
+    return f"{series.name}: {why}; pair it by a manifest, or set pairing.layout=simulate to take every series as full dose"
 
 
 def _by_patient(series: Sequence[Series], folders: Folders) -> tuple[list[Pair], list[Refusal]]:
@@ -176,13 +176,13 @@ def _by_manifest(path: Path, config: PairingConfig, share_out: Map) -> tuple[lis
     pairs: list[Pair] = []
     refused = [Refusal(str(path), str(e)) for e in errors]
     if not rows and not refused:
-        raise UserError(f"{path}: no rows; write one a case")
+        raise UserError(f"{path}: no rows; write one per case")
     if config.dose is not None:
         rows = [row for row in rows if row.dose in (None, config.dose)]
     taken: set[str] = set()
     for row, found in zip(rows, share_out(partial(_pair_of, config), rows), strict=True):
         if row.case in taken:
-            found = UserError(f"case {row.case} stands there twice; name each once, or set pairing.dose")
+            found = UserError(f"case {row.case} is listed twice; list each once, or set pairing.dose")
         if isinstance(found, UserError):
             refused.append(Refusal(row.where, f"{row.where}: {found}"))
         else:
@@ -194,7 +194,7 @@ def _by_manifest(path: Path, config: PairingConfig, share_out: Map) -> tuple[lis
 def _pair_of(config: PairingConfig, row: Row) -> Pair | UserError:
     """The pair that the row describes, or why there is none."""
     if config.dose is not None and row.low is not None and row.dose is None:
-        return UserError("no dose, by which pairing.dose chooses; fill it in")
+        return UserError("no dose, which pairing.dose needs; fill it in")
     try:
         full, low = (_series_in(folder, config) if folder else None for folder in (row.full, row.low))
     except UserError as e:
@@ -202,7 +202,7 @@ def _pair_of(config: PairingConfig, row: Row) -> Pair | UserError:
     assert full is not None
     if names_patient(row.case, full.paths[0], (row.patient, full.patient_id)):
         return UserError(
-            f"case {row.case} names the patient, and would stand in the store for all to read; call it otherwise"
+            f"case {row.case} names the patient, and the store would show that to everybody; rename it"
         )
     return Pair(full, row.patient, low, row.case, row.dose, row.split)
 

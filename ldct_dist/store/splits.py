@@ -38,7 +38,7 @@ def check_named(
     for pattern in patterns:
         if pattern not in deciding:
             raise UserError(
-                f"split_of: {pattern!r} decides for no patient: {_why_idle(pattern, pairs, refused)}"
+                f"split_of: {pattern!r} applies to no patient: {_why_idle(pattern, pairs, refused)}"
             )
 
 
@@ -55,8 +55,8 @@ def split_of_each(pairs: Sequence[Pair], key: bytes, shares: Shares, patterns: P
 def _check_name(split: str, shares: Shares) -> None:
     if split not in shares:
         raise UserError(
-            f"split {split!r} is none of {', '.join(shares)}; correct it, or add it to splits "
-            "(a share of 0 will do)"
+            f"split {split!r} is not one of {', '.join(shares)}; correct it, or add it to splits "
+            "(with a share of 0 if no patient is to be drawn for it)"
         )
 
 
@@ -75,10 +75,10 @@ def _pattern(pair: Pair, patterns: Patterns) -> str | None:
 def _why_idle(pattern: str, pairs: Sequence[Pair], refused: Sequence[Refusal]) -> str:
     patients = sorted({pair.patient for pair in pairs})
     if any(fnmatchcase(patient, pattern) for patient in patients):
-        return "an earlier one, or the manifest, does for all that it fits; put it first, or leave it out"
+        return "an earlier pattern, or the manifest, decides for all patients that it matches; put it first, or leave it out"
     called = ", ".join(patients[:_NAMED]) + (", ..." if len(patients) > _NAMED else "")
     lacking = f", and some were refused, the first for: {refused[0].reason}" if refused else ""
-    return f"they are called {called}{lacking}; correct it (* stands for any letters), or leave it out"
+    return f"the patients are {called}{lacking}; correct it (* matches any characters), or leave it out"
 
 
 def _drawn(patient: str, key: bytes, shares: Shares) -> str:
@@ -99,7 +99,7 @@ def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:
     if leaking:
         where = ", ".join(pair.name or str(pair.full.paths[0].parent) for pair in leaking[:6])
         raise UserError(
-            f"{len(leaking)} cases of one patient or study would stand in more than one split ({where}); "
+            f"{len(leaking)} cases of one patient or study would be in more than one split ({where}); "
             "give all cases of a patient one split"
         )
 

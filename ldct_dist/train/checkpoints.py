@@ -103,9 +103,9 @@ class Checkpoints:
         sound, _ = retention.newest_first(self.folder.checkpoints)
         if sound and sound[0][1].state["store"] != self.store and not self.allow_new_data:
             raise UserError(
-                f"{self.config.store} is not the store that {self.folder.path} was trained on (another "
-                "fingerprint): give the run its store back, start a new run with init_from, or let this one go on "
-                "with other data by --allow-new-data"
+                f"{self.config.store} is not the store that {self.folder.path} was trained on (its "
+                "fingerprint differs): give the run its old store, start a new run with init_from=, or continue this "
+                "one on the new data with --allow-new-data"
             )
         return generations.claim(self.folder.generations)
 
@@ -175,8 +175,8 @@ def _other_arithmetic(before: dict[str, Any], now: dict[str, Any]) -> str | None
     changed = [key for key in now if before.get(key) != now[key]]
     if not changed:
         return None
-    way_back = f"; threads={before['threads']} gives the order back" if changed == ["threads"] else ""
+    way_back = f"; threads={before['threads']} would make them match" if changed == ["threads"] else ""
     return (
-        f"sums are added in another order than before ({', '.join(f'{k} {before.get(k)}, now {now[k]}' for k in changed)}): "
-        f"the samples are the same, losses agree to rounding but not bit for bit{way_back}"
+        f"note: {', '.join(f'{k} {before.get(k)}, now {now[k]}' for k in changed)}: the samples stay the same, but sums are "
+        f"rounded differently from here on, so losses do not match the unbroken run in every last digit{way_back}"
     )

@@ -76,13 +76,13 @@ def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
         ]
         if unlike:
             world.refuse(
-                f"{name} was given something else than rank 0: {few(unlike)}; start all ranks with one config and "
+                f"{name} was given other settings than rank 0: {few(unlike)}; start all ranks with one config and "
                 "one store, once every node sees both as they are"
             )
 
 
 def note_on_margin(config: RunConfig, model: Denoiser, store: Store) -> str | None:
-    """How much of a crop the loss counts, for a user who has not set loss.margin; None if it is set."""
+    """How much of a crop the loss counts, for a user who has not set loss.margin; None if it is set, or if all counts."""
     if config.loss.margin is not None:
         return None
     longest = store.triples("shape")[store.split(config.data.split)].max(axis=0)
@@ -90,10 +90,12 @@ def note_on_margin(config: RunConfig, model: Denoiser, store: Store) -> str | No
     # Crops as long as the volumes have no inner faces.
     z, y, x = (m if n > c else 0 for m, n, c in zip(margins, longest, config.data.crop, strict=True))
     margin = (z, y, x)
+    if not any(margin):
+        return None
     return (
-        f"note: of the {model.radius} voxels (z, y, x) that {config.model.name} sees to each side, the loss leaves out "
-        f"{margin} at a crop's inner faces: {100 * share_counted(margin, config.data.crop):.0f} % of a crop counts. "
-        "Larger crops, or loss.margin, change that"
+        f"note: {100 * share_counted(margin, config.data.crop):.0f} % of a crop's voxels count in the loss. It leaves out "
+        f"{margin} voxels (z, y, x) next to faces where the crop was cut out of its volume: {config.model.name} sees "
+        f"{model.radius} voxels to each side. Larger crops, or a smaller loss.margin, make more of them count"
     )
 
 

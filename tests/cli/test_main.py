@@ -27,7 +27,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 130
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "the same command again goes on" in lines[0]
+    assert "run the same command again" in lines[0]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_term_is_one_line_and_143_and_leaves_nothing_behind(simulated_until, tmp
     assert code == 143
     assert after == before
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "terminated; the same command again goes on with what is whole, or starts over"
+    assert line == "terminated; run the same command again: what was finished is kept, the rest is done again"
     assert os.listdir(tmp_path) == ["full"]
 
 

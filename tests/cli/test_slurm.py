@@ -148,8 +148,10 @@ def test_what_an_earlier_submission_left_stays_where_slurm_cannot_be_reached(fol
     kept.write_text('{"job": "7"}')
     assert "on a login node, or with --cluster local" in refused(folder, monkeypatch, capfd, *VERBS["submit"])
     line = refused(folder, monkeypatch, capfd, *VERBS["submit"], "--cluster=local")
-    assert line.startswith("error: an earlier job may still be there")
-    assert "on a login node, or, if you know of none, go on with `ldct-dist train`" in line
+    assert line.startswith("error: an earlier job of this run may still exist")
+    assert (
+        "from a login node, or, if you know that there is no such job, go on with `ldct-dist train`" in line
+    )
     assert kept.read_text() == '{"job": "7"}'
 
 

@@ -270,7 +270,7 @@ def test_a_task_of_an_array_may_take_fewer_gpus_than_a_rank_of_the_site(tmp_path
         (["--nodes", "two"], "--nodes=two: give a number"),
         (["--gpus=8", "--nodes=2"], "--gpus=8: say how many GPUs of a node"),
         (["--gpus-per-task=1"], "--gpus-per-task=1: say how many"),
-        (["--gres=gpu:4", "--ntasks-per-node=2"], "2 ranks a node for 4 GPUs"),
+        (["--gres=gpu:4", "--ntasks-per-node=2"], "2 ranks per node for 4 GPUs"),
         (["--comment", "a\nb"], "control character"),
         (["name=$(touch pwned)"], "name: "),
         (["name=a b"], "name: "),

@@ -204,7 +204,7 @@ def test_a_run_lives_by_its_pid_here_and_by_its_latest_sign_elsewhere(tmp_path):
     }
     assert status([tmp_path / "here"])[0][0].state == "stopped"
     (row,) = (r for r in rows if r.name == "silent")
-    assert row.notes == ["10 steps after its checkpoint; started again, they are done again"]
+    assert row.notes == ["10 steps since its last checkpoint, which the next start will repeat"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_patient_is_in_one_fold_and_classes_in_all():
     assert all(len(set(fold[patients == p])) == 1 for p in patients)
     for k in range(4):
         assert set(labels[fold == k]) == {0, 1}
-    with pytest.raises(UserError, match="too few for 4 folds"):
+    with pytest.raises(UserError, match="label at least 4 of each"):
         patient_folds(labels[:8], patients[:8], 4, seed=0)
 
 

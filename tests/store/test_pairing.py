@@ -89,7 +89,9 @@ def test_mayo_2016_variants_are_told_apart_by_kernel_and_thickness(tmp_path):
     ):
         ((pair,), refused) = find_pairs(tmp_path, PairingConfig(**settings))
         assert (pair.full.paths[0].parent.name, refused) == (folder, [])
-    with pytest.raises(UserError, match=r"none of its 6 series has that pairing\.kernel and thickness_mm"):
+    with pytest.raises(
+        UserError, match=r"none of its 6 series matches pairing\.kernel and pairing\.thickness_mm"
+    ):
         find_pairs(tmp_path, PairingConfig(kernel="LUNG"))
 
 
@@ -107,7 +109,7 @@ def test_folders_named_by_dose_alone_pair_as_well(tmp_path, full, low):
 @pytest.mark.parametrize("folder", ["low_dose", "L067/reduced-dose-images", "lowdose 1"])
 def test_a_folder_that_says_low_dose_is_not_simulated_from_unasked(tmp_path, folder):
     write_series(tmp_path / folder, anatomy(), Options(patient="A"))
-    with pytest.raises(UserError, match="says low dose, in no layout that is known; pair it by a manifest"):
+    with pytest.raises(UserError, match="says low dose, but the layout is unknown; pair it by a manifest"):
         find_pairs(tmp_path, PairingConfig())
     assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 1
     assert len(find_pairs(tmp_path / folder, PairingConfig())[0]) == 1  # named itself, it is what is meant
@@ -146,7 +148,7 @@ def test_what_was_made_here_is_not_simulated_from_unasked(tmp_path):
     series = one_series(tmp_path / "in")
     write_simulated(series, read_series(series).hu, tmp_path / "out", 0.25)
     with pytest.raises(
-        UserError, match=r"out: series .*: made by ldct_dist, no full dose; pair it by a manifest"
+        UserError, match=r"out: series .*: made by ldct_dist, so not a full dose; pair it by a manifest"
     ):
         find_pairs(tmp_path, PairingConfig())
     assert len(find_pairs(tmp_path, PairingConfig(layout="simulate"))[0]) == 2
@@ -219,7 +221,7 @@ def test_a_manifest_says_case_patient_dose_and_split(tmp_path, threads):
         ("anna,Anna,a/full,a/low,,", "case anna names the patient"),
         ("scan-of-Anna-1,anna,a/full,a/low,,", "case scan-of-Anna-1 names the patient"),
         ("zarr.json,anna,a/full,a/low,,", r"case 'zarr\.json'; use 1 to 64 letters"),
-        ("good,anna,a/full,a/low,,", "case good stands there twice"),
+        ("good,anna,a/full,a/low,,", "case good is listed twice"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_and_stops_no_other(tmp_path, row, said):
@@ -242,7 +244,7 @@ def test_where_a_dose_is_asked_for_a_row_that_says_none_is_not_left_out_unsaid(t
     table = manifest(tmp_path / "p.csv", *rows, "simulated,bert,b,,", columns="case,patient,full,low,dose")
     pairs, (refusal,) = find_pairs(table, PairingConfig(dose=0.25))
     assert [p.name for p in pairs] == ["x", "simulated"]
-    assert refusal.reason == f"{table}, line 4: no dose, by which pairing.dose chooses; fill it in"
+    assert refusal.reason == f"{table}, line 4: no dose, which pairing.dose needs; fill it in"
 
 
 @pytest.mark.parametrize(

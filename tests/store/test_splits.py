@@ -21,13 +21,13 @@ def test_a_patient_in_two_splits_stops_the_ingest_before_it_writes(tmp_path, out
         write_series(tmp_path / str(i), anatomy(i), Options(seed=str(i)))
     table = tmp_path / "pairs.csv"
     table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,anna,1,,test\n")
-    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
+    with pytest.raises(UserError, match=r"2 cases of one patient or study would be in more .* \(a, b\)"):
         ingest(table, out, CONFIG)
     table.write_text("case,patient,full,low,split\na,anna,0,,train\nb,bert,1,,test\n")
-    with pytest.raises(UserError, match=r"2 cases of one patient or study would stand in more .* \(a, b\)"):
+    with pytest.raises(UserError, match=r"2 cases of one patient or study would be in more .* \(a, b\)"):
         ingest(table, out, CONFIG)  # two names, but one study
     table.write_text("case,patient,full,low,split\na,anna,0,,trian\n")
-    with pytest.raises(UserError, match="split 'trian' is none of train, val, test"):
+    with pytest.raises(UserError, match="split 'trian' is not one of train, val, test"):
         ingest(table, out, CONFIG)
     assert not out.exists()
 
@@ -47,8 +47,8 @@ def test_shares_that_are_no_whole_are_refused(source, out):
 @pytest.mark.parametrize(
     ("patterns", "said"),
     [
-        ({"P001": "test", "001": "val"}, r"'001' decides for no patient: they are called P000, P001, P002;"),
-        ({"P*": "train", "P001": "test"}, "'P001' decides for no patient: an earlier one"),
+        ({"P001": "test", "001": "val"}, r"'001' applies to no patient: the patients are P000, P001, P002;"),
+        ({"P*": "train", "P001": "test"}, "'P001' applies to no patient: an earlier pattern"),
     ],
 )
 def test_a_pattern_that_decides_nothing_stops_the_ingest_before_it_writes(
@@ -68,19 +68,19 @@ def test_a_pattern_that_gives_way_to_the_manifest_is_said(tmp_path, out, threads
     write_series(tmp_path / "a", anatomy(), Options())
     table = tmp_path / "pairs.csv"
     table.write_text("case,patient,full,low,split\na,anna,a,,train\n")
-    with pytest.raises(UserError, match="'anna' decides for no patient: an earlier one, or the manifest"):
+    with pytest.raises(UserError, match="'anna' applies to no patient: an earlier pattern, or the manifest"):
         ingest(table, out, held_out(anna="test"))
 
 
 def test_a_pattern_of_one_who_was_refused_says_why(source, out, threads):
     next((source / "p1").iterdir()).unlink()
     (source / "p1/slice-002.dcm").unlink()
-    with pytest.raises(UserError, match=r"'P001' decides for no patient: .*the first for: .*missing slice"):
+    with pytest.raises(UserError, match=r"'P001' applies to no patient: .*the first for: .*missing slice"):
         ingest(source, out, held_out(P001="test"))
 
 
 def test_a_split_that_there_is_not_is_refused_before_headers_are_read(source, out):
-    with pytest.raises(UserError, match="split 'tset' is none of train, val, test"):
+    with pytest.raises(UserError, match="split 'tset' is not one of train, val, test"):
         ingest(source, out, held_out(P001="tset"))
 
 

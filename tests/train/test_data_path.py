@@ -132,7 +132,7 @@ def test_ranks_that_were_not_given_the_same_are_refused_before_anything_is_writt
         assert fork(config, plant=partial(given_otherwise, given)) == [2, 2]
         (line,) = errors(tmp_path / "run.log")
         assert line.startswith("error: rank 1 on ")
-        assert f"was given something else than rank 0: {told}; start" in line
+        assert f"was given other settings than rank 0: {told}; start" in line
         (tmp_path / "run.log").unlink()
     assert not (tmp_path / "runs").exists()
 
