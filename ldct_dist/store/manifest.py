@@ -65,15 +65,15 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if missing or unknown:
         faults = [f"no column {c!r}" for c in missing] + [f"unknown column {c!r}" for c in unknown]
         raise UserError(
-            f"{path}: {', '.join(faults)}; a manifest has {', '.join(NEEDED)} and, if wanted, "
-            f"{' and '.join(OPTIONAL)}, with commas between them"
+            f"{path}: {', '.join(faults)}; the columns of a manifest are {', '.join(NEEDED)} and, optionally, "
+            f"{' and '.join(OPTIONAL)}, separated by commas"
         )
 
 
 def _row(path: Path, number: int, line: dict[str, str | None]) -> Row:
     where = f"{path}, line {number}"
     if None in line.values() or None in line:
-        raise UserError(f"{where}: it has not as many fields as the first line; correct it")
+        raise UserError(f"{where}: not as many fields as the first line has; correct it")
     cells = {column: (value or "").strip() for column, value in line.items()}
     for column in ("patient", "full"):
         if not cells[column]:

@@ -40,8 +40,7 @@ def check_grid(full: Series, low: Series, limits: PairCheckConfig) -> None:
     """Raises UserError, with the measured number, unless both series have the same voxels. Reads no pixels."""
     if full.series_uid == low.series_uid:
         raise UserError(
-            "full and low dose are one and the same series, by SeriesInstanceUID; name two, or give one of them a UID of "
-            "its own"
+            "full and low dose are the same series (SeriesInstanceUID); give two, or give one of them a UID of its own"
         )
     if full.shape != low.shape:
         raise UserError(f"grids differ: {_size(full)} voxels at full dose, {_size(low)} at low dose")
@@ -85,7 +84,7 @@ def check_images(full: Volume, low: Volume, moments: noise.LocalMoments, limits:
     if std_low < limits.noise_ratio * std_full:
         raise UserError(
             f"the low dose is less noisy ({std_low:.1f} HU) than the full dose ({std_full:.1f} HU): swapped? "
-            f"(least ratio {limits.noise_ratio:g}, pairing.check.noise_ratio)"
+            f"(lowest ratio allowed {limits.noise_ratio:g}, pairing.check.noise_ratio)"
         )
 
 

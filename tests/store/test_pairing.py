@@ -212,7 +212,7 @@ def test_a_manifest_says_case_patient_dose_and_split(tmp_path, threads):
         ("x,anna,nowhere,a/low,,", "nowhere: no such folder"),
         ("x,anna,empty,a/low,,", "empty: no usable series"),
         ("x,anna,a,a/low,,", r"2 series to choose from, .*a/full \(kernel STANDARD, 2.5 mm\); .*a/low"),
-        ("x,anna,a/full,a/full,,", "one and the same series, by SeriesInstanceUID; name two, or"),
+        ("x,anna,a/full,a/full,,", r"the same series \(SeriesInstanceUID\); give two, or"),
         ("x,anna,a/full,a/low,25,", "dose '25'; write a fraction"),
         ("x,,a/full,a/low,,", "no patient"),
         ("../x,anna,a/full,a/low,,", r"case '\.\./x'; use 1 to 64 letters"),
@@ -252,7 +252,7 @@ def test_where_a_dose_is_asked_for_a_row_that_says_none_is_not_left_out_unsaid(t
     [
         ("case,patient,full", "no column 'low'"),
         ("case,patient,full,low,Split", "unknown column 'Split'"),
-        ("case;patient;full;low", "with commas between them"),
+        ("case;patient;full;low", "separated by commas"),
     ],
 )
 def test_a_manifest_without_its_columns_is_refused(tmp_path, columns, said):
