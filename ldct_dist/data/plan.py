@@ -179,6 +179,6 @@ def lanes_of(rank: int, world: int, batch: int) -> range:
         fit = [n for n in range(1, batch + 1) if batch % n == 0]
         raise UserError(
             f"data.batch={batch} cannot be shared evenly by {world} ranks; "
-            f"it can by {', '.join(map(str, fit))}, or choose another batch"
+            f"use {', '.join(map(str, fit))} ranks, or another batch"
         )
     return range(rank, batch, world)

@@ -70,8 +70,8 @@ class Checkpoints:
             # A new beginning would in time delete checkpoints that may only be out of reach for now.
             if found.passed_over:
                 self.world.refuse(
-                    f"no checkpoint in {root} is sound: is a disk or a server away? Start again "
-                    "once it is back, or, to begin anew, remove that folder"
+                    f"no checkpoint in {root} is valid: is a disk or a server offline? Start again "
+                    "once it is back, or, to train from the beginning, remove that folder"
                 )
             self.strategy.begin(self.world.on_each(lambda: first_weights(self.config)))
             if self.config.init_from is not None:
@@ -90,8 +90,8 @@ class Checkpoints:
         if state.store != self.store:
             state.store = self.store
             self._say(
-                f"--allow-new-data: from step {state.step} on this run trains on {self.config.store}, up to there "
-                "on another store; patients that are held out now may be among those it was trained on"
+                f"--allow-new-data: from step {state.step} on this run trains on {self.config.store}, before that it "
+                "trained on another store; it may have been trained on patients that are held out now"
             )
         return state
 
@@ -136,7 +136,7 @@ class Checkpoints:
         self._heard, stop.save_s = outcome, outcome.seconds
         if outcome.error is not None and not outcome.fenced:
             self._say(
-                f"warning: a checkpoint was not written: {outcome.error}; training goes on, the last good one stays"
+                f"warning: a checkpoint was not written: {outcome.error}; training goes on, and the last good one is kept"
             )
         for warning in (outcome.warning, stop.too_slow()):
             if warning is not None:

@@ -165,7 +165,7 @@ def test_body_is_preferred_over_air(tmp_path):
 
 def test_a_batch_that_ranks_cannot_share_is_refused_with_the_sizes_that_would_do():
     with pytest.raises(
-        UserError, match=r"batch=12 cannot be shared evenly by 5 ranks; it can by 1, 2, 3, 4, 6, 12"
+        UserError, match=r"batch=12 cannot be shared evenly by 5 ranks; use 1, 2, 3, 4, 6, 12 ranks"
     ):
         lanes_of(0, 5, 12)
 

@@ -132,7 +132,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_numbers_of_ranks_
 ):
     config = write_config(tmp_path, store)
     assert fork(config, ranks=3) == [2, 2, 2]
-    assert "cannot be shared evenly by 3 ranks; it can by 1, 2, 4" in config.with_suffix(".log").read_text()
+    assert "cannot be shared evenly by 3 ranks; use 1, 2, 4 ranks" in config.with_suffix(".log").read_text()
     assert not (tmp_path / "runs").exists()
 
 
