@@ -18,9 +18,9 @@ from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.baselines import baseline_named
 from ldct_dist.evaluate.methods import FULL, LOW, Method, apply, network, tuned_baselines
 from ldct_dist.evaluate.metrics import MEASURES, evaluate_volume
-from ldct_dist.evaluate.physics.ground import Ground
 from ldct_dist.evaluate.physics.nps import NoisePower, flat_regions, noise_power
 from ldct_dist.evaluate.physics.observer import Detectability
+from ldct_dist.evaluate.physics.reference import Reference
 from ldct_dist.evaluate.physics.trial import make_trial
 from ldct_dist.evaluate.physics.ttf import Transfer
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
@@ -168,18 +168,18 @@ def measure(
         case = store.cases[int(i)]
         low, full = (store.volume(case.name, d) for d in (dose_name(dose), FULL_DOSE))
         study.scans[case.name] = _conditions(full, store.record(case.name))
-        ground = Ground(low, full) if physics else None
-        if ground and ground.lacks:
-            lacking.setdefault(ground.lacks, []).append(case.name)
+        reference = Reference(low, full) if physics else None
+        if reference and reference.lacks:
+            lacking.setdefault(reference.lacks, []).append(case.name)
         images = {}
         for name, method in methods.items():
             say(f"case {number} of {len(chosen)}, {case.name}", name)
             images[name] = apply(name, method, low)
             figures = {p.name: _figures(images[name], full.hu, p, study) for p in protocols}
-            facts = ground.facts(images[name]) if ground else {}
+            facts = reference.facts(images[name]) if reference else {}
             study.rows.append(Row(case.name, case.patient, name, figures, **facts))
-        if ground:
-            _noise_powers(study, case.name, ground, images)
+        if reference:
+            _noise_powers(study, case.name, reference, images)
         show(case.name, low, full, images)
         if physics and study.phantom_case is None:
             no_phantom += _try_phantom(study, config, methods, case.name, low, full, say)
@@ -233,12 +233,12 @@ def _figures(image: np.ndarray, full: np.ndarray, protocol: Protocol, study: Stu
     return figures
 
 
-def _noise_powers(study: Study, case: str, ground: Ground, images: Mapping[str, np.ndarray]) -> None:
+def _noise_powers(study: Study, case: str, reference: Reference, images: Mapping[str, np.ndarray]) -> None:
     """Add noise power spectra of the first case with enough flat regions, at the same places in every image."""
     if study.nps:
         return
-    full = ground.full
-    regions = flat_regions(full, ground.moments)
+    full = reference.full
+    regions = flat_regions(full, reference.moments)
     if len(regions) >= _ENOUGH_REGIONS:
         study.nps_case = case
         for name, hu in {**images, FULL: full.hu}.items():

@@ -19,9 +19,9 @@ from ldct_dist.train.checkpoints import Checkpoints
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.ending import Ending
 from ldct_dist.train.guard import blame
-from ldct_dist.train.misfits import note_on_margin, refuse_disagreement, refuse_misfits
 from ldct_dist.train.monitor import Monitor, Mute, StepFigures
 from ldct_dist.train.optim import learning_rate
+from ldct_dist.train.preflight import note_on_margin, refuse_conflicts, refuse_disagreement
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.state import TrainState
 from ldct_dist.train.stop import Stop
@@ -59,7 +59,7 @@ class Trainer:
         self.plan = world.on_each(lambda: Plan(self.store, config.data, config.seed))
         self.folder = RunFolder(config.runs / config.name)
         model = world.on_each(lambda: outline(config.model))
-        world.on_each(lambda: refuse_misfits(config, model, self.store, self.folder, world))
+        world.on_each(lambda: refuse_conflicts(config, model, self.store, self.folder, world))
         self.loader = world.on_each(lambda: Loader(self.plan, world.rank, world.size, world.device))
         # Its weights get their values in `take_up`, so that no rank holds a second network for longer than it must.
         self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)

@@ -15,7 +15,7 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.cost import speed
 from ldct_dist.train.cost.gpus import Gpu, gpu_named
 from ldct_dist.train.cost.memory import PROCESS, STRATEGIES, Activations, Memory, Node, Sharing, memory, node
-from ldct_dist.train.misfits import refuse_crop
+from ldct_dist.train.preflight import refuse_crop
 from ldct_dist.train.strategy.parts import STATE_BYTES
 
 OUTSIDE = 1.5 * GIB

@@ -1,4 +1,4 @@
-"""Whether the parts of a config go together, with the store and with this machine: checked before a run starts."""
+"""Preflight checks: whether config, store and machine go together, found out before a run writes anything."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ OWN = {"store", "runs", "init_from", "threads"}
 """settings that may differ from node to node: where files are there, and how many cores it has"""
 
 
-def refuse_misfits(config: RunConfig, model: Denoiser, store: Store, folder: RunFolder, world: World) -> None:
-    """Raises UserError where they do not go together. Writes nothing."""
+def refuse_conflicts(
+    config: RunConfig, model: Denoiser, store: Store, folder: RunFolder, world: World
+) -> None:
+    """Raises UserError where these do not go together. Writes nothing."""
     lanes_of(world.rank, world.size, config.data.batch)
     refuse_crop(config, model)
     protocol_named(config.validation.protocol)

@@ -1,4 +1,4 @@
-"""Measurements on images of patients besides the protocol's figures, by tissue and noise of the full dose."""
+"""What is measured on every image of a patient beside the protocol's figures: bias by tissue, noise, structure that is off."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ldct_dist.evaluate.physics.tissue import tissue_bias, tissues
 from ldct_dist.store.layout import BODY_HU
 
 
-class Ground:
-    """A case's tissue and noise, found once in its low and full dose, on which every method's image is measured.
+class Reference:
+    """A case's tissue and noise, found once in its low and full dose, against which every method's image is measured.
 
     soft: windows of soft tissue, None where there is too little to measure noise. std: of `smoothed_noise`; None where it
     cannot be measured, and `lacks` says why.

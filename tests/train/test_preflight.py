@@ -6,7 +6,7 @@ import torch
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.misfits import note_on_margin, refuse_emulated_bf16, refuse_without_compiler
+from ldct_dist.train.preflight import note_on_margin, refuse_emulated_bf16, refuse_without_compiler
 from stores import make_store
 
 
