@@ -17,11 +17,10 @@ from ldct_dist.cluster.record import made_for, note_cancelled
 from ldct_dist.cluster.status import Row, has_begun, status
 from ldct_dist.errors import UserError
 
-Say = Callable[[str], None]
 _ASK_S = 5.0  # between two looks at a job, each of which asks Slurm or the file system
 
 
-def cancel(run: Path, grace_s: float, say: Say = print) -> None:
+def cancel(run: Path, grace_s: float, say: Callable[[str], None] = print) -> None:
     """Ask the ranks to save and stop, wait for it up to `grace_s` seconds, and see to it that no requeue follows.
 
     A job that is still pending is only taken out of the queue. A job that neither `submit` nor a sweep made may hold
@@ -49,7 +48,7 @@ def cancel(run: Path, grace_s: float, say: Say = print) -> None:
     say(f"cancelled at step {after.step}; {kept}")
 
 
-def _cancel_job(row: Row, grace_s: float, say: Say) -> None:
+def _cancel_job(row: Row, grace_s: float, say: Callable[[str], None]) -> None:
     assert row.job is not None
     note_cancelled(row.folder)
     if row.state == "running":
@@ -67,7 +66,7 @@ def _left(run: Path) -> bool:
     return fault is None and row.state != "running"
 
 
-def _cancel_within(row: Row, grace_s: float, say: Say) -> None:
+def _cancel_within(row: Row, grace_s: float, say: Callable[[str], None]) -> None:
     job, start = row.job, row.progress.last_start
     assert job is not None
     assert start is not None
@@ -101,7 +100,7 @@ def _signal_there(job: str, start: dict[str, Any]) -> list[str]:
     return ["srun", f"--jobid={job}", *where, "--input=none", "sh", "-c", signal_it, *words]
 
 
-def _cancel_local(row: Row, grace_s: float, say: Say) -> None:
+def _cancel_local(row: Row, grace_s: float, say: Callable[[str], None]) -> None:
     start = row.progress.last_start
     assert start is not None
     if start["host"] != platform.node():

@@ -40,8 +40,6 @@ ORIGIN = "store"
 PIECE = 8 << 20  # bytes read from a shared file system at a time
 RETRY_S = 1.0  # between looks at what another process is copying
 
-Say = Callable[[str], None]
-
 
 class StagedStore(Store):
     """A store whose arrays are read from their copies on this node, where there are copies.
@@ -50,7 +48,7 @@ class StagedStore(Store):
     Raises UserError as Store does.
     """
 
-    def __init__(self, path: Path | str, stage: str | None, say: Say = print) -> None:
+    def __init__(self, path: Path | str, stage: str | None, say: Callable[[str], None] = print) -> None:
         super().__init__(path)
         self.copies: Path | None = None
         """the folder of the copies, laid out like the store"""
@@ -106,7 +104,7 @@ class StagedStore(Store):
 class Copier:
     """Copies arrays of `store` to `copies` in a thread of its own. Several processes may do so at the same time."""
 
-    def __init__(self, store: Store, copies: Path, say: Say) -> None:
+    def __init__(self, store: Store, copies: Path, say: Callable[[str], None]) -> None:
         self.store, self.copies = store, copies
         self._say = say
         self._stop = threading.Event()

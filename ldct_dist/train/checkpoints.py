@@ -22,8 +22,6 @@ from ldct_dist.train.stop import Stop
 from ldct_dist.train.strategy import Strategy
 from ldct_dist.world import World
 
-Say = Callable[[str], None]
-
 
 class Checkpoints:
     """Claims a generation of the run in `folder`, takes up its newest valid checkpoint, and saves new ones.
@@ -40,7 +38,7 @@ class Checkpoints:
         world: World,
         store: str,
         allow_new_data: bool,
-        say: Say,
+        say: Callable[[str], None],
     ) -> None:
         self.config, self.folder, self.strategy, self.world = config, folder, strategy, world
         self.store, self.allow_new_data, self._say = store, allow_new_data, say
