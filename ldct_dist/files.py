@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -19,10 +20,20 @@ TEMPORARY = ".writing-"
 """prefix of the names of files and folders that are not complete yet"""
 
 
+def unfinished(path: Path) -> Path:
+    """A name beside `path`, of this caller alone, for what is to become `path` once it is complete."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+
+
+def left_unfinished(path: Path) -> Iterator[Path]:
+    """What is there under names that `unfinished(path)` gave: left by killed processes, or still being written."""
+    return path.parent.glob(f"{TEMPORARY}{glob.escape(path.name)}-{'?' * 8}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which replaces `path` at the end of the block; after an error `path` is as before."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    temporary = unfinished(path)
     try:
         yield temporary
         sync(temporary)  # or a power cut might leave the rename on disk, but not the bytes

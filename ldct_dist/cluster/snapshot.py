@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ldct_dist
 from ldct_dist.errors import UserError
+from ldct_dist.files import TEMPORARY
 from ldct_dist.provenance import COMMIT, commit
 
 _LEFT_OUT = ("__pycache__", "demo_data", COMMIT)
@@ -39,7 +40,7 @@ def snapshot_code(folder: Path) -> Path:
     try:
         into.mkdir(parents=True, exist_ok=True)
         # A copy that is not complete is deleted, whatever goes wrong.
-        with tempfile.TemporaryDirectory(prefix=".code-", dir=into) as name:
+        with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{target.name}-", dir=into) as name:
             partial = Path(name)
             for path in files:
                 copy = partial / package.name / path.relative_to(package)

@@ -6,7 +6,6 @@ description and source images), C.7.5.2 (contributing equipment).
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import shutil
@@ -26,7 +25,7 @@ from ldct_dist.ct.pixels import Slice
 from ldct_dist.ct.values import number, pydicom_faults_as_user_errors, text
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
-from ldct_dist.files import refuse_taken, sync_tree
+from ldct_dist.files import left_unfinished, refuse_taken, sync_tree, unfinished
 
 STALE = (
     *("InstanceCreationDate", "InstanceCreationTime", "InstanceCreatorUID"),
@@ -83,11 +82,11 @@ def write_derived(
     out = Path(out).absolute()
     said = {"description": (description, LONGEST_TEXT), "label": (label, LONGEST_LABEL)}
     series_uid = derived_uid(series.series_uid, description, hashlib.sha256(hu.tobytes()).hexdigest())
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
+    partial = unfinished(out)
     names = [f"{i:04d}.dcm" for i in range(1, len(hu) + 1)]
     try:
         _check(series, hu, out, said)
-        for left in out.parent.glob(f".{glob.escape(out.name)}.{'?' * 32}.partial"):
+        for left in left_unfinished(out):
             shutil.rmtree(left)  # of a start that was killed
         partial.mkdir(parents=True)
         for name, (ds, source), slice_hu in zip(names, read_slices(series), hu, strict=True):

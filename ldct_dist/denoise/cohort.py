@@ -5,7 +5,6 @@ It is safe to kill and to start again, in parts or as a whole, even while anothe
 
 from __future__ import annotations
 
-import glob
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 from ldct_dist.denoise.claim import claim
 from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
-from ldct_dist.files import refuse_inside
+from ldct_dist.files import TEMPORARY, left_unfinished, refuse_inside
 
 
 @dataclass
@@ -62,7 +61,9 @@ def denoise_cohort(
             continue
         try:
             # In a folder of this start alone: another one may be working on the same case.
-            with TemporaryDirectory(prefix=f".{case.name}-", dir=out, ignore_cleanup_errors=True) as partial:
+            with TemporaryDirectory(
+                prefix=f"{TEMPORARY}{case.name}-", dir=out, ignore_cleanup_errors=True
+            ) as partial:
                 denoise(case, Path(partial, case.name))
                 Path(partial, case.name).rename(target)
         except (UserError, OSError) as e:
@@ -72,7 +73,7 @@ def denoise_cohort(
                 report.refused.append(f"{case.name}: {e}")
             continue
         # Left by starts that were killed, or that were slower than this one.
-        for left in out.glob(f".{glob.escape(case.name)}-????????"):
+        for left in left_unfinished(target):
             shutil.rmtree(left, ignore_errors=True)
         report.written.append(case.name)
         progress(case.name)

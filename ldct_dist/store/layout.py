@@ -13,8 +13,6 @@ itself, of the metadata of its arrays and of their voxels.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +26,7 @@ import numpy as np
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError, few
-from ldct_dist.files import TEMPORARY, replace, sync_tree
+from ldct_dist.files import TEMPORARY, replace, sync_tree, unfinished
 from ldct_dist.store.record import (
     FORMAT,
     CaseRecord,
@@ -139,7 +137,7 @@ def write_case(
     names = {dose_name(d): v for d, v in sorted(doses.items(), reverse=True)}
     full = next(iter(names.values()))
     chunk = chunk_shape(full.shape)
-    temporary = store / CASES / f"{TEMPORARY}{name}-{os.getpid()}-{secrets.token_hex(3)}"
+    temporary = unfinished(store / CASES / name)
     replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         temporary.mkdir()

@@ -16,6 +16,7 @@ import pydicom
 from ldct_dist.ct.values import pydicom_faults_as_user_errors, text
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
+from ldct_dist.files import unfinished
 
 KEY_BYTES = 32
 LONGEST_VALUE = 16  # of text that a store keeps: DICOM's own limit for short strings (SH)
@@ -43,7 +44,7 @@ def load_key(path: Path) -> bytes:
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        temporary = unfinished(path)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "w") as f:
             f.write(secrets.token_hex(KEY_BYTES))

@@ -39,7 +39,7 @@ def simulated_until(tmp_path, monkeypatch):
         encoded = derived._encoded
 
         def amid(ds):
-            if any(folder.iterdir() for folder in tmp_path.glob(".out.*.partial")):
+            if any(folder.iterdir() for folder in tmp_path.glob(".writing-out-*")):
                 happen()
             return encoded(ds)
 

@@ -98,7 +98,7 @@ def test_a_case_that_is_refused_leaves_the_others(source, weights, tmp_path):
 def test_a_hidden_folder_is_no_case(source, weights, tmp_path):
     """A file system's snapshots, say, or what a start that was killed had written of a case."""
     (source / ".snapshot").mkdir()
-    shutil.copytree(source / "a", source / ".a.partial")
+    shutil.copytree(source / "a", source / ".writing-a-01234567")
     report = denoise_cohort(SeriesDenoiser.load(weights), source, tmp_path / "out")
     assert (report.written, report.refused) == (["a", "b", "c"], [])
 
@@ -147,7 +147,10 @@ def test_a_start_takes_nothing_from_one_that_is_at_the_same_case(source, weights
 
 def test_what_killed_starts_left_of_a_case_is_gone_once_it_is_whole(source, weights, tmp_path):
     out = tmp_path / "out"
-    for left in (".a-01234567", ".a-c-01234567"):  # the second: of another case, which may be in the making
+    for left in (
+        ".writing-a-01234567",
+        ".writing-a-c-01234567",
+    ):  # the second: of another case, which may be in the making
         (out / left).mkdir(parents=True)
     denoise_cohort(SeriesDenoiser.load(weights), source, out, part=(0, 3))
-    assert sorted(path.name for path in out.iterdir()) == [".a-c-01234567", MADE_BY, "a"]
+    assert sorted(path.name for path in out.iterdir()) == [MADE_BY, ".writing-a-c-01234567", "a"]

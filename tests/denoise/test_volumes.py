@@ -115,7 +115,7 @@ def killed(identity, three_series, tmp_path, monkeypatch):
         dying.setattr(derived.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Killed):
             denoise_series(identity, three_series, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob(".series-002.*.partial"))) == 1
+    assert len(list((tmp_path / "out").glob(".writing-series-002-*"))) == 1
     return tmp_path / "out"
 
 
