@@ -202,7 +202,7 @@ def verify(
     from ldct_dist.models.weights import verify_weights
     from ldct_dist.store.verify import verify as verify_store
 
-    if os.path.isfile(path):  # unlike Path's, os.path answers where nothing may be looked at
+    if os.path.isfile(path):  # Path.is_file would raise PermissionError
         faults = verify_weights(path)
     elif os.path.isdir(path / "checkpoints"):
         faults = verify_run(path / "checkpoints")

@@ -205,7 +205,7 @@ def evaluate(
     from ldct_dist.evaluate.run import evaluate as run
 
     *weights, store = paths
-    if not os.path.exists(store / "zarr.json"):  # unlike Path's, this answers where nothing may be looked at
+    if not os.path.exists(store / "zarr.json"):  # Path.exists would raise PermissionError
         raise UserError(
             f"{store}: not a store (no zarr.json that may be read); evaluate takes weights and, last, a store"
         )

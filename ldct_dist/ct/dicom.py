@@ -78,7 +78,7 @@ def find_series(
     Raises UserError if `folder` is no folder.
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):  # unlike Path's, this answers where nothing may be looked at
+    if not os.path.isdir(folder):  # Path.is_dir would raise PermissionError
         what = "a file" if os.path.exists(folder) else "no such folder, or it may not be read"
         raise UserError(f"{folder}: {what}; give the folder that holds the DICOM files")
     groups: dict[str, list[Header]] = {}

@@ -63,7 +63,7 @@ class StagedStore(Store):
             out = np.empty([s.stop - s.start for s in region], np.int16)
         if self.copies is not None:
             copy = self.copies / CASES / case / dose
-            if copy not in self._spoiled and os.path.exists(copy):  # also False where permission is missing
+            if copy not in self._spoiled and os.path.exists(copy):  # Path.exists would raise PermissionError
                 try:
                     if self._copies_are_ours:
                         self.array(self.copies, case, dose).read(region, out)

@@ -117,6 +117,6 @@ def denoise_series(
     Returns the files. Raises UserError for weights or series that cannot be used, and for an `out` that cannot be
     written, is in `source`, or holds something else.
     """
-    if not os.path.exists(Path(out) / MADE_BY):  # unlike Path's, it is False without permission
+    if not os.path.exists(Path(out) / MADE_BY):  # Path.exists would raise PermissionError
         refuse_taken(Path(out))  # before work that may take an hour
     return SeriesDenoiser.load(weights, device, bf16, strength)(source, out, tile, progress, notice)

@@ -108,7 +108,7 @@ def _cohort(store: Store, config: StudyConfig, labels: Path, key: Path) -> Cohor
     """The cohort of the labels. Raises UserError for all that can be wrong with them, before anything is denoised."""
     known, unit = read_labels(labels)
     if unit == "patient":
-        if not os.path.exists(key):  # unlike Path's, this answers where nothing may be looked at
+        if not os.path.exists(key):  # Path.exists would raise PermissionError
             raise UserError(
                 f"{labels}: labels of patients need the store's key, and {key} is not there, or may not be read; say "
                 "where it is by --key, or label cases"

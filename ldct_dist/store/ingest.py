@@ -208,7 +208,7 @@ def _survey(out: Path, tasks: Sequence[Task], empty: tuple[str, ...]) -> Survey:
 def check(source: Path, out: Path, config: IngestConfig) -> None:
     """Raises UserError for mistakes that can be found before any DICOM file is read. Writes nothing."""
     check_shares(config.splits, config.split_of)
-    if not os.path.exists(source):  # unlike Path's, this answers where nothing may be looked at
+    if not os.path.exists(source):  # Path.exists would raise PermissionError
         raise UserError(
             f"{source}: does not exist or may not be read; give the folder of the DICOM files, or a manifest"
         )
