@@ -196,7 +196,7 @@ def test_a_folder_that_is_read_only_costs_no_traceback(store, tmp_path, before, 
     assert "Read-only file system" in said or "Permission denied" in said
 
 
-def test_where_no_checkpoint_is_sound_a_start_neither_begins_anew_nor_deletes_any(store, tmp_path):
+def test_without_a_valid_checkpoint_a_start_neither_trains_from_scratch_nor_deletes_any(store, tmp_path):
     """They may be away for a while only, as where one of a file system's servers is."""
     config, run = write_config(tmp_path, store), tmp_path / "runs" / "run"
     assert fork(config) == [0, 0]

@@ -63,13 +63,13 @@ def right(names: set[str]) -> bool:
     return OF_A_PERSON.keys() <= names and not (OF_ANOTHER_JOB | AGAINST_THE_SCRIPT).keys() & names
 
 
-def test_a_run_is_submitted_without_what_is_another_jobs_or_against_its_script(seen, tmp_path):
+def test_a_run_is_submitted_without_variables_of_another_job_or_that_override_its_script(seen, tmp_path):
     job = submit(write_config(tmp_path, tmp_path / "ct.zarr", steps=4), time="10")
     assert job.job_id == "7"
     assert right(seen())
 
 
-def test_so_is_any_other_script(seen, tmp_path):
+def test_any_other_script_is_submitted_without_them_too(seen, tmp_path):
     script = tmp_path / "job.sbatch"
     script.write_text("#!/bin/bash\n#SBATCH --output=a.log\n#SBATCH --signal=USR2@300\n#SBATCH --time=10\n")
     assert jobs.sbatch(script) == "7"

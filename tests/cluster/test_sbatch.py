@@ -73,7 +73,7 @@ def test_scripts_are_those_recorded(name):
     subprocess.run(["bash", "-n", path], check=True)
 
 
-def test_a_number_of_a_profile_is_refused_rather_than_read_as_another_or_as_a_flag(tmp_path):
+def test_an_unquoted_number_in_a_profile_is_refused_not_read_as_another_or_as_a_flag(tmp_path):
     """mem: 0 was no option at all, mem: 1 one without a value; and a time of 24 h would be one of 86400 min."""
     for line in ("options: {mem: 0}", "options: {mem: 1}", "options: {time: 24:00:00}", "account: 0123"):
         (tmp_path / "site.yaml").write_text(line)
@@ -245,9 +245,7 @@ def test_cores_by_gpu_are_left_to_whoever_asks_so():
         ("options: {mem: '0'}", ["--mem-per-gpu=60G", "--gpus-per-node=2"], "mem=", "mem-per-gpu=60G"),
     ],
 )
-def test_what_is_given_takes_the_place_of_what_the_profile_says_in_other_words(
-    tmp_path, profile, words, gone, kept
-):
+def test_an_option_replaces_the_profiles_even_if_it_is_spelt_otherwise(tmp_path, profile, words, gone, kept):
     (tmp_path / "site.yaml").write_text(f"{profile}\n")
     config = write_config(tmp_path, tmp_path / "ct.zarr")
     script = dry_run(parse([str(config), *words], str(tmp_path / "site.yaml"), False))

@@ -123,7 +123,7 @@ def test_after_a_hang_the_job_is_requeued(job):
     assert job.calls("scontrol requeue")
 
 
-def test_a_requeue_that_ends_the_job_before_it_is_answered_is_none_that_failed(job):
+def test_a_requeue_that_ends_the_job_before_slurm_answers_counts_as_done(job):
     """Slurm may end all that runs in the job, what asks for it included, before that has its answer."""
     done = job.run(rank="exit 75", scontrol=f"echo '{OURS}'; [ $1 != requeue ] || kill $PPID $$")
     assert (done.returncode, done.stderr) == (75, "")
@@ -138,7 +138,7 @@ def test_what_was_cancelled_leaves_its_nodes_at_once(job):
     assert "not requeued: Slurm has been told not to (Requeue=0)" in done.stderr
 
 
-def test_after_a_hang_before_anything_was_saved_it_ends_with_the_code_that_says_so(job):
+def test_a_hang_before_anything_was_saved_ends_with_77(job):
     done = job.run(**killed(77))
     assert done.returncode == 77
     assert job.calls("scancel") == ["scancel --signal=KILL"]

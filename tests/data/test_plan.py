@@ -163,7 +163,7 @@ def test_body_is_preferred_over_air(tmp_path):
     assert share(0.6) > share(0.0) + 0.05
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused_with_the_sizes_that_would_do():
+def test_a_batch_that_ranks_cannot_share_evenly_is_refused_with_the_numbers_of_ranks_that_can():
     with pytest.raises(
         UserError, match=r"batch=12 cannot be shared evenly by 5 ranks; use 1, 2, 3, 4, 6, 12 ranks"
     ):

@@ -139,7 +139,7 @@ def test_a_case_that_was_put_into_anothers_place_is_not_copied(store, tmp_path):
     assert not list(staged.copies.glob("cases/*/?.??"))
 
 
-def test_what_is_damaged_in_the_store_is_not_copied_and_is_named_where_it_is_read(store, tmp_path):
+def test_a_damaged_array_of_the_store_is_not_copied_and_is_named_when_it_is_read(store, tmp_path):
     shard = store / "cases/case-000/1.00/c/0/0/0"
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -194,7 +194,7 @@ def test_a_folder_that_another_user_has_laid_there_is_neither_written_to_nor_rea
     assert same(batches(staged), batches(Store(store)))
 
 
-def test_copies_that_go_at_the_moment_they_are_looked_for_are_read_from_the_store(
+def test_what_a_copy_held_that_is_deleted_as_it_is_opened_is_read_from_the_store(
     store, tmp_path, monkeypatch
 ):
     staged, _ = copied(store, tmp_path)
@@ -268,7 +268,7 @@ def test_copies_of_what_the_store_was_before_are_deleted_unless_in_use(store, tm
     assert same(batches(after), batches(Store(store)))
 
 
-def test_copies_that_another_run_deletes_at_the_same_time_are_no_reason_to_copy_nothing(
+def test_copying_goes_on_although_another_run_deletes_outdated_copies_at_the_same_time(
     store, tmp_path, monkeypatch
 ):
     before, _ = copied(store, tmp_path)

@@ -237,7 +237,7 @@ def test_a_row_that_cannot_be_used_is_refused_and_stops_no_other(tmp_path, row, 
     assert "\n" not in refusal.reason
 
 
-def test_where_a_dose_is_asked_for_a_row_that_says_none_is_not_left_out_unsaid(tmp_path):
+def test_with_pairing_dose_set_a_row_without_a_dose_is_reported(tmp_path):
     write_pair(tmp_path / "a/full", tmp_path / "a/low", Options(patient="A"))
     write_series(tmp_path / "b", anatomy(1), Options(patient="B"))
     rows = [f"{case},anna,a/full,a/low,{dose}" for case, dose in (("x", "0.25"), ("y", "0.1"), ("z", ""))]

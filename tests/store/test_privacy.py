@@ -106,7 +106,7 @@ def tells(path: Path, text: str) -> bool:
     )
 
 
-def test_what_tells_nobody_stays(tmp_path, threads):
+def test_facts_that_identify_nobody_stay_in_the_store(tmp_path, threads):
     tags = {"Manufacturer": "GE MEDICAL SYSTEMS", "ConvolutionKernel": ["I41f", "2"]}
     write_series(tmp_path / "in", anatomy(), Options(tags=tags))
     ingest(tmp_path / "in", tmp_path / "ct.zarr", CONFIG)
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_key_is_refused(tmp_path, content, said):
         privacy.load_key(tmp_path / "key")
 
 
-def test_a_key_of_a_colleague_that_may_not_be_read_is_not_to_be_replaced_by_another(tmp_path):
+def test_who_may_not_read_a_stores_key_is_told_to_ask_its_owner_not_to_make_another(tmp_path):
     """A patient with two hashes may stand in two splits, and nothing would tell."""
     (tmp_path / "key").mkdir()  # root may read anything else
     with pytest.raises(UserError, match=r"cannot be read \(.*\); ask its owner for access"):
@@ -166,7 +166,9 @@ def test_a_key_whose_folder_may_not_be_looked_into_is_told_of_and_not_the_store(
     """As a colleague's own: the advice was to make room for the store."""
     ingest(source, out, CONFIG)
     hidden = tmp_path / ("n" * 300) / "key"
-    with pytest.raises(UserError, match=rf"its key is not at {hidden}, or may not be read there; put it back"):
+    with pytest.raises(
+        UserError, match=rf"its key is not at {hidden}, or may not be read there; put it back"
+    ):
         ingest(source, out, CONFIG.model_copy(update={"key": hidden}))
 
 

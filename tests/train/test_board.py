@@ -37,7 +37,9 @@ def test_a_lost_disk_costs_figures_no_traceback_and_nothing_once_it_is_back(tmp_
     assert seen[-1] == 5
 
 
-def test_a_thread_that_tells_of_the_lost_disk_only_after_the_end_is_not_heard_either(tmp_path, monkeypatch):
+def test_a_thread_that_meets_the_lost_disk_only_after_the_end_prints_no_traceback_either(
+    tmp_path, monkeypatch
+):
     told: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", told.append)
     thread, closed, late = event_file_writer._AsyncWriterThread, threading.Event(), []

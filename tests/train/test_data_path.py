@@ -121,7 +121,7 @@ def test_a_store_that_cannot_be_opened_is_one_line_from_all_ranks_together(store
     assert "catalogue.parquet is damaged" in line
 
 
-def test_ranks_that_were_not_given_the_same_are_refused_before_anything_is_written(store, tmp_path):
+def test_ranks_with_different_configs_or_stores_are_refused_before_anything_is_written(store, tmp_path):
     """As where a file, or a node's view of it, changed amid the start: each rank would go its own way unseen."""
     other = make_store(tmp_path / "other.zarr", SHAPES, ["train"] * 11 + ["val"], noise=50.0)
     config = write_config(tmp_path, store.path)

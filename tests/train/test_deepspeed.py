@@ -226,7 +226,7 @@ def test_on_a_disk_stopped_and_taken_up_it_is_bitwise_the_unbroken_run(trained, 
 
 
 @with_adam_on_cpu
-def test_on_the_cpu_a_step_is_bitwise_the_same_by_an_adam_that_has_done_those_before_it_and_by_a_new_one():
+def test_on_the_cpu_a_new_adam_takes_each_step_bitwise_as_one_that_took_all_before_it():
     config = RunConfig(
         name="run", store="store", steps=1, model={"size": "xs"}, deepspeed={"optimizer": "cpu"}
     )

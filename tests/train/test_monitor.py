@@ -21,7 +21,7 @@ CONFIG = RunConfig.model_validate({"name": "run", "store": "ct.zarr", "steps": 8
 
 
 @pytest.mark.parametrize("damage", [b"\xff", b'{"stop": 3}', b"7", b'{"step": 6, "lo'])
-def test_lines_of_later_steps_are_taken_back_and_a_damaged_one_takes_no_other_with_it(tmp_path, damage):
+def test_losses_of_later_steps_are_taken_back_and_a_damaged_line_costs_no_other(tmp_path, damage):
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step}).encode() for step in range(1, 8)]
     lines[2] = damage

@@ -127,9 +127,7 @@ def test_more_or_fewer_ranks_go_on_with_the_same_samples(
     assert f"note: ranks {before}, now {after}" in log
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_numbers_of_ranks_that_would_do(
-    store, tmp_path
-):
+def test_a_batch_that_ranks_cannot_share_evenly_ends_all_of_them_before_anything_is_written(store, tmp_path):
     config = write_config(tmp_path, store)
     assert fork(config, ranks=3) == [2, 2, 2]
     assert "cannot be shared evenly by 3 ranks; use 1, 2, 4 ranks" in config.with_suffix(".log").read_text()

@@ -52,7 +52,7 @@ def test_each_signal_to_any_rank_stops_all_ranks_at_one_step_which_is_saved(stor
     assert all((t == final_state(unbroken)[k]).all() for k, t in final_state(run).items())
 
 
-def test_a_stop_within_a_validation_does_not_wait_for_its_end_and_the_next_start_makes_up_for_it(
+def test_a_stop_during_a_validation_does_not_wait_for_it_and_the_next_start_does_it_again(
     store, unbroken, tmp_path
 ):
     config = write_config(tmp_path, store)
