@@ -29,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """caption says what the numbers mean; the first column names the row."""
+    """caption says what the numbers mean, in paragraphs where it is long; the first column names the row."""
 
     caption: str
     columns: list[str]
@@ -111,13 +111,15 @@ def physics(study: Study) -> Table:
     counted = f" in {patches.present} patches with one and {patches.absent} without" if patches else ""
     caption = (
         "Noise: median standard deviation in windows of 6 mm, at least 5 voxels, about a fitted plane, in the patients' "
-        "soft tissue; wider blotches do not show in it. TTF and d′: on a phantom with the kernel and the noise "
-        f"of {study.phantom_case or 'no case'}, in the same scans for every method. TTF 50 %: the frequency at which it "
-        "has fallen to a half; > where it has not by the Nyquist frequency. d′, with its 95 % interval: of a channelised "
-        "Hotelling observer without noise of its own, who sees one slice and looks for lesions of "
-        f"{lesion}, balls, and rods across all slices,{counted}. Off (conspicuous in cases.csv): share of the body where "
-        "the difference from full dose, smoothed by 2 mm, is beyond 4 σ of full dose's own noise. It counts what an image "
-        "adds, loses or blurs, and the noise that it keeps, which is the only difference of a simulated low dose. "
+        "soft tissue; wider blotches do not show in it.\n"
+        "TTF and d′: measured on a phantom with the kernel and the noise of "
+        f"{study.phantom_case or 'no case'}, in the same scans for every method.\n"
+        "TTF 50 %: the frequency at which the TTF has fallen to a half; > where it has not by the Nyquist frequency.\n"
+        "d′, with its 95 % interval: of a channelised Hotelling observer without noise of its own, who sees one slice and "
+        f"looks for lesions of {lesion}, balls, and rods across all slices,{counted}.\n"
+        "Voxels off (conspicuous in cases.csv): share of the body where the difference from full dose, smoothed by 2 mm, "
+        "is beyond 4 σ of full dose's own noise. It counts what an image adds, loses or blurs, and the noise that it "
+        "keeps, which is the only difference of a simulated low dose.\n"
         f"{_means(estimates)}."
     )
     return Table(caption, columns, rows)

@@ -154,6 +154,7 @@ def test_captions_say_what_is_counted_which_intervals_and_what_p_can_be(report):
     assert captions.count("Means over patients, with 95 % intervals (Student t).") == 6
     assert "how far its curves are apart" in (report / "index.html").read_text()
     assert "looks for lesions of 12 mm and +15 HU, balls, and rods across all slices" in captions
+    assert "in it.\nTTF and d′: measured on a phantom" in captions  # a paragraph for each measurement
     assert "fat −140 to −50, soft 0 to 120" in captions
     assert re.search(r"across all slices, in (\d+) patches with one and \1 without\.", captions)
     assert "Split test: 2 cases of 2 patients" in (report / "index.html").read_text()
