@@ -41,7 +41,7 @@ class Report:
     time: float
     """seconds since the epoch"""
     figures: dict[str, float]
-    """by tag: train/loss, speed/crops_per_s, speed/data_wait_percent, ..."""
+    """by tag: train/loss, workload/crops_per_s, workload/data_wait_percent, ..."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def read_progress(run: Path) -> Progress:
         step=line.get("step", newest[1].step if newest else 0),
         steps=config.get("steps"),
         loss=latest.get("train/loss", line.get("loss")),
-        crops_per_s=latest.get("speed/crops_per_s"),
-        wait_percent=latest.get("speed/data_wait_percent"),
+        crops_per_s=latest.get("workload/crops_per_s"),
+        wait_percent=latest.get("workload/data_wait_percent"),
         seconds_a_step=_pace(reports),
         checkpoint=newest[1].step if newest else None,
         checkpoint_time=(newest[0] / MANIFEST).stat().st_mtime if newest else None,
@@ -196,7 +196,7 @@ def _reports(folder: Path) -> list[Report]:
         reports: dict[int, Report] = {}
         for event in _recent_scalars(path):
             figures = {value.tag: value.simple_value for value in event.summary.value}
-            if any(tag.startswith(("train/", "speed/")) for tag in figures):
+            if any(tag.startswith(("train/", "workload/")) for tag in figures):
                 before = reports.get(event.step)
                 reports[event.step] = Report(
                     event.step, event.wall_time, (before.figures if before else {}) | figures

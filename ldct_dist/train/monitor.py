@@ -152,15 +152,15 @@ class Monitor(Mute):
         loss = float(np.mean([f.loss for f in since if f.applied] or [math.nan]))
         wait = 100 * sum(f.wait_s for f in since) / seconds
         rate = len(since) * self.batch / seconds
-        scalars = {
+        scalars = {  # TensorBoard sorts by name: how a run learns comes before how it works
             "train/loss": loss,
             "train/lr": last.lr,
             "train/grad_norm": last.grad_norm,
-            "speed/crops_per_s": rate,
-            "speed/data_wait_percent": wait,
+            "workload/crops_per_s": rate,
+            "workload/data_wait_percent": wait,
             **self.usage.scalars(len(since), seconds),
         }
-        mfu = f"MFU {scalars['compute/mfu_percent']:4.1f} %   " if "compute/mfu_percent" in scalars else ""
+        mfu = f"MFU {scalars['workload/mfu_percent']:4.1f} %   " if "workload/mfu_percent" in scalars else ""
         with self._whatever_the_disk(), self._board.writing() as board:
             for name, value in scalars.items():
                 board.add_scalar(name, value, last.step)

@@ -133,8 +133,8 @@ def make_run(
     board = SummaryWriter(str(folder / "tensorboard"))
     for s in range(10, step + 1, 10):
         board.add_scalar("train/loss", 5.0 - s / 100, s, walltime=1000 + s / 5)
-        board.add_scalar("speed/crops_per_s", 64.0, s, walltime=1000 + s / 5)
-        board.add_scalar("speed/data_wait_percent", 0.5, s, walltime=1000 + s / 5)
+        board.add_scalar("workload/crops_per_s", 64.0, s, walltime=1000 + s / 5)
+        board.add_scalar("workload/data_wait_percent", 0.5, s, walltime=1000 + s / 5)
     board.add_text("a note", "x" * 5000, step)  # a large record, which is passed over
     board.close()
     return folder

@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.train.config import RunConfig, ValidationConfig
-from ldct_dist.train.monitor import Monitor
+from ldct_dist.train.monitor import Monitor, StepFigures
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.validation import Validated
 from ldct_dist.world import World
-from runs import losses
+from runs import board, losses
 
 CONFIG = RunConfig.model_validate({"name": "run", "store": "ct.zarr", "steps": 8})
 
@@ -55,6 +55,16 @@ def test_a_validation_says_how_many_cases_took_how_long_and_names_few_of_them(tm
     assert line.endswith("[abdomen]   cases 1047 in 0:20:34\n")
 
 
+def test_loss_and_validation_come_first_in_tensorboard(tmp_path):
+    """It sorts by name, and its Scalars tab opens the first two groups alone."""
+    with Monitor(RunFolder(tmp_path), CONFIG, World()) as monitor:
+        monitor.rewind(0)
+        monitor.step(StepFigures(8, 9.75, 1e-3, 0.5, applied=True, wait_s=0.1, seconds=1.0))
+        monitor.validation(8, Validated({"rmse_hu": 9.0}, [], None, {"cases": 1}, 1.0))
+    groups = {tag.partition("/")[0] for tag in board(tmp_path).Tags()["scalars"]}
+    assert sorted(groups)[:2] == ["train", "validation"]
+
+
 def test_however_many_validations_there_are_some_fifty_have_a_picture(tmp_path):
     config = CONFIG.model_copy(update={"steps": 200, "validation": ValidationConfig(every=1)})
     case = Volume(np.arange(4096, dtype=np.int16).reshape(4, 32, 32), (3.0, 1.0, 1.0))
@@ -63,9 +73,9 @@ def test_however_many_validations_there_are_some_fifty_have_a_picture(tmp_path):
         monitor.rewind(0)
         for step in range(1, 201):
             monitor.validation(step, done)
-    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
-    (tag,) = board.Tags()["images"]
-    shown = [image.step for image in board.Images(tag)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    (tag,) = events.Tags()["images"]
+    shown = [image.step for image in events.Images(tag)]
     assert (shown[0], shown[-1]) == (1, 200)
     assert 40 < len(shown) < 60
 

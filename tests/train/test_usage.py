@@ -33,19 +33,19 @@ def gpu(monkeypatch):
 def test_mfu_is_a_gpus_share_of_the_flops_over_what_its_data_sheet_promises(gpu):
     told = Usage(CONFIG, gpu("NVIDIA A100-SXM4-80GB")).scalars(steps=5, seconds=2.0)
     flops = 4 * count(CONFIG, 1).flops  # 16 crops, four GPUs
-    assert told["compute/flops_per_step_per_gpu"] == flops
-    assert told["compute/mfu_percent"] == pytest.approx(100 * 2.5 * flops / 312e12)
-    assert told["speed/voxels_per_s_per_rank"] == 2.5 * 4 * 8 * 32 * 32
-    assert told["memory/peak_gib"] == 3
+    assert told["workload/flops_per_step_per_gpu"] == flops
+    assert told["workload/mfu_percent"] == pytest.approx(100 * 2.5 * flops / 312e12)
+    assert told["workload/voxels_per_s_per_rank"] == 2.5 * 4 * 8 * 32 * 32
+    assert told["workload/peak_memory_gib"] == 3
 
 
 def test_an_unknown_gpu_has_flops_and_no_mfu(gpu):
     told = Usage(CONFIG, gpu("NVIDIA Something New")).scalars(5, 2.0)
-    assert told["compute/tflops_per_gpu"] > 0
-    assert "compute/mfu_percent" not in told
+    assert told["workload/tflops_per_gpu"] > 0
+    assert "workload/mfu_percent" not in told
 
 
 def test_a_cpu_has_speed_and_memory_alone():
     told = Usage(CONFIG, World()).scalars(5, 2.0)
-    assert told.keys() == {"speed/voxels_per_s_per_rank", "memory/peak_gib"}
-    assert 0.05 < told["memory/peak_gib"] < 64
+    assert told.keys() == {"workload/voxels_per_s_per_rank", "workload/peak_memory_gib"}
+    assert 0.05 < told["workload/peak_memory_gib"] < 64

@@ -37,16 +37,16 @@ class Usage:
         """
         rate = steps / seconds
         told = {
-            "speed/voxels_per_s_per_rank": rate * self._crops * self._voxels,
-            "memory/peak_gib": self._peak_bytes() / GIB,
+            "workload/voxels_per_s_per_rank": rate * self._crops * self._voxels,
+            "workload/peak_memory_gib": self._peak_bytes() / GIB,
         }
         if self.flops is not None:
             told |= {
-                "compute/flops_per_step_per_gpu": self.flops,
-                "compute/tflops_per_gpu": rate * self.flops / 1e12,
+                "workload/flops_per_step_per_gpu": self.flops,
+                "workload/tflops_per_gpu": rate * self.flops / 1e12,
             }
             if self.peak is not None:
-                told["compute/mfu_percent"] = 100 * rate * self.flops / self.peak
+                told["workload/mfu_percent"] = 100 * rate * self.flops / self.peak
         return told
 
     def _peak_bytes(self) -> int:
