@@ -28,6 +28,8 @@ _SCALAR_BYTES = 1024  # no record of a scalar is larger; images are
 _BEATS_S = 3600.0  # a run that is not watched, by a hang_s beyond all measure, writes no beat after its first
 _RECENT = 120  # records looked at: some twenty reports of five scalars
 _TAIL_BYTES = 1 << 16  # of an event file: more than these take, where no image lies among them
+# Of a report's tags; speed: in runs of a job that was submitted with earlier code, which had it for some of workload.
+_GROUPS = ("train/", "workload/", "speed/")
 _SHORT = bytes(4)  # the upper half of a record's length
 # The one in C, where there is one, takes a tenth of the time.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -41,7 +43,7 @@ class Report:
     time: float
     """seconds since the epoch"""
     figures: dict[str, float]
-    """by tag: train/loss, workload/crops_per_s, workload/data_wait_percent, ..."""
+    """by tag, without its group: loss, crops_per_s, data_wait_percent, ..."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ def read_progress(run: Path) -> Progress:
     return Progress(
         step=line.get("step", newest[1].step if newest else 0),
         steps=config.get("steps"),
-        loss=latest.get("train/loss", line.get("loss")),
-        crops_per_s=latest.get("workload/crops_per_s"),
-        wait_percent=latest.get("workload/data_wait_percent"),
+        loss=latest.get("loss", line.get("loss")),
+        crops_per_s=latest.get("crops_per_s"),
+        wait_percent=latest.get("data_wait_percent"),
         seconds_a_step=_pace(reports),
         checkpoint=newest[1].step if newest else None,
         checkpoint_time=(newest[0] / MANIFEST).stat().st_mtime if newest else None,
@@ -195,8 +197,12 @@ def _reports(folder: Path) -> list[Report]:
     for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime, reverse=True):
         reports: dict[int, Report] = {}
         for event in _recent_scalars(path):
-            figures = {value.tag: value.simple_value for value in event.summary.value}
-            if any(tag.startswith(("train/", "workload/")) for tag in figures):
+            figures = {
+                value.tag.partition("/")[2]: value.simple_value
+                for value in event.summary.value
+                if value.tag.startswith(_GROUPS)
+            }
+            if figures:
                 before = reports.get(event.step)
                 reports[event.step] = Report(
                     event.step, event.wall_time, (before.figures if before else {}) | figures

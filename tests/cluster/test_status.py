@@ -118,6 +118,7 @@ def make_run(
     checkpoint: int | None = 30,
     steps: int = 100,
     job: str | None = None,
+    workload: str = "workload",
     **start,
 ):
     """A run folder as the trainer leaves it after `step` steps, with reports every 10, 2 s apart."""
@@ -133,15 +134,16 @@ def make_run(
     board = SummaryWriter(str(folder / "tensorboard"))
     for s in range(10, step + 1, 10):
         board.add_scalar("train/loss", 5.0 - s / 100, s, walltime=1000 + s / 5)
-        board.add_scalar("workload/crops_per_s", 64.0, s, walltime=1000 + s / 5)
-        board.add_scalar("workload/data_wait_percent", 0.5, s, walltime=1000 + s / 5)
+        board.add_scalar(f"{workload}/crops_per_s", 64.0, s, walltime=1000 + s / 5)
+        board.add_scalar(f"{workload}/data_wait_percent", 0.5, s, walltime=1000 + s / 5)
     board.add_text("a note", "x" * 5000, step)  # a large record, which is passed over
     board.close()
     return folder
 
 
-def test_the_folder_alone_says_how_far_a_run_is(tmp_path):
-    progress = read_progress(make_run(tmp_path / "x"))
+@pytest.mark.parametrize("workload", ["workload", "speed"])  # the second: of a job that runs earlier code
+def test_the_folder_alone_says_how_far_a_run_is(tmp_path, workload):
+    progress = read_progress(make_run(tmp_path / "x", workload=workload))
     assert (progress.step, progress.steps, progress.checkpoint) == (40, 100, 30)
     assert progress.loss == pytest.approx(4.6)
     assert (progress.crops_per_s, progress.wait_percent) == (64.0, 0.5)
