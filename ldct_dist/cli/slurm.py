@@ -96,8 +96,15 @@ def _submit_array(
     if dry_run:
         print(render(array.script), end="")
         return
-    for number in submit_parts(array):
-        console.print(f"job      {number}", highlight=False)
+    number, *last = submit_parts(array)
+    console.print(
+        f"job      {number}  array of {array.script.parts} task{'s' * (array.script.parts > 1)}",
+        highlight=False,
+    )
+    for then in last:
+        console.print(
+            f"job      {then}  after the array: ldct-dist {shlex.join(array.then or [])}", highlight=False
+        )
     console.print(f"logs     {array.script.folder}", highlight=False)
 
 
@@ -260,7 +267,7 @@ def sweep(
         say(f"job {job}; how it goes: ldct-dist status {folder}" if job else "nothing is left to do")
     else:
         raise UserError(f"--cluster {cluster}: slurm or local")
-    say(f"side by side: tensorboard --logdir {folder}, under HParams")
+    say(f"to compare the runs: tensorboard --logdir {folder}, HParams tab")
     raise typer.Exit(code)
 
 

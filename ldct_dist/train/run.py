@@ -80,7 +80,7 @@ class RunFolder:
         refused = [line for key, line in changed if not f"{key}.".startswith(changeable)]
         if refused and self.has_saved:
             raise UserError(
-                f"{self.path} holds another run: {'; '.join(refused)}. Take the value back, or start a new run "
+                f"{self.path} holds another run: {'; '.join(refused)}. Give the old value, or start a new run "
                 f"from these weights: name=NEW init_from={self.checkpoints}/<step>/weights.safetensors"
             )
         return [line for _, line in changed]

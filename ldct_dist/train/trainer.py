@@ -253,7 +253,10 @@ class Trainer:
             return Ending.FENCED
         if outcome.error is not None:
             self._end_unsaved(outcome.error)
-        self._say(f"done: {self.state.step} steps, weights in {self.folder.checkpoint(self.state.step)}")
+        self._say(
+            f"done: {self.state.step} steps, weights in {self.folder.checkpoint(self.state.step)}; next: ldct-dist denoise "
+            f"or evaluate, which take the best ones of {self.folder.path}"
+        )
         return Ending.DONE
 
     def _end_unsaved(self, error: str) -> NoReturn:

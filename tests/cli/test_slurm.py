@@ -8,6 +8,7 @@ import pytest
 
 from commands import commands_on_path
 from ldct_dist import cli
+from ldct_dist.cluster import parts
 from ldct_dist.cluster.command import parse
 from ldct_dist.cluster.submit import _executor_here
 from ldct_dist.models.registry import ModelConfig, build
@@ -178,3 +179,16 @@ def test_usage_says_once_what_may_be_given_again_and_again(monkeypatch, capsys, 
         cli.main()
     usage = capsys.readouterr().out.partition("╭")[0]
     assert words.replace(" ", "") in "".join(usage.split())  # lines may be broken anywhere
+
+
+def test_each_job_of_an_array_says_what_it_does(folder, monkeypatch, capsys):
+    monkeypatch.setattr(parts, "submit_parts", lambda array: ["7", "8"])
+    (folder / "dicom").mkdir()
+    words = ["submit", "ingest", "dicom", "ct.zarr", "--parts", "3"]
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    array, end, _ = capsys.readouterr().out.splitlines()
+    assert array == "job      7  array of 3 tasks"
+    assert end.startswith("job      8  after the array: ldct-dist finalise ")

@@ -100,7 +100,9 @@ def test_a_finished_run_started_again_does_nothing(unbroken, store):
     config = unbroken.parent.parent / "run.yaml"
     assert fork(config) == [0, 0]
     assert {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("*")} == before
-    assert config.with_suffix(".log").read_text().count("done: 8 steps, weights in") == 2
+    log = config.with_suffix(".log").read_text()
+    assert log.count("done: 8 steps, weights in") == 2
+    assert f"next: ldct-dist denoise or evaluate, which take the best ones of {unbroken}" in log
     assert reported(unbroken) == ([4, 8], [4, 8])
 
 
