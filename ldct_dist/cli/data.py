@@ -58,13 +58,19 @@ def ingest(
             _print_survey(survey)
             bar.update(task, description="ingest", total=survey.cases)
 
+        def advance(_: str) -> None:
+            bar.advance(task)
+            done, total = int(bar.tasks[task].completed), int(bar.tasks[task].total or 0)
+            if not console.is_terminal and 10 * done // total > 10 * (done - 1) // total:  # each tenth
+                console.print(f"cases done: {done} of {total}")
+
         report = run(
             source,
             store,
             settings,
             part=part_of(part),
             announce=announce,
-            progress=lambda _: bar.advance(task),
+            progress=advance,
         )
     _print_report(report, store)
     if part == "0/1":

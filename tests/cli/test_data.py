@@ -95,3 +95,16 @@ def test_a_phantom_without_noise_is_simulated_once_told_of_the_scanner(tmp_path,
     assert "photon" in capsys.readouterr().err
     assert not simulate("photons=1e5", "cutoff_per_mm=0.5", "views=16", "columns=32")
     assert len(list(out.iterdir())) == len(list(source.iterdir()))
+
+
+def test_a_log_of_an_ingest_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    source = write_patients(tmp_path / "in", 2)
+    words = ["ingest", source, tmp_path / "ct.zarr", "workers=1", *SIMULATION]
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("cases done")] == [
+        "cases done: 1 of 2",
+        "cases done: 2 of 2",
+    ]
