@@ -54,6 +54,8 @@ def evaluate(
     opened = Store(store)
     if out is None and labels is not None:
         raise UserError("--labels: classification is part of the report; add --out FOLDER")
+    if labels is None and key is not None:
+        raise UserError("--key: only labels of patients need it; add --labels FILE.csv, or leave it out")
     cohort = _cohort(opened, config, labels, key or default_key_path(opened.path)) if labels else None
     if out is not None:
         refuse_unwritable(out)

@@ -99,6 +99,13 @@ def test_labels_without_a_case_and_cases_without_a_label_are_told(labelled, tmp_
     assert "classified: 10 images of 10 patients" in words
 
 
+@pytest.mark.parametrize(
+    ("given", "needed"), [(["--key", "k"], "add --labels"), (["--labels", "l.csv"], "add --out")]
+)
+def test_an_option_that_needs_another_one_is_refused_without_it(command, given, needed):
+    assert needed in str(CliRunner().invoke(app, [*command, *given]).exception)
+
+
 def test_labels_of_patients_are_those_of_their_cases(labelled, tmp_path):
     """As a hospital has them, by PatientID: whose a case of a store is, only the store's key can tell."""
     command, labels = labelled
