@@ -7,6 +7,7 @@ import resource
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,10 @@ def test_more_than_is_free_is_not_taken_from_those_who_write_there(probe, monkey
     large = replace(probe, checkpoint_bytes=2**60)
     assert not folder.judge_room(large, [folder.look_room(large)])[0]
     assert asked == [5 * 2**10]
+    space = SimpleNamespace(f_bavail=6 * 2**20, f_frsize=2**10, f_favail=10**6)
+    monkeypatch.setattr(folder.os, "statvfs", lambda path: space)
+    assert folder.judge_room(probe, [folder.look_room(probe)])[0]  # 5 GiB of 6
+    assert asked[1:] == [3 * GIB]
 
 
 def test_what_a_system_refuses_one_rank_is_a_finding(probe):

@@ -100,13 +100,13 @@ def judge_save(probe: Probe, seen: list[float]) -> Verdict:
 def look_room(probe: Probe) -> tuple[int, int]:
     """(bytes free, files free), after reserving for a moment what the run will keep, which fails where a quota forbids it.
 
-    Nothing is reserved if it is more than is free: some file systems would allocate all that is left before they fail,
-    and meanwhile everybody else's writes would fail, too.
+    Never more than half of what is free is reserved, and nothing if the run needs more than is free: meanwhile, others
+    write there, too.
     """
     free = os.statvfs(probe.folder)
     space, kept = free.f_bavail * free.f_frsize, probe.keep * (probe.checkpoint_bytes or 0)
     if probe.world.is_main and 0 < kept <= space:
-        reserve(probe.folder / "room", kept)
+        reserve(probe.folder / "room", min(kept, space // 2))
     return space, free.f_favail
 
 
