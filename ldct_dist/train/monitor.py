@@ -26,7 +26,8 @@ from ldct_dist.train.validation import Validated
 from ldct_dist.world import World
 
 PICTURES = 50  # of a run: half a MiB each, and all are read by TensorBoard, which shows ten
-_LOSS_LINE = re.compile(rb'(\{"step": (\d+)\b.*\})\n?')  # the last may lack its end after a kill
+# The last may lack its end after a kill; after a power cut, zeros may have taken the place of two lines' middle.
+_LOSS_LINE = re.compile(rb'(\{"step": (\d+)\b[^{}\x00-\x1f]*\})\n?')
 
 
 @dataclass(frozen=True)

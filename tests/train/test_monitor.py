@@ -20,7 +20,10 @@ from runs import board, losses
 CONFIG = RunConfig.model_validate({"name": "run", "store": "ct.zarr", "steps": 8})
 
 
-@pytest.mark.parametrize("damage", [b"\xff", b'{"stop": 3}', b"7", b'{"step": 6, "lo'])
+ZEROED = b'{"step": 3, "lo' + bytes(64) + b'm": 0.5}'  # of two lines, by a power cut
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b'{"stop": 3}', b"7", b'{"step": 6, "lo', ZEROED])
 def test_losses_of_later_steps_are_taken_back_and_a_damaged_line_costs_no_other(tmp_path, damage):
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step}).encode() for step in range(1, 8)]
