@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ldct_dist.ct.headers import is_dicom
 from ldct_dist.errors import UserError
+from ldct_dist.store.record import WORD
 
 NEEDED = ("case", "patient", "full", "low")
 OPTIONAL = ("dose", "split")
-# zarr.json is Zarr's own
-_WORD = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.IGNORECASE)
+_WORD = re.compile(rf"(?!zarr\.json$){WORD}", re.IGNORECASE)  # zarr.json is Zarr's own
 
 
 @dataclass(frozen=True)

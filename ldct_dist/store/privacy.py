@@ -117,7 +117,7 @@ def identifying_words(path: Path, patient: str) -> frozenset[str]:
 
     Words of one or two letters are left out: they identify nobody, and "C" is a kernel.
     """
-    return _words(patient) | _words_in(path, IDENTIFYING)
+    return _words(patient) | _words(" ".join(_texts_in(path, IDENTIFYING).values()))
 
 
 def names_patient(case: str, path: Path, identities: Collection[str]) -> bool:
@@ -127,21 +127,19 @@ def names_patient(case: str, path: Path, identities: Collection[str]) -> bool:
     Upper case and punctuation are ignored. An identity of fewer than four characters is part of many words, so it only
     counts if it is all of `case`.
     """
-    bare = _bare(case)
-    numbers = (number for told in _texts_in(path, NUMBERS) for number in told.split("\\"))
+    bare, told = _bare(case), _texts_in(path, (*NAMES, *NUMBERS))
+    numbers = (number for keyword in NUMBERS for number in told[keyword].split("\\"))
     every = [_bare(identity) for identity in (*identities, *numbers)]
     held = (identity for identity in every if len(identity) > 3 and identity in bare)
-    return bare in every or any(held) or bool(_words(case) & _words_in(path, NAMES))
+    names = _words(" ".join(told[keyword] for keyword in NAMES))
+    return bare in every or any(held) or not names.isdisjoint(_words(case))
 
 
-def _words_in(path: Path, keywords: Collection[str]) -> frozenset[str]:
-    return _words(" ".join(_texts_in(path, keywords)))
-
-
-def _texts_in(path: Path, keywords: Collection[str]) -> list[str]:
+def _texts_in(path: Path, keywords: Collection[str]) -> dict[str, str]:
+    """What these elements of the DICOM file at `path` say, by keyword; nothing for those that are not there."""
     with pydicom_faults_as_user_errors(path):
         ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(keywords))
-    return [text(ds, keyword) or "" for keyword in keywords]
+    return {keyword: text(ds, keyword) or "" for keyword in keywords}
 
 
 def _words(phrase: str) -> frozenset[str]:

@@ -21,11 +21,10 @@ from ldct_dist.ct.volume import Acquisition, Volume
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout
 from ldct_dist.store.catalogue import completed
-from ldct_dist.store.record import CaseRecord, read_record, sha256
+from ldct_dist.store.record import WORD, CaseRecord, read_record, sha256
 from ldct_dist.store.shards import DamagedError, Region, ShardedArray
 
 OPEN_ARRAYS = 128  # arrays kept open: a file and an index each
-_WORD = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # what manifests may call a case, too
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Store:
         """A store may be anybody's, and its names become folders of what is written elsewhere: of `data.stage`'s copies,
         of which a damaged one is deleted. Raises UserError for a name that would lead out of there."""
         for column in (self.table["name"], pc.list_flatten(self.table["doses"])):
-            foreign = pc.filter(column, pc.invert(pc.match_substring_regex(column, _WORD)))
+            foreign = pc.filter(column, pc.invert(pc.match_substring_regex(column, f"^{WORD}$")))
             if len(foreign):
                 raise UserError(
                     f"{self.path}: a case or dose in {layout.CATALOGUE} is called {foreign[0].as_py()!r}, a name that no "

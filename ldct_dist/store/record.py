@@ -17,6 +17,8 @@ from ldct_dist.errors import UserError
 from ldct_dist.store.shards import LEVEL
 
 FORMAT = "ldct_dist"
+WORD = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""what cases and splits may be called: cases are folders"""
 
 
 @dataclass(frozen=True)
