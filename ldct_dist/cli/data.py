@@ -60,7 +60,7 @@ def ingest(
 
         def advance(_: str) -> None:
             bar.advance(task)
-            done, total = int(bar.tasks[task].completed), int(bar.tasks[task].total or 0)
+            done, total = int(bar.tasks[task].completed), int(bar.tasks[task].total or 1)
             if not console.is_terminal and 10 * done // total > 10 * (done - 1) // total:  # each tenth
                 console.print(f"cases done: {done} of {total}")
 

@@ -245,6 +245,7 @@ def _first_record(f: BinaryIO, start: int) -> int:
 
 
 def _masked_crc(content: bytes) -> bytes:
+    """As in that format; TensorBoard has the same, behind imports of half of what `status` takes."""
     crc = google_crc32c.value(content)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 

@@ -206,7 +206,7 @@ def finalise(store: Path) -> int:
     if leaking:
         cases = [r.name for r in records if r.patient in leaking]
         raise UserError(
-            f"{store}: {len(leaking)} patient(s) are in more than one split ({', '.join(cases[:6])}); "
+            f"{store}: {len(leaking)} patient(s) are in more than one split ({few(cases, ', ')}); "
             "give every case of a patient the same split and ingest these again"
         )
     content = parquet(records)
