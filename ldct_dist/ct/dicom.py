@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
@@ -141,9 +142,10 @@ def read_series(series: Series) -> Volume:
 
     Raises UserError, naming the file, for pixel data that is truncated or cannot be made int16 HU.
     """
+    slices = (_slice(series, stored) for stored in series.slices)
+    first = next(slices)  # before memory is taken: it shows whether Rows and Columns, of all slices, are true
     hu = np.empty(series.shape, np.int16)
-    for stored, target in zip(series.slices, hu, strict=True):
-        slice_ = _slice(series, stored)
+    for slice_, target in zip(chain([first], slices), hu, strict=True):
         slice_.meaning.write_hu(slice_.patterns, target)
     return Volume(hu, series.spacing, series.origin, series.direction, series.acquisition)
 

@@ -20,6 +20,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.uid import MediaStorageDirectoryStorage
 
+from ldct_dist.ct.bounds import Bounded
 from ldct_dist.ct.elements import HEAD, Head, Raw, read_head
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, as_numbers, as_text, pydicom_faults_as_user_errors, text
@@ -141,7 +142,8 @@ def _looks_like_dicom(start: bytes) -> bool:
 
 
 def _head_by_pydicom(path: Path) -> Head:
-    ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
+    with Bounded(path.open("rb", buffering=0)) as f:
+        ds = pydicom.dcmread(f, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
     elements = {
         int(e.tag): Raw(e.VR, e.value, e.is_little_endian)
         for e in ds.elements()

@@ -17,6 +17,7 @@ from pydicom import Dataset, uid
 from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
+from ldct_dist.ct.bounds import refuse_bloated
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.volume import AIR_HU
@@ -202,21 +203,25 @@ def _sample_format(form: PixelForm) -> tuple[int, bool]:
 
 def _native(stored: Stored, start: int, length: int) -> np.ndarray:
     """(y, x) uint16, the bits as stored, straight from the file."""
-    path = stored.path
-    pixels = np.empty(stored.form.matrix or (0, 0), "<u2")
+    path, (rows, columns) = stored.path, stored.form.matrix or (0, 0)
+    truncated = UserError(f"{path}: truncated pixel data; export the file again")
     with path.open("rb", buffering=0) as f:
         _refuse_changed(stored, os.fstat(f.fileno()))
-        _refuse_longer(path, length, pixels.shape)
+        _refuse_longer(path, length, (rows, columns))
+        if min(length, stored.size - start) < 2 * rows * columns:  # before memory is taken for it
+            raise truncated
+        pixels = np.empty((rows, columns), "<u2")
         f.seek(start)
-        if length < pixels.nbytes or f.readinto(pixels.data) < pixels.nbytes:
-            raise UserError(f"{path}: truncated pixel data; export the file again")
+        if f.readinto(pixels.data) < pixels.nbytes:
+            raise truncated
     return pixels.astype(np.uint16, copy=False)
 
 
 def _decoded(stored: Stored) -> np.ndarray:
     """(y, x) uint16, the bits as stored, found or decoded by pydicom and its plugins."""
-    path = stored.path
+    path, (rows, columns) = stored.path, stored.form.matrix or (0, 0)
     _refuse_changed(stored, path.stat())
+    refuse_bloated(path, stored.size, 2 * rows * columns)
     ds = read_dataset(path)
     if "PixelData" not in ds:
         raise UserError(f"{path}: no pixel data, or truncated; export the file again")
@@ -224,7 +229,7 @@ def _decoded(stored: Stored) -> np.ndarray:
     if syntax.is_encapsulated and syntax != uid.RLELossless and not _ends(ds):
         raise UserError(f"{path}: truncated pixel data; export the file again")
     if not syntax.is_encapsulated:
-        _refuse_longer(path, len(ds.PixelData), (ds.Rows, ds.Columns))
+        _refuse_longer(path, len(ds.PixelData), (rows, columns))
     pixels = pixel_array(
         ds, index=0, raw=True, correct_unused_bits=False, decoding_plugin=_DECODER.get(syntax, "")
     )
