@@ -67,7 +67,7 @@ TAGS = {
     "no position": ({"ImagePositionPatient": None}, "no usable ImagePositionPatient"),
     "no orientation": ({"ImageOrientationPatient": None}, "no usable ImageOrientationPatient"),
     "no pixel spacing": ({"PixelSpacing": None}, "no usable PixelSpacing"),
-    "zero pixel spacing": ({"PixelSpacing": [0, 0]}, "PixelSpacing (0.0, 0.0) mm"),
+    "zero pixel spacing": ({"PixelSpacing": [0.7, 0]}, "PixelSpacing (0.7, 0.0) mm"),
     "no plane": ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "perpendicular"),
     "null axes": ({"ImageOrientationPatient": [0] * 6}, "perpendicular"),
     "no rows": ({"Rows": None}, "no usable Rows and Columns"),

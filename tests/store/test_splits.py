@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from ldct_dist.errors import UserError
 from ldct_dist.store.ingest import IngestConfig, ingest
+from ldct_dist.store.pairing import Pair
 from ldct_dist.store.reader import Store
+from ldct_dist.store.splits import split_of_each
 from ldct_dist.store.summary import by_split
 from sources import CONFIG, anatomy
 from synthetic_dicom import Options, write_series
@@ -37,6 +41,15 @@ def test_all_series_of_a_patient_go_into_one_split(tmp_path, out, threads):
         write_series(tmp_path / "in" / str(i), anatomy(i), Options(patient=f"P{i % 4}", seed=str(i)))
     ingest(tmp_path / "in", out, CONFIG.model_copy(update={"splits": {"train": 0.5, "test": 0.5}}))
     assert len({(c.patient, c.split) for c in Store(out).cases}) == 4
+
+
+def test_patients_are_drawn_by_the_shares_each_whatever_others_there_are():
+    pairs = [Pair(SimpleNamespace(study_uid=f"1.2.{i}"), f"P{i}") for i in range(1000)]
+    shares = {"train": 0.7, "none": 0.0, "val": 0.2, "test": 0.1}
+    drawn = split_of_each(pairs, bytes(32), shares, {})
+    counts = [drawn.count(split) for split in shares]
+    assert counts == pytest.approx([700, 0, 200, 100], rel=0.2)
+    assert split_of_each(pairs[::-3], bytes(32), shares, {}) == drawn[::-3]
 
 
 def test_shares_that_are_no_whole_are_refused(source, out):
