@@ -49,10 +49,12 @@ def ingest(
     from ldct_dist.store.ingest import ingest as run
 
     settings = configs.read(IngestConfig, config, overrides or [])
-    if not console.is_terminal:  # a log has no bar, and millions of headers take an hour
-        console.print(f"reading headers: {source}")
     with progress() as bar:
         task = bar.add_task("reading headers", total=None)
+
+        def log(line: str) -> None:
+            if not console.is_terminal:  # a log has no bar, and millions of headers take an hour
+                console.print(line)
 
         def announce(survey: Survey) -> None:
             _print_survey(survey)
@@ -61,8 +63,8 @@ def ingest(
         def advance(_: str) -> None:
             bar.advance(task)
             done, total = int(bar.tasks[task].completed), int(bar.tasks[task].total or 1)
-            if not console.is_terminal and 10 * done // total > 10 * (done - 1) // total:  # each tenth
-                console.print(f"cases done: {done} of {total}")
+            if 10 * done // total > 10 * (done - 1) // total:  # each tenth
+                log(f"cases done: {done} of {total}")
 
         report = run(
             source,
@@ -71,6 +73,7 @@ def ingest(
             part=part_of(part),
             announce=announce,
             progress=advance,
+            notice=log,
         )
     _print_report(report, store)
     if part == "0/1":

@@ -7,8 +7,7 @@ import glob
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from ldct_dist.config import Config
 from ldct_dist.ct.dose_config import DoseConfig
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, parts
-from ldct_dist.store.pairing import Pair, PairingConfig, Refusal, find_pairs
+from ldct_dist.store.pairing import Pair, PairingConfig, Refusal
 from ldct_dist.store.privacy import default_key_path, key_id, load_key
 from ldct_dist.store.record import read_record
 from ldct_dist.store.splits import check_named, check_shares, split_of_each
+from ldct_dist.store.survey import shared_pairs
 from ldct_dist.store.task import Task, task
 from ldct_dist.store.workers import Workers
 
@@ -79,13 +79,15 @@ def ingest(
     part: tuple[int, int] = (0, 1),
     announce: Callable[[Survey], None] = lambda survey: None,
     progress: Callable[[str], None] = lambda case: None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> IngestReport:
     """Write what `source`, a folder of DICOM or a manifest, holds into the store `out`, then its catalogue.
 
-    part: (i, n) takes every n-th case, for the tasks of an array job; once all parts are done, `finalise` writes
-    the catalogue. `announce` hears what will be written before it is, `progress` each case that is done. What is
-    refused is listed in OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork
-    server, which import the calling script: it needs an `if __name__ == "__main__"`.
+    part: (i, n) takes every n-th case, for the tasks of an array job, one of which reads the headers for all; once all
+    parts are done, `finalise` writes the catalogue. `announce` hears what will be written before it is, `progress` each
+    case that is done, `notice` whether headers are being read, or waited for. What is refused is listed in
+    OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork server, which import the
+    calling script: it needs an `if __name__ == "__main__"`.
 
     Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split or a pattern
     of `split_of` decides for none, and if `out` cannot be written; cases that are whole by then stay, and the next
@@ -93,31 +95,33 @@ def ingest(
     """
     source, out, config = Path(source), Path(out), config or IngestConfig()
     check(source, out, config)
-    with Workers(config.workers or len(os.sched_getaffinity(0))) as workers:
-        pairs, refused = find_pairs(source, config.pairing, workers.map)
-        with _unwritable_as_user_error(out):
-            if not pairs:
-                _write_rejected(out, part, refused)
-                raise _nothing_ingested(source, refused)
-            check_named(pairs, refused, config.splits, config.split_of)
-            key = load_key(config.key or default_key_path(out))
-            splits = split_of_each(pairs, key, config.splits, config.split_of)
-            with parts.writing(out, part):
-                layout.create(out)
-                parts.begin(out, part)
-                empty = tuple(s for s, share in config.splits.items() if share > 0 and s not in splits)
-                tasks = _tasks(out, pairs, splits, key, config, part)
-                report = _make(out, tasks, empty, workers, announce, progress)
-                report.rejected[:0] = refused if part[0] == 0 else []
-                report.rejected_csv = _write_rejected(out, part, report.rejected)
-                if part[1] > 1:
-                    parts.end(out, part)
-                elif layout.list_cases(out):
-                    layout.finalise(out)
-                    parts.forget(out)
-                else:
-                    parts.forget(out)
-                    raise _nothing_ingested(source, report.rejected)
+    with (
+        Workers(config.workers or len(os.sched_getaffinity(0))) as workers,
+        shared_pairs(out, part, source, config.pairing, workers.map, notice) as (pairs, refused),
+        parts.unwritable_as_user_error(out),
+    ):
+        if not pairs:
+            _write_rejected(out, part, refused)
+            raise _nothing_ingested(source, refused)
+        check_named(pairs, refused, config.splits, config.split_of)
+        key = load_key(config.key or default_key_path(out))
+        splits = split_of_each(pairs, key, config.splits, config.split_of)
+        with parts.writing(out, part):
+            layout.create(out)
+            parts.begin(out, part)
+            empty = tuple(s for s, share in config.splits.items() if share > 0 and s not in splits)
+            tasks = _tasks(out, pairs, splits, key, config, part)
+            report = _make(out, tasks, empty, workers, announce, progress)
+            report.rejected[:0] = refused if part[0] == 0 else []
+            report.rejected_csv = _write_rejected(out, part, report.rejected)
+            if part[1] > 1:
+                parts.end(out, part)
+            elif layout.list_cases(out):
+                layout.finalise(out)
+                parts.forget(out)
+            else:
+                parts.forget(out)
+                raise _nothing_ingested(source, report.rejected)
     return report
 
 
@@ -134,7 +138,7 @@ def finalise(out: Path | str) -> int:
     if missing:
         named = ", ".join(f"{i}/{n}" for i, n in missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise UserError(f"{out}: {len(missing)} part(s) of its ingest are not done: run --part {named} first")
-    with _unwritable_as_user_error(out), parts.writing(out, (0, 1)):
+    with parts.unwritable_as_user_error(out), parts.writing(out, (0, 1)):
         if not layout.list_cases(out):
             raise UserError(f"{out}: no case in it; see {out.name}.rejected*.csv beside it for the reasons")
         count = layout.finalise(out)
@@ -214,7 +218,7 @@ def check(source: Path, out: Path, config: IngestConfig) -> None:
         )
     if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out}: is the source or is in it; put the store outside {source}")
-    with _unwritable_as_user_error(out):
+    with parts.unwritable_as_user_error(out):
         layout.check_place(out)
         _check_key(out, config.key or default_key_path(out))
 
@@ -241,18 +245,6 @@ def _check_key(out: Path, path: Path) -> None:
 
 def _nothing_ingested(source: Path, refused: Sequence[Refusal]) -> UserError:
     return UserError(f"{source}: no series could be ingested; the first reason: {refused[0].reason}")
-
-
-@contextmanager
-def _unwritable_as_user_error(out: Path) -> Iterator[None]:
-    """Raise an OSError in the block as a UserError about `out`: errors of source files are UserErrors already."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(
-            f"{out}: cannot be written ({e.strerror or e}); make room or choose another folder, then start again: "
-            "complete cases are kept"
-        ) from e
 
 
 def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal]) -> Path | None:

@@ -17,7 +17,8 @@ from ldct_dist.errors import UserError
 Part = tuple[int, int]
 """(i, n): every n-th case from the i-th"""
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""errors of file systems without locks, as which some of clusters are mounted"""
 
 
 @contextmanager
@@ -35,14 +36,26 @@ def writing(store: Path, part: Part) -> Iterator[None]:
                 f"{store}: another ingest is writing it; wait until that one is done, then start this one again"
             ) from e
         except OSError as e:
-            if e.errno not in _NO_LOCKS:  # some cluster file systems are mounted without locks
+            if e.errno not in NO_LOCKS:
                 raise
         yield
 
 
+@contextmanager
+def unwritable_as_user_error(store: Path) -> Iterator[None]:
+    """Raise an OSError in the block as a UserError about `store`: errors of source files are UserErrors already."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"{store}: cannot be written ({e.strerror or e}); make room or choose another folder, then start again: "
+            "complete cases are kept"
+        ) from e
+
+
 def begin(store: Path, part: Part) -> None:
     """Record that `part` has begun and is not done, and forget the parts of an array of another size."""
-    _folder(store).mkdir(exist_ok=True)
+    folder(store).mkdir(exist_ok=True)
     for mark in _marks(store):
         if _part(mark)[1] != part[1]:
             mark.unlink(missing_ok=True)
@@ -52,7 +65,7 @@ def begin(store: Path, part: Part) -> None:
 
 def end(store: Path, part: Part) -> None:
     """Record that `part` is done."""
-    _folder(store).mkdir(exist_ok=True)
+    folder(store).mkdir(exist_ok=True)
     _done(store, part).touch()
 
 
@@ -64,16 +77,22 @@ def missing(store: Path) -> list[Part]:
     return [(i, n) for n in sorted(sizes) for i in range(n) if (i, n) not in done]
 
 
+def any_begun(store: Path) -> bool:
+    """Whether a part has begun since the store was finalised last."""
+    return bool(_marks(store))
+
+
 def forget(store: Path) -> None:
-    shutil.rmtree(_folder(store), ignore_errors=True)
+    shutil.rmtree(folder(store), ignore_errors=True)
 
 
-def _folder(store: Path) -> Path:
+def folder(store: Path) -> Path:
+    """Where all that is known of the parts is kept until the store is finalised."""
     return store.with_name(f"{store.name}.parts")
 
 
 def _done(store: Path, part: Part) -> Path:
-    return _folder(store) / f"{part[0]}-of-{part[1]}"
+    return folder(store) / f"{part[0]}-of-{part[1]}"
 
 
 def _begun(store: Path, part: Part) -> Path:
@@ -81,7 +100,7 @@ def _begun(store: Path, part: Part) -> Path:
 
 
 def _marks(store: Path) -> list[Path]:
-    return list(_folder(store).glob("*-of-*"))
+    return list(folder(store).glob("*-of-*"))
 
 
 def _part(mark: Path) -> Part:
