@@ -18,10 +18,12 @@ Patterns = Mapping[str, str]
 
 
 def check_shares(shares: Shares, patterns: Patterns) -> None:
-    """Raises UserError unless the shares add up to 1 and the patterns' splits are among them."""
+    """Raises UserError unless the shares, none of them negative, add up to 1 and the patterns' splits are among them."""
     total = sum(shares.values())
     if min(shares.values(), default=0.0) < 0 or abs(total - 1) > 1e-6:
-        raise UserError(f"splits: the shares {shares} add up to {total:g}; they must add up to 1")
+        raise UserError(
+            f"splits: the shares {shares} add up to {total:g}; they must add up to 1, and none may be below 0"
+        )
     for split in patterns.values():
         _check_name(split, shares)
 

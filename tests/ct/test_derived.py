@@ -145,6 +145,13 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, signed, bits, slope, 
         assert (stored(written)[~corner] != padding[1]).all()
 
 
+def test_a_series_without_a_description_is_described_by_the_label(tmp_path):
+    write_series(tmp_path / "in", phantom(), Options(tags={"SeriesDescription": None}))
+    series = only(tmp_path / "in")
+    path = write_derived(series, read_series(series).hu, tmp_path / "out", "made", label="denoised")[0]
+    assert dcmread(path).SeriesDescription == "denoised"
+
+
 def test_padding_stays_padding_whatever_the_network_says(tmp_path):
     for name, tagged in (("tagged", True), ("untagged", False)):
         write_series(tmp_path / name, phantom(), Options(padding=(CORNER, -2000, tagged)))

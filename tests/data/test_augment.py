@@ -47,6 +47,17 @@ def test_oblong_crops_are_flipped_but_not_transposed():
     assert torch.equal(moved[:, -1], pair[:, -1].flip(-1, -2, -3))
 
 
+@pytest.mark.parametrize("alone", ["flips", "transpose"])
+def test_flips_and_transposition_can_each_be_had_alone(alone):
+    off = {"flips", "transpose"} - {alone}
+    config = AugmentConfig(**dict.fromkeys(off, False))
+    drawn = draw(config, seed=0, first=0, count=16)
+    pair = some_pair(3, 5, 5)
+    moved, _ = apply(config, pair.clone(), torch.zeros(16, 3, 2, dtype=torch.int64), drawn)
+    ways = {tuple(sample.flatten().tolist()) for sample in moved[0]}
+    assert 2 <= len(ways) <= (8 if alone == "flips" else 2)
+
+
 def test_a_flip_twice_is_no_flip():
     pair, box = some_pair(3, 5, 5), torch.tensor([[[0, 3], [-1, 4], [2, 9]]] * 16)
     config, flips = AugmentConfig(), EVERY_MOVE * [1, 1, 1, 0, 1]

@@ -55,6 +55,8 @@ def test_patients_are_drawn_by_the_shares_each_whatever_others_there_are():
 def test_shares_that_are_no_whole_are_refused(source, out):
     with pytest.raises(UserError, match=r"add up to 0\.9"):
         ingest(source, out, IngestConfig(splits={"train": 0.8, "test": 0.1}))
+    with pytest.raises(UserError, match=r"-0\.2.*none may be below 0"):
+        ingest(source, out, IngestConfig(splits={"train": 1.2, "test": -0.2}))
 
 
 @pytest.mark.parametrize(
