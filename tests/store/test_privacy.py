@@ -211,6 +211,14 @@ def test_a_case_does_not_carry_its_patients_name_or_id(tmp_path, case, names):
     assert privacy.names_patient(case, file, ("Row Label", "ZX-4711-Q", "ab", "c-1")) is names
 
 
+def test_a_name_is_found_in_files_without_preamble_too(tmp_path):
+    """Exports of the nineties hold the bare dataset."""
+    file = write_series(tmp_path, anatomy(), Options(tags={"PatientName": "Zwiebelmann^Ottokar"}))[0]
+    file.write_bytes(file.read_bytes()[132:])
+    assert privacy.names_patient("OTTOKAR_1", file, ())
+    assert "zwiebelmann" in privacy.identifying_words(file, "P1")
+
+
 def test_identifying_words_are_those_of_every_naming_tag_and_of_the_manifest(tmp_path):
     words = privacy.identifying_words(write_marked(tmp_path)[0], "Row-Label")
     assert {"zwiebelmann", "ottokar", "4711", "19370203", "krankenhaus", "doktorova", "label"} <= words
