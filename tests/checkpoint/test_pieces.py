@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
+from ldct_dist.checkpoint import pieces
 from ldct_dist.checkpoint.pieces import Part, Piece, _File, write
 from ldct_dist.files import file_sha256
 from ldct_dist.models.weights import sealed
@@ -30,10 +34,25 @@ def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path):
 def test_ranks_hear_of_no_piece_that_is_empty(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(World, "gather", lambda self, item, group: told.append(item) or [item])
-    pieces = {"w": Piece((2,), 0, torch.ones(2)), "elsewhere": Piece((0,), 0, torch.empty(0))}
-    parts = {"ours": Part({key: torch.empty(piece.shape) for key, piece in pieces.items()})}
-    write(tmp_path, parts, {"ours": 0}, {"ours": pieces}, World(), None)
+    held = {"w": Piece((2,), 0, torch.ones(2)), "elsewhere": Piece((0,), 0, torch.empty(0))}
+    parts = {"ours": Part({key: torch.empty(piece.shape) for key, piece in held.items()})}
+    write(tmp_path, parts, {"ours": 0}, {"ours": held}, World(), None)
     assert told == [{"ours": {"w": (0, 2)}}]
+
+
+def test_a_piece_of_another_rank_that_takes_several_messages_arrives_whole(tmp_path, monkeypatch):
+    """The rest of a large tensor is on rank 1, the file is rank 0's."""
+    sent = []
+    monkeypatch.setattr(pieces, "CHUNK", 5)
+    monkeypatch.setattr(dist, "send", lambda values, to, group: sent.append(values.clone()))
+    monkeypatch.setattr(dist, "recv", lambda chunk, holder, group: chunk.copy_(sent.pop(0)))
+    w = torch.arange(20.0)
+    held = [{"w": Piece((20,), 0, w[:3])}, {"w": Piece((20,), 3, w[3:])}]
+    told = [{"ours": {"w": (0, 3)}}, {"ours": {"w": (3, 17)}}]
+    for rank in (1, 0):
+        world = SimpleNamespace(rank=rank, gather=lambda item, group: told)
+        write(tmp_path, {"ours": Part({"w": w})}, {"ours": 0}, {"ours": held[rank]}, world, None)
+    assert torch.equal(load_file(tmp_path / "ours")["w"], w)
 
 
 def test_pieces_in_any_order_make_the_same_sealed_file(tmp_path):
