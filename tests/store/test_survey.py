@@ -168,7 +168,7 @@ def made_at_once(source: Path, out: Path) -> dict[str, bytes]:
 
 def test_tasks_that_start_together_read_the_headers_once(source, out, tasks, threads):
     running = [tasks.start(part, hold="waiting") for part in (0, 1)]
-    logs = sorted(run.communicate(timeout=240)[0] for run in running)
+    logs = sorted(run.communicate(timeout=120)[0] for run in running)
     assert [run.returncode for run in running] == [0, 0], logs
     assert len(tasks.reads()) == 4 * FILES
     assert len(set(tasks.reads())) == 1
@@ -192,7 +192,7 @@ def test_if_the_task_that_reads_headers_is_killed_the_next_one_does(source, out,
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     (tasks.signs / "go").touch()
-    log, _ = waiting.communicate(timeout=240)
+    log, _ = waiting.communicate(timeout=120)
     assert waiting.returncode == 0, log
     assert tasks.reads().count("1") == 4 * FILES
     ingest(source, out, CONFIG, part=(0, 2))  # requeued
@@ -204,7 +204,7 @@ def test_if_the_task_that_reads_headers_is_killed_the_next_one_does(source, out,
 def test_a_task_that_finds_nothing_to_ingest_lets_the_others_look_for_themselves(out, tasks, tmp_path):
     """Its node might be the one where the source is not mounted."""
     running = [tasks.start(part, hold="waiting", kernel=("B99",)) for part in (0, 1)]
-    logs = [run.communicate(timeout=240)[0] for run in running]
+    logs = [run.communicate(timeout=120)[0] for run in running]
     assert all("refused: " in log and "none of its 8 series matches pairing.kernel" in log for log in logs)
     assert [tasks.reads().count(part) for part in "01"] == [4 * FILES, 4 * FILES]
     assert {path.name for path in tmp_path.iterdir()} == {"in", "signs"}

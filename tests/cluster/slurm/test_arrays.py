@@ -105,6 +105,8 @@ def test_the_scripts_to_copy_ingest_and_denoise(cluster, dicom, tmp_path):
         f"--wrap={python} finalise {store}",
     )
     assert len(Store(store).cases) == CASES
+    logs = "".join((tmp_path / f"ldct-ingest-{array}_{i}.log").read_text() for i in range(2))
+    assert (logs.count("reading headers: "), logs.count("headers: as read by another task")) == (1, 1), logs
     save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
     numbers = {"0-15": "0-1", "/16": "/2"}
     array = by_hand(cluster, tmp_path, "denoise.sbatch", numbers, tmp_path / "w.safetensors", dicom, out)
