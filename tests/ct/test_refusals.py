@@ -28,6 +28,7 @@ from pydicom.uid import (
 
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import find_series, one_series, read_series, sound_series
+from ldct_dist.ct.values import pydicom_faults_as_user_errors
 from ldct_dist.errors import UserError
 from synthetic_dicom import Options, phantom, write_series
 
@@ -269,6 +270,12 @@ def pixel_refusal(folder) -> str:
         read_series(found[0])
     assert "\n" not in str(e.value)
     return str(e.value)
+
+
+def test_what_pydicom_raises_is_one_line_with_its_reason(tmp_path):
+    line = r"x\.dcm: not readable as DICOM \(odd bytes\); export it again or remove it$"
+    with pytest.raises(UserError, match=line), pydicom_faults_as_user_errors(tmp_path / "x.dcm"):
+        raise ValueError("odd bytes\nTraceback (most recent call last): ...")
 
 
 @pytest.mark.parametrize("syntax", [None, JPEG2000Lossless, JPEGLSLossless, JPEGLossless, RLELossless])
