@@ -33,13 +33,16 @@ def looked_up(path: Path | str) -> Path:
 
 
 def _known(path: Path) -> Path:
-    """`looked_up`; raises ValueError for a user or a variable that is unknown in this process."""
+    """`looked_up`; raises ValueError for a user or a variable that is unknown in this process, and where the path is not
+    UTF-8, in which a run's config is written."""
     try:
         found = looked_up(path)
     except RuntimeError as e:
         raise ValueError(f"{path}: no such user's home") from e
     if unknown := re.search(r"\$(\w+|\{\w+\})", str(found)):
         raise ValueError(f"{path}: {unknown[0]} is not set here")
+    if os.fsencode(found).decode(errors="replace") != str(found):
+        raise ValueError(f"{path}: not UTF-8, in which configs are written; rename it, or give a link to it")
     return found
 
 
@@ -62,13 +65,23 @@ def read(schema: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C
 
     Raises UserError naming the file and every key that is unknown, missing or of the wrong type.
     """
-    tree = _load(path)
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: write it as key=value, for example data.crop=[32,96,96]")
     try:
+        plain = _plain(path, overrides)
+    except RecursionError as e:
+        where = str(path or "overrides") + (" or the overrides" if path and overrides else "")
+        raise UserError(f"{where}: nested far deeper than any setting is; correct it") from e
+    return validate(schema, plain, str(path or "config"), overrides)
+
+
+def _plain(path: Path | None, overrides: Sequence[str]) -> Any:
+    """The config at `path` with the overrides, of dicts and lists. Raises UserError as `read` does, and RecursionError."""
+    tree = _load(path)
+    try:
         given = OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, YAMLError) as e:
+    except (OmegaConfBaseException, YAMLError, ValueError) as e:
         raise UserError(f"override {' '.join(overrides)}: not readable as YAML: {e}") from e
     try:
         merged = OmegaConf.merge(tree, given)
@@ -78,13 +91,12 @@ def read(schema: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C
             "data.crop=[32,96,96]"
         ) from e
     try:
-        plain = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as e:
         advice = (
             "; for a path's environment variable write $NAME" if isinstance(e, InterpolationKeyError) else ""
         )
         raise UserError(f"{path or 'overrides'}: {_first_line(e)}{advice}") from e
-    return validate(schema, plain, str(path or "config"), overrides)
 
 
 def validate(schema: type[C], plain: Any, where: str, overrides: Sequence[str] = ()) -> C:
@@ -175,10 +187,10 @@ def _load(path: Path | None) -> DictConfig:
         tree = OmegaConf.load(path)
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such config file; see configs/ for examples") from e
-    except (OSError, YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable as YAML: {e}") from e
     except OmegaConfBaseException as e:
         raise UserError(f"{path}: {_first_line(e)}; is a ${{ without its }}?") from e
+    except (OSError, YAMLError, ValueError) as e:  # bytes that are not UTF-8, a number of thousands of digits
+        raise UserError(f"{path}: not readable as YAML: {e}") from e
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: a config is a mapping of keys to values, this is a list or a single value")
     return tree

@@ -136,3 +136,31 @@ def test_what_is_not_known_here_makes_no_folder_of_that_name(monkeypatch, path, 
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(UserError, match=f"runs: .*{words}"):
         read(RunConfig, None, [*GIVEN, f"runs={path}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: " + "[" * 3000 + "]" * 3000, "nested far deeper than any setting is; correct it"),
+        ("a: " + "{a: " * 3000 + "1" + "}" * 3000, "nested far deeper than any setting is; correct it"),
+        ("seed: " + "9" * 6000, "not readable as YAML"),
+    ],
+    ids=["lists", "mappings", "digits"],
+)
+def test_rubbish_that_yaml_cannot_take_is_one_line(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{path}: {words}"):
+        read(RunConfig, path)
+    with pytest.raises(UserError, match=words):
+        read(RunConfig, None, [text.replace(": ", "=", 1)])
+
+
+def test_a_path_that_no_config_could_name_is_refused_before_anything_is_written(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/\udcff")
+    with pytest.raises(
+        UserError, match=r"runs: \$SCRATCH/runs: not UTF-8, in which configs are written; rename"
+    ):
+        read(RunConfig, None, [*GIVEN, "runs=$SCRATCH/runs"])
+    with pytest.raises(UserError, match="not readable as YAML"):
+        read(RunConfig, None, [*GIVEN, "runs=/scratch/\udcff"])
