@@ -226,15 +226,12 @@ def _lock(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[bool]:
     The kernel ends a lock with the process that holds it, however that dies. A lock is on a file, and not on its name:
     hence the check that the file still has this name.
     """
-    fd = None
-    try:
-        fd = os.open(path, os.O_RDONLY)
-        fcntl.flock(fd, mode | fcntl.LOCK_NB)
-        locked = os.path.samestat(os.fstat(fd), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        locked = False
-    try:
+    with ExitStack() as opened:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+            opened.callback(os.close, fd)
+            fcntl.flock(fd, mode | fcntl.LOCK_NB)  # raises OSError where the file system has no locks
+            locked = os.path.samestat(os.fstat(fd), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            locked = False
         yield locked
-    finally:
-        if fd is not None:
-            os.close(fd)

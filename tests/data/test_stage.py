@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
 import resource
@@ -362,3 +364,14 @@ def test_what_another_process_copies_is_left_to_it_and_looked_for_again(store, t
             another.close()  # as if it had died
             wait_until(target.exists)
     assert not list(staged.copies.rglob(".writing-*"))
+
+
+def test_a_disk_without_locks_keeps_no_file_open(tmp_path, monkeypatch):
+    def no_locks(fd, mode):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="No locks available"), stage._lock(tmp_path):
+        pass
+    assert os.listdir("/proc/self/fd") == before
