@@ -7,9 +7,9 @@ upwards, and those of windows with noise alone are all alike, so the peak of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -65,15 +65,20 @@ class LocalMoments:
 
 
 def local_moments(
-    hu: np.ndarray, spacing: tuple[float, float, float], stride: int = 1, neighbours: bool = False
+    hu: np.ndarray,
+    spacing: tuple[float, float, float],
+    stride: int = 1,
+    neighbours: bool = False,
+    share_out: Callable[..., Iterable[list[np.ndarray]]] = map,
 ) -> LocalMoments:
     """Moments of `hu` (z, y, x) in square in-plane windows of about 6 mm, at least 5 voxels wide.
 
-    neighbours: whether also their covariance.
+    neighbours: whether also their covariance. share_out: the builtin `map`, or one that distributes the slices over threads.
     """
     sizes = [max(_MIN_WINDOW, 2 * round(_WINDOW_MM / mm / 2) + 1) for mm in spacing[1:]]
     # Slice by slice, since one slice and what is made of it fit into the processor's cache.
-    moments = [_moments_in_plane(image, sizes, stride, neighbours) for image in hu]
+    in_plane = partial(_moments_in_plane, sizes=sizes, stride=stride, neighbours=neighbours)
+    moments = share_out(in_plane, hu)
     mean, slope, variance, *neighbour = (np.stack(parts) for parts in zip(*moments, strict=True))
     return LocalMoments(mean, slope, variance, neighbour[0] if neighbours else None, stride)
 

@@ -17,6 +17,7 @@ from skimage.restoration import denoise_bilateral, denoise_nl_means, denoise_tv_
 from ldct_dist.ct import noise
 from ldct_dist.ct.volume import AIR_HU, Volume, padding_of
 from ldct_dist.errors import UserError
+from ldct_dist.evaluate.slices import over_slices
 from ldct_dist.store.layout import BODY_HU
 
 _LEAST_NOISE = 0.3  # HU: the noise of rounding to whole ones
@@ -37,10 +38,10 @@ def bilateral(volume: Volume, times_noise: float) -> Volume:
     sigma, range_hu = 1.5 / min(volume.spacing[1:]), times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
-        return denoise_bilateral(hu, sigma_color=range_hu, sigma_spatial=sigma, bins=2000, mode="edge")
+        positive = hu.astype(np.float64) - AIR_HU  # scikit-image's function takes no others
+        return denoise_bilateral(positive, sigma_color=range_hu, sigma_spatial=sigma, bins=2000, mode="edge")
 
-    # scikit-image's function takes positive values only.
-    return _like(volume, np.stack([smooth(hu.astype(np.float64) - AIR_HU) for hu in volume.hu]) + AIR_HU)
+    return _like(volume, np.stack(over_slices(smooth, volume.hu)) + AIR_HU)
 
 
 def nlm(volume: Volume, times_noise: float) -> Volume:
@@ -49,9 +50,9 @@ def nlm(volume: Volume, times_noise: float) -> Volume:
     h_hu = times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
-        return denoise_nl_means(hu, patch_size=5, patch_distance=6, h=h_hu, fast_mode=True)
+        return denoise_nl_means(hu.astype(np.float32), patch_size=5, patch_distance=6, h=h_hu, fast_mode=True)
 
-    return _like(volume, np.stack([smooth(hu.astype(np.float32)) for hu in volume.hu]))
+    return _like(volume, np.stack(over_slices(smooth, volume.hu)))
 
 
 def tv(volume: Volume, times_noise: float) -> Volume:
@@ -59,9 +60,9 @@ def tv(volume: Volume, times_noise: float) -> Volume:
     weight_hu = times_noise * _noise(volume)
 
     def smooth(hu: np.ndarray) -> np.ndarray:
-        return denoise_tv_chambolle(hu, weight=weight_hu, eps=1e-4, max_num_iter=100)
+        return denoise_tv_chambolle(hu.astype(np.float32), weight=weight_hu, eps=1e-4, max_num_iter=100)
 
-    return _like(volume, np.stack([smooth(hu.astype(np.float32)) for hu in volume.hu]))
+    return _like(volume, np.stack(over_slices(smooth, volume.hu)))
 
 
 @dataclass(frozen=True)

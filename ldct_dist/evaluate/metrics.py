@@ -14,6 +14,7 @@ from skimage.metrics import structural_similarity
 from ldct_dist.ct.volume import padding_of
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.protocols import Protocol, Range, protocol_named
+from ldct_dist.evaluate.slices import over_slices
 from ldct_dist.evaluate.vif import DEPTH, LEAST_SIDE, shared_information
 
 _SLAB = 8
@@ -77,8 +78,8 @@ def ssim(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np
     around = ((0, 0), (beyond, beyond), (beyond, beyond))
     inner = (slice(deep, -deep or None), slice(border, -border), slice(border, -border))
     zero = protocol.window[0] if protocol.ssim_zero is None else protocol.ssim_zero
-    sums, counts = [], []
-    for read in _slabs(len(full_hu), deep):
+
+    def of_slab(read: slice) -> tuple[float, int]:
         a, b = (
             np.pad(np.clip(x[read].astype(np.float64), *protocol.window) - zero, around)
             for x in (full_hu, image_hu)
@@ -88,8 +89,9 @@ def ssim(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np
             a, b = a[0], b[0]
         _, similarity = structural_similarity(a, b, data_range=protocol.data_range, full=True, **options)
         counted = np.pad(mask[read], around)[inner]
-        sums.append(similarity.reshape(whole)[inner][counted].sum())
-        counts.append(counted.sum())
+        return similarity.reshape(whole)[inner][counted].sum(), counted.sum()
+
+    sums, counts = zip(*over_slices(of_slab, _slabs(len(full_hu), deep)), strict=True)
     return float(_average(np.array(sums), np.array(counts), protocol).mean())
 
 
@@ -102,14 +104,14 @@ def vif(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.
     deep = DEPTH // 2 if protocol.dims == 3 else 0
     _check_fits("VIF", full_hu, (2 * deep + 1, LEAST_SIDE))
     source, image = (full_hu, image_hu) if protocol.vif_source == "full" else (image_hu, full_hu)
-    kept, whole = [], []
-    for read in _slabs(len(full_hu), deep):
+
+    def of_slab(read: slice) -> tuple[float, float]:
         a, b = (np.clip(x[read].astype(np.float64), *protocol.rmse_range) for x in (source, image))
-        information = shared_information(a, b, mask[read], 2 * deep + 1)
-        kept.append(information[0])
-        whole.append(information[1])
+        return shared_information(a, b, mask[read], 2 * deep + 1)
+
+    kept, whole = zip(*over_slices(of_slab, _slabs(len(full_hu), deep)), strict=True)
     if protocol.average == "volume":
-        kept, whole = [sum(kept)], [sum(whole)]
+        kept, whole = (sum(kept),), (sum(whole),)
     ratios = [k / w for k, w in zip(kept, whole, strict=True) if w > 0]
     return float(np.mean(ratios)) if ratios else math.nan
 

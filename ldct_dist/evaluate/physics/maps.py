@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from ldct_dist.ct import noise
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
+from ldct_dist.evaluate.slices import over_slices
 
 STRUCTURE_MM = 2.0  # sigma of the finest structure that one would read as anatomy
 CONSPICUOUS = 4.0  # standard deviations of noise: chance alone passes it in 0.006 % of voxels
@@ -15,7 +16,7 @@ CONSPICUOUS = 4.0  # standard deviations of noise: chance alone passes it in 0.0
 
 def noise_map(hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
     """Standard deviation in HU within about 6 mm in plane, (z, y, x), about a plane fitted there."""
-    return np.sqrt(noise.local_moments(hu, spacing).variance)
+    return np.sqrt(noise.local_moments(hu, spacing, share_out=over_slices).variance)
 
 
 def hallucination_map(image_hu: np.ndarray, full: Volume, std: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.physics.maps import CONSPICUOUS, hallucination_map, smoothed_noise
 from ldct_dist.evaluate.physics.tissue import tissue_bias, tissues
+from ldct_dist.evaluate.slices import over_slices
 from ldct_dist.store.layout import BODY_HU
 
 
@@ -23,7 +24,7 @@ class Reference:
 
     def __init__(self, low: Volume, full: Volume) -> None:
         self.full = full
-        self.moments = noise.local_moments(full.hu, full.spacing)
+        self.moments = noise.local_moments(full.hu, full.spacing, share_out=over_slices)
         self.tissues = tissues(full, self.moments)
         self.soft = self.moments.homogeneous
         self.std: np.ndarray | None = None
@@ -38,8 +39,8 @@ class Reference:
         found: dict[str, Any] = {"bias_hu": tissue_bias(image, self.full, self.tissues)}
         if self.soft is not None:
             # In windows that are flat in the full dose: those that are in a smooth image leave out what noise it has.
-            variance = noise.local_moments(image, self.full.spacing).variance[self.soft]
-            found["noise_hu"] = float(np.sqrt(np.median(variance)))
+            moments = noise.local_moments(image, self.full.spacing, share_out=over_slices)
+            found["noise_hu"] = float(np.sqrt(np.median(moments.variance[self.soft])))
         if self.std is not None:
             body = self.moments.mean > BODY_HU
             off = np.abs(hallucination_map(image, self.full, self.std))
