@@ -39,10 +39,11 @@ from ldct_dist.data.lesions import LesionConfig
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.baselines import BASELINES, tune
+from ldct_dist.evaluate.examination import measure
 from ldct_dist.evaluate.methods import LOW, Method, network
 from ldct_dist.evaluate.physics.lesions import BALL, ROD
 from ldct_dist.evaluate.statistics import estimate, paired_tests
-from ldct_dist.evaluate.study import Study, StudyConfig, measure
+from ldct_dist.evaluate.study import Study, StudyConfig
 from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 
-from ldct_dist.cli import data, runs, slurm  # noqa: F401  they register their verbs
+from ldct_dist.cli import data, evaluation, runs, slurm  # noqa: F401  they register their verbs
 from ldct_dist.cli.common import app
 from ldct_dist.errors import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -142,89 +141,6 @@ def denoise(
 
 
 @app.command()
-def evaluate(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="WEIGHTS... STORE",
-            help="One or more weights.safetensors, checkpoints or runs; then the store",
-        ),
-    ],
-    split: Annotated[str, typer.Option(help="The cases to evaluate: test, val or train")] = "test",
-    protocol: Annotated[
-        str,
-        typer.Option(
-            help="Sets the window, which voxels count, how to average, and the dose: chest, abdomen, neuro, full-range, "
-            "ldctbench-chest, ldctbench-abdomen, ldctbench-neuro or redcnn-l506; add -3d to measure in 3-D"
-        ),
-    ] = "abdomen",
-    dose: Annotated[
-        float | None,
-        typer.Option(help="Dose of the input, as a fraction of full dose; default: the protocol's"),
-    ] = None,
-    bf16: Annotated[
-        bool, typer.Option("--bf16", help="Calculate in bf16, as denoise --bf16 does; the tables say so")
-    ] = False,
-    strength: Annotated[float, typer.Option(help="As denoise --strength; the tables say so")] = 1.0,
-    out: Annotated[Path | None, typer.Option(help="Write a report (HTML, JSON, CSV) to this folder")] = None,
-    baselines: Annotated[
-        str,
-        typer.Option(help="Classic filters to compare in the report, tuned on the other splits; '' for none"),
-    ] = "gaussian,bilateral,nlm,tv",
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Another method to compare, as NAME=MODULE:FUNCTION; the function takes a Volume and returns HU. Repeatable"
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV with the columns case,label or case,slice,label or patient,label (0 or 1): adds a classification "
-            "task to the report"
-        ),
-    ] = None,
-    key: Annotated[
-        Path | None,
-        typer.Option(
-            help="Key file of the ingest, needed if --labels names patients and the key is not at STORE.key"
-        ),
-    ] = None,
-    cases_shown: Annotated[
-        int, typer.Option(min=0, help="Number of cases that the report shows images of")
-    ] = 3,
-    lesion_mm: Annotated[
-        float, typer.Option(help="Diameter in mm of the lesions that the model observer looks for")
-    ] = 6.0,
-    lesion_hu: Annotated[float, typer.Option(help="Contrast of those lesions, in HU")] = 15.0,
-) -> None:
-    """Compare low dose and denoised with full dose on a store's held-out cases: prints a table; --out adds a report.
-
-    Example: ldct-dist evaluate runs/a/ runs/b/ /scratch/ct.zarr --out report/
-    """
-    from ldct_dist.evaluate.run import evaluate as run
-
-    *weights, store = paths
-    if not os.path.exists(store / "zarr.json"):  # Path.exists would raise PermissionError
-        raise UserError(
-            f"{store}: not a store (no zarr.json that may be read); evaluate takes weights and, last, a store"
-        )
-    manner = (" in bf16" if bf16 else "") + (f" at strength {strength:g}" if strength < 1 else "")
-    named = {_name_of(path, weights) + manner: path for path in weights}
-    options = {
-        "split": split,
-        "protocol": protocol,
-        "dose": dose,
-        "bf16": bf16,
-        "strength": strength,
-        "lesion_mm": lesion_mm,
-        "lesion_hu": lesion_hu,
-    }
-    filters = [name.strip() for name in baselines.split(",") if name.strip()]
-    run(named, store, options, out, filters, peer or [], labels, key, cases_shown, console)
-
-
-@app.command()
 def demo(
     config: Annotated[Path, typer.Argument(help="The demo's YAML")] = DEMO_CONFIG,
     overrides: Overrides = None,
@@ -240,10 +156,3 @@ def demo(
             "configs/demo.yaml there"
         )
     run(config, overrides or [], console)
-
-
-def _name_of(path: Path, among: list[Path]) -> str:
-    """The name of these weights in tables: that of the run or file if it is unique, else the whole path."""
-    name = path.resolve().name
-    same = [other for other in among if other.resolve().name == name]
-    return name if len(same) == 1 and name != "weights.safetensors" else str(path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from ldct_dist.cli.common import Site, app, console
 from ldct_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from ldct_dist.cluster.parts import Parts
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -18,7 +22,7 @@ def submit(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="CONFIG|ingest|denoise|KEY=VALUE|--SBATCH-OPTION=VALUE",
+            metavar="CONFIG|ingest|denoise|evaluate|KEY=VALUE|--SBATCH-OPTION=VALUE",
             help="The run's YAML, settings (optim.lr=3e-4), and sbatch options (--nodes 2 --gpus-per-node 4 --time 24:00:00)",
         ),
     ],
@@ -33,7 +37,8 @@ def submit(
     parts: Annotated[
         int | None,
         typer.Option(
-            help="Number of array tasks; default: 8 for ingest, one per case (at most 256) for denoise"
+            help="Number of array tasks; default: 8 for ingest, one per case for denoise (at most 256) and for evaluate "
+            "(at most 8)"
         ),
     ] = None,
     at_once: Annotated[
@@ -48,20 +53,20 @@ def submit(
     Code and config are copied into the run's folder, and requeued jobs use these copies. There is one rank per GPU; on
     CPUs, set the number of ranks by --ntasks-per-node.
 
-    `submit ingest SOURCE STORE` and `submit denoise WEIGHTS COHORT OUT` submit array jobs; COHORT is a folder with one
-    folder per case.
+    `submit ingest SOURCE STORE`, `submit denoise WEIGHTS COHORT OUT` and `submit evaluate WEIGHTS... STORE --out REPORT`
+    submit array jobs; COHORT is a folder with one folder per case.
 
     Example: ldct-dist submit configs/mayo2016_unet3d.yaml optim.lr=3e-4 --nodes 2 --gpus-per-node 4
     --time 24:00:00 --partition gpu
     """
-    if arguments[0] in ("ingest", "denoise"):
+    if arguments[0] in ("ingest", "denoise", "evaluate"):
         if allow_new_data:
             raise UserError(f"--allow-new-data: for a run that goes on, not for {arguments[0]}; leave it out")
         _submit_array(arguments, cluster, site, parts, at_once, dry_run)
         return
     if parts is not None or at_once is not None:
         raise UserError(
-            "--parts and --at-once: for an array, of ingest or denoise; a run is one job: leave them out"
+            "--parts and --at-once: for an array, of ingest, denoise or evaluate; a run is one job: leave them out"
         )
     from ldct_dist.cluster.command import announce, parse
     from ldct_dist.cluster.submit import dry_run as render
@@ -90,7 +95,8 @@ def _submit_array(
     from ldct_dist.cluster.parts import submit_parts
     from ldct_dist.cluster.sbatch import render
 
-    array = parse_parts(arguments, site, parts, at_once)
+    make = _evaluation if arguments[0] == "evaluate" else parse_parts
+    array = make(arguments, site, parts, at_once)
     if cluster != "slurm":
         raise UserError(f"--cluster {cluster}: an array is Slurm's alone; on this machine: {array.here}")
     if dry_run:
@@ -106,6 +112,20 @@ def _submit_array(
             f"job      {then}  after the array: ldct-dist {shlex.join(array.then or [])}", highlight=False
         )
     console.print(f"logs     {array.script.folder}", highlight=False)
+
+
+def _evaluation(arguments: list[str], site: str | None, parts: int | None, at_once: int | None) -> Parts:
+    """`evaluate` with its own options, which its own parser reads, and those of sbatch."""
+    from ldct_dist.cluster.command import evaluation_parts, set_apart, split
+
+    verbs = typer.main.get_command(app)
+    assert isinstance(verbs, TyperGroup)
+    verb = verbs.commands["evaluate"]
+    takes = {name: not option.is_flag for option in verb.params for name in option.opts if name[:2] == "--"}
+    own, others = set_apart(arguments[1:], takes)
+    words, options = split(others)
+    request = verb.main([*words, *own, "--check"], "ldct-dist submit evaluate", standalone_mode=False)
+    return evaluation_parts(request, words, own, options, site, parts, at_once)
 
 
 @app.command()

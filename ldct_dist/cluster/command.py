@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from submitit import Job
@@ -18,6 +18,7 @@ from ldct_dist.denoise.claim import refuse_others
 from ldct_dist.denoise.cohort import cases_of
 from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
+from ldct_dist.evaluate.evaluation import Evaluation
 from ldct_dist.files import refuse_inside
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.ingest import IngestConfig, check
@@ -25,6 +26,8 @@ from ldct_dist.train.config import RunConfig
 
 INGEST_PARTS = 8
 """of an ingest, unless told otherwise"""
+EVALUATE_PARTS = 8
+"""of an evaluation, at most, unless told otherwise: each tunes the filters for itself"""
 MOST_PARTS = 256
 """of a cohort, unless told otherwise: Slurm's own limit on an array (MaxArraySize) is 1001 where a site set none"""
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
@@ -81,7 +84,54 @@ def _denoise(
     script = array_script("denoise", command, _jobs_beside(out), tasks, options, site, at_once)
     # --part makes it a cohort: without it, all cases would be series of one patient.
     here = shlex.join(["ldct-dist", "denoise", *words, *manner, "--part=0/1"])
-    return Parts(script, here, pinned=(weights, copy))
+    return Parts(script, here, pinned={copy: weights})
+
+
+def evaluation_parts(
+    request: Evaluation,
+    words: Sequence[str],
+    own: Sequence[str],
+    options: Options,
+    site: str | None,
+    parts: int | None,
+    at_once: int | None,
+) -> Parts:
+    """`evaluate WEIGHTS... STORE --out REPORT` as an array, and the report by a job after it.
+
+    request: of `words`, the weights and the store, and of `own`, options of `evaluate`. Raises UserError.
+    """
+    if request.out is None:
+        raise UserError(
+            "submit evaluate: its tasks keep their findings in the report's folder; add --out FOLDER"
+        )
+    folder = _jobs_beside(request.out)
+    # As for denoise, all tasks take these copies.
+    copies = {name: folder / f"{request.hashes[name]}.safetensors" for name in request.weights}
+    named = [f"{name}={copies[full]}" for name, full in zip(request.names, request.weights, strict=True)]
+    command = ["evaluate", *named, words[-1], *own]
+    tasks = min(len(request.examination.items), EVALUATE_PARTS) if parts is None else parts
+    script = array_script("evaluate", command, folder, tasks, options, site, at_once)
+    return Parts(
+        script,
+        shlex.join(["ldct-dist", "evaluate", *words, *own]),
+        then=command,
+        then_on_gpus=True,
+        pinned={copies[name]: path for name, path in request.weights.items()},
+    )
+
+
+def set_apart(arguments: Sequence[str], takes: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """(options of a verb with their values, all others). takes: by the verb's options, whether they have a value."""
+    own, others, waiting = [], [], iter(arguments)
+    for argument in waiting:
+        name, equals, _ = argument.partition("=")
+        if name not in takes:
+            others.append(argument)
+            continue
+        own.append(argument)
+        if takes[name] and not equals:
+            own += [value for value in [next(waiting, None)] if value is not None]
+    return own, others
 
 
 def _paths(verb: str, words: Sequence[str], count: int) -> list[Path]:

@@ -1,11 +1,11 @@
-"""Work over many cases as an array job: ingest, then the catalogue; or denoising a cohort."""
+"""Work over many cases as an array job: ingest, then the catalogue; denoising a cohort; evaluation, then the report."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldct_dist import files
@@ -26,8 +26,10 @@ class Parts:
     """the command that does the same on one machine, without Slurm"""
     then: Sequence[str] | None = None
     """arguments of the `ldct-dist` that runs once all tasks have ended"""
-    pinned: tuple[Path, Path] | None = None
-    """a file to copy, from and to, before the array is submitted"""
+    then_on_gpus: bool = False
+    """whether that gets the GPUs of a task"""
+    pinned: Mapping[Path, Path] = field(default_factory=dict)
+    """files to copy, to from, before the array is submitted"""
 
 
 def array_script(
@@ -80,19 +82,20 @@ def submit_parts(parts: Parts) -> list[str]:
             command=["-m", "ldct_dist", *parts.then],
             name=f"{script.name}-end",
             kind="single",
-            options={k: v for k, v in script.options.items() if not k.startswith("gpus")},
+            options={
+                k: v for k, v in script.options.items() if parts.then_on_gpus or not k.startswith("gpus")
+            },
         )
         ids.append(_submit(last, "end.sbatch", f"--dependency=afterany:{ids[0]}"))
     return ids
 
 
 def _prepared(parts: Parts) -> Script:
-    """Copy the pinned file and the code into the array's folder; the script that runs that code."""
+    """Copy the pinned files and the code into the array's folder; the script that runs that code."""
     script = parts.script
     try:
         script.folder.mkdir(parents=True, exist_ok=True)
-        if parts.pinned is not None:
-            source, copy = parts.pinned
+        for copy, source in parts.pinned.items():
             with files.replacing(copy) as temporary:
                 shutil.copyfile(source, temporary)
     except OSError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from inspect import getmodule
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.baselines import baseline_named, tune
+from ldct_dist.files import file_sha256
 from ldct_dist.models.weights import load_weights
 
 Method = Callable[[Volume], np.ndarray]
@@ -34,14 +36,15 @@ def network(weights: Path, bf16: bool = False, strength: float = 1.0) -> Method:
 def tuned_baselines(names: Sequence[str], pairs: Sequence[tuple[Volume, Volume]]) -> dict[str, Method]:
     """The named filters, each tuned on these pairs of low and full dose, which should not be evaluated themselves.
 
-    The methods' names hold the tuned values. Raises UserError for an unknown name.
+    The methods' names hold the tuned values, to two digits: with more, machines that round otherwise would have filters of
+    their own, and tuning is not as exact as that. Raises UserError for an unknown name.
     """
     chosen = {name: baseline_named(name) for name in names}
 
     def method(name: str) -> tuple[str, Method]:
-        value = tune(name, pairs)
-        label = f"{name} ({value:.2g} {chosen[name].unit})"
-        return label, lambda volume: chosen[name].filter(volume, value).hu
+        value = f"{tune(name, pairs):.2g}"
+        label = f"{name} ({value} {chosen[name].unit})"
+        return label, lambda volume: chosen[name].filter(volume, float(value)).hu
 
     return dict(method(name) for name in chosen)
 
@@ -59,6 +62,13 @@ def peer(spec: str) -> tuple[str, Method]:
     except (ImportError, AttributeError) as e:
         raise UserError(f"--peer {spec}: {e}; is the module on PYTHONPATH?") from e
     return name, found
+
+
+def source_hash(method: Method) -> str | None:
+    """sha256 of the file that a peer is in; None where it has none, such as a function in C."""
+    module = getmodule(method)
+    file = getattr(module, "__file__", None)
+    return file_sha256(Path(file)) if file else None
 
 
 def peers_beside(networks: Iterable[str], specs: Sequence[str]) -> dict[str, Method]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,20 +87,17 @@ def of_cases(labels: Labels, patients: Mapping[str, str], key: bytes) -> Labels:
     return found
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cohort:
-    """Gathers the labelled slices of a study's cases; pass `add` to `measure` as its `show`.
+    """The labelled slices of the cases that are evaluated.
 
     A label of a whole case is given to 8 slices spread over its middle. Slices are resampled to 64 x 64 and clipped to
-    `window`. patients: of the study's cases, by case name. Raises UserError if none of these cases has a label.
+    `window`. patients: of these cases, by case name. Raises UserError if none of them has a label.
     """
 
     labels: Labels
     window: Range
     patients: Mapping[str, str]
-    _images: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    _labels: list[int] = field(default_factory=list)
-    _patients: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.labels.keys().isdisjoint(self.patients):
@@ -109,16 +106,15 @@ class Cohort:
                 + (few(list(self.labels), ", ") or "no case at all")
             )
 
-    def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
-        for at, label in self.chosen(name, len(full.hu)):
-            for kind, hu in {**images, FULL: full.hu}.items():
-                self._images.setdefault(kind, []).append(shown(hu[at], self.window))
-            self._labels.append(label)
-            self._patients.append(self.patients[name])
-
-    def samples(self) -> Samples:
-        images = {kind: np.stack(gathered) for kind, gathered in self._images.items()}
-        return Samples(images, np.array(self._labels), tuple(self._patients))
+    def samples_of(self, name: str, images: Mapping[str, np.ndarray]) -> Samples | None:
+        """The labelled slices of a case, of its images (z, y, x) in HU by kind; None if it has no label."""
+        chosen = self.chosen(name, len(next(iter(images.values()))))
+        if not chosen:
+            return None
+        seen = {
+            kind: np.stack([shown(hu[at], self.window) for at, _ in chosen]) for kind, hu in images.items()
+        }
+        return Samples(seen, np.array([label for _, label in chosen]), (self.patients[name],) * len(chosen))
 
     def chosen(self, name: str, count: int) -> list[tuple[int, int]]:
         """(slice, label) of the samples of a case of `count` slices. Raises UserError where a labelled one is not there."""
@@ -132,6 +128,13 @@ class Cohort:
             else:
                 raise UserError(f"labels: case {name} has slices 0 to {count - 1}, not {at}")
         return chosen
+
+
+def joined(cases: Sequence[Samples]) -> Samples:
+    """The samples of several cases, which have the same kinds of images."""
+    images = {kind: np.concatenate([case.images[kind] for case in cases]) for kind in cases[0].images}
+    labels = np.concatenate([case.labels for case in cases])
+    return Samples(images, labels, tuple(patient for case in cases for patient in case.patients))
 
 
 def shown(hu: np.ndarray, window: Range, side: int = SIDE) -> np.ndarray:

@@ -168,7 +168,7 @@ def test_a_doctor_of_nothing_is_refused(monkeypatch, capsys, option):
     ("verb", "words"),
     [
         ("ingest", "{source} {store} [KEY=VALUE]..."),
-        ("submit", "[OPTIONS] {CONFIG|ingest|denoise|KEY=VALUE|--SBATCH-OPTION=VALUE}..."),
+        ("submit", "[OPTIONS] {CONFIG|ingest|denoise|evaluate|KEY=VALUE|--SBATCH-OPTION=VALUE}..."),
         ("sweep", "{config} {KEY=VALUE,...|--SBATCH-OPTION=VALUE}..."),
         ("doctor", "[OPTIONS] [CONFIG|--SRUN-OPTION=VALUE]..."),
     ],

@@ -6,17 +6,23 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from commands import command, commands_on_path
+from ldct_dist.cli import app
 from ldct_dist.cluster.command import MOST_PARTS, announce, parse, parse_parts, split
 from ldct_dist.cluster.parts import submit_parts
 from ldct_dist.cluster.sbatch import render
+from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.claim import claim
 from ldct_dist.denoise.volumes import SeriesDenoiser
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
+from ldct_dist.store import layout
 from runs import write_config
 
 
@@ -149,3 +155,64 @@ def test_a_cohort_that_would_be_denoised_into_itself_is_refused_before_it_is_sub
     words = ["denoise", *(str(tmp_path / name) for name in ("w.safetensors", "in", "in/out"))]
     with pytest.raises(UserError, match="choose a folder outside it"):
         parse_parts(words, None, None)
+
+
+def test_an_evaluation_is_submitted_with_its_own_options_and_weights_of_that_moment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7", srun="", squeue=""))
+    monkeypatch.chdir(tmp_path)
+    hu = np.zeros((2, 16, 16), np.int16)
+    layout.create(Path("ct.zarr"))
+    for name in ("a", "b"):
+        doses = dict.fromkeys((1.0, 0.25), Volume(hu, (3.0, 1.0, 1.0)))
+        layout.write_case(Path("ct.zarr"), name, doses, patient=name, split="test")
+    layout.finalise(Path("ct.zarr"))
+    for name, seed in (("one", 0), ("two", 1)):
+        torch.manual_seed(seed)
+        save_weights(Path(f"{name}.safetensors"), build(ModelConfig(size="xs")))
+    Path("peers.py").write_text("def blur(low):\n    return low.hu\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    then = Path("one.safetensors").read_bytes()
+    own = ["--out", "report", "--baselines=", "--bf16", "--peer", "p=peers:blur", "--peer", "q=peers:blur"]
+    words = ["evaluate", "first=one.safetensors", "two.safetensors", "ct.zarr", *own]
+    submitted = CliRunner().invoke(app, ["submit", *words, "--gpus", "1", "--exclusive", "--time=4:00:00"])
+    assert submitted.exit_code == 0, submitted.exception
+    Path("one.safetensors").write_bytes(b"of a later step")
+    array, end = (Path("report.jobs", script).read_text() for script in ("array.sbatch", "end.sbatch"))
+    assert "#SBATCH --array=0-2\n" in array  # two cases and the phantom
+    for script in (array, end):
+        assert {"#SBATCH --gpus=1", "#SBATCH --exclusive", "#SBATCH --time=4:00:00"} <= set(
+            script.splitlines()
+        )
+    (line,) = [line for line in array.splitlines() if " evaluate " in line]
+    given = shlex.split(line.partition(" evaluate ")[2])
+    assert given[2:] == ["ct.zarr", *own, "--part", "$SLURM_ARRAY_TASK_ID/3"]
+    names, copies = zip(*(word.split("=") for word in given[:2]), strict=True)
+    assert names == ("first", "two.safetensors")
+    assert Path(copies[0]).read_bytes() == then
+    (line,) = [line for line in end.splitlines() if " evaluate " in line]
+    assert shlex.split(line.partition(" evaluate ")[2]) == given[:-2]
+
+
+@pytest.mark.parametrize(
+    ("own", "fault"),
+    [
+        ([], "add --out FOLDER"),
+        (["--out", "report", "--protocol", "knee"], "knee"),
+        (["--out", "report", "--split", "val"], "no case in split 'val'"),
+        (["--out", "report", "--labels", "none.csv"], "none.csv: no such file"),
+    ],
+)
+def test_what_every_part_of_an_evaluation_would_refuse_is_refused_before_it_is_submitted(
+    own, fault, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    layout.create(Path("ct.zarr"))
+    doses = dict.fromkeys((1.0, 0.25), Volume(np.zeros((2, 16, 16), np.int16), (3.0, 1.0, 1.0)))
+    layout.write_case(Path("ct.zarr"), "a", doses, patient="a", split="test")
+    layout.finalise(Path("ct.zarr"))
+    save_weights(Path("w.safetensors"), build(ModelConfig(size="xs")))
+    refused = CliRunner().invoke(
+        app, ["submit", "evaluate", "w.safetensors", "ct.zarr", "--baselines=", *own]
+    )
+    assert fault in str(refused.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"ct.zarr", "w.safetensors"}

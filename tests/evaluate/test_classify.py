@@ -4,7 +4,6 @@ import torch
 from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest, norm
 
-from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.classify import (
     Classifier,
@@ -22,6 +21,7 @@ from ldct_dist.evaluate.tasks import (
     LESION_TRAINING,
     SIDE,
     Cohort,
+    joined,
     lesion_samples,
     of_cases,
     read_labels,
@@ -166,10 +166,10 @@ def test_classifier_takes_any_side_that_halves_three_times():
 def test_labels_by_case_and_by_slice(tmp_path):
     (tmp_path / "labels.csv").write_text("case,slice,label\na,,1\nb,2,0\nb,3,1\n")
     cohort = Cohort(read_labels(tmp_path / "labels.csv")[0], (-40.0, 160.0), {"a": "p", "b": "q", "c": "r"})
-    for name in "abc":
-        volume = Volume(np.full((20, 32, 32), 60, np.int16), (5.0, 1.0, 1.0))
-        cohort.add(name, volume, volume, {"low dose": volume.hu})
-    samples = cohort.samples()
+    hu = np.full((20, 32, 32), 60, np.int16)
+    a, b, c = (cohort.samples_of(name, {"low dose": hu, "full dose": hu}) for name in "abc")
+    assert c is None
+    samples = joined([a, b])
     assert samples.labels.tolist() == [1] * 8 + [0, 1]
     assert samples.patients == ("p",) * 8 + ("q",) * 2
     assert set(samples.images) == {"low dose", "full dose"}

@@ -8,7 +8,8 @@ from ldct_dist.cli import app
 from ldct_dist.ct.dose import DoseConfig, simulate_full_dose, simulate_low_dose
 from ldct_dist.ct.phantom import body
 from ldct_dist.ct.volume import Volume
-from ldct_dist.evaluate.study import StudyConfig, measure
+from ldct_dist.evaluate.examination import measure
+from ldct_dist.evaluate.study import StudyConfig
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
 from ldct_dist.store.privacy import key_id, load_key, patient_hash

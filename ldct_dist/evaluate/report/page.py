@@ -15,21 +15,18 @@ from ldct_dist.evaluate.figures import minus
 from ldct_dist.evaluate.methods import FULL, LOW
 from ldct_dist.evaluate.report import tables
 from ldct_dist.evaluate.report.curves import curves, strokes
-from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.study import Study
 from ldct_dist.files import replacing, sync
 
 PAGE, JSON, CSV = "index.html", "results.json", "cases.csv"
 
 
-def write_report(
-    out: Path, study: Study, pictures: Pictures, classification: dict[str, Any] | None = None
-) -> Path:
+def write_report(out: Path, study: Study, classification: dict[str, Any] | None = None) -> Path:
     """The page's path. All files are whole, or as they were before. Raises UserError where they cannot be written."""
     written = {
         JSON: results.to_json(study, classification),
         CSV: results.to_csv(study),
-        PAGE: render(study, pictures, classification),
+        PAGE: render(study, classification),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +40,7 @@ def write_report(
     return out / PAGE
 
 
-def render(study: Study, pictures: Pictures, classification: dict[str, Any] | None = None) -> str:
+def render(study: Study, classification: dict[str, Any] | None = None) -> str:
     """The page as HTML."""
     templates = Environment(
         loader=PackageLoader("ldct_dist.evaluate.report", ""), autoescape=True, undefined=StrictUndefined
@@ -63,7 +60,7 @@ def render(study: Study, pictures: Pictures, classification: dict[str, Any] | No
         classification=tables.classification(classification) if classification else [],
         curves=_curves(study),
         strokes=strokes([*study.methods, FULL]),
-        pictures={"cases": pictures.cases, "low": LOW, "full": FULL},
+        pictures={"cases": study.pictures, "low": LOW, "full": FULL},
         shown=[m for m in study.methods if m != LOW],
     )
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,35 +12,19 @@ from matplotlib import colormaps
 from matplotlib.colors import Colormap, Normalize
 from PIL import Image
 
-from ldct_dist.ct import noise
-from ldct_dist.ct.volume import Volume
-from ldct_dist.errors import UserError
 from ldct_dist.evaluate.figures import GREY, SIGNED, body_box, minus, plane_sizes_mm, planes, round_up
-from ldct_dist.evaluate.methods import FULL
-from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map, smoothed_noise
+from ldct_dist.evaluate.physics.maps import hallucination_map, noise_map
+from ldct_dist.evaluate.physics.reference import Reference
 from ldct_dist.evaluate.protocols import Protocol, protocol_named
 
 _HEAT = colormaps["magma"]
 _STRUCTURE_LIMIT = 8.0  # standard deviations
 
 
-@dataclass
-class Pictures:
-    """Gathers pictures of the first `limit` cases; pass `add` to `measure` as its `show`.
-
-    cases: name -> {"sizes": mm (height, width) of each plane, "views": view -> image -> three addresses}.
-    """
-
-    protocol: Protocol
-    limit: int = 3
-    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, name: str, low: Volume, full: Volume, images: Mapping[str, np.ndarray]) -> None:
-        if len(self.cases) < self.limit:
-            self.cases[name] = _case(self.protocol, low, full, {**images, FULL: full.hu})
-
-
-def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.ndarray]) -> dict[str, Any]:
+def pictures_of(protocol: Protocol, reference: Reference, images: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Every image of a case, full dose included, in each view: {"sizes": mm (height, width) of each plane, "views": view ->
+    image -> three addresses}."""
+    full, moments = reference.full, reference.moments
     box = body_box(full.hu)
     views = {}
     for window in {p.window: p for p in map(protocol_named, ("ldctbench-abdomen", "ldctbench-chest"))} | {
@@ -59,19 +41,17 @@ def _case(protocol: Protocol, low: Volume, full: Volume, images: dict[str, np.nd
     views[label] = {n: _planes_as_png(e, box, SIGNED, Normalize(-limit, limit)) for n, e in errors.items()}
 
     noises = {name: noise_map(hu, full.spacing) for name, hu in images.items()}
-    moments = noise.local_moments(full.hu, full.spacing)
     # Twice the noise of soft tissue: edges vary more, and a scale that held them would show nothing else.
     within = np.s_[:] if moments.homogeneous is None else moments.homogeneous
     limit = round_up(2 * max(float(np.median(n[within])) for n in noises.values()))
     label = f"local standard deviation, of noise and of edges, 0 to {limit:g} HU"
     views[label] = {name: _planes_as_png(hu, box, _HEAT, Normalize(0, limit)) for name, hu in noises.items()}
 
-    with suppress(UserError):  # that there is no noise to measure it by stands among the notes
-        std = smoothed_noise(low, full, moments)
+    if reference.std is not None:
         scale = Normalize(-_STRUCTURE_LIMIT, _STRUCTURE_LIMIT)
         label = f"structure added or lost, ±{_STRUCTURE_LIMIT:g} standard deviations of full dose's noise"
         views[label] = {
-            name: _planes_as_png(hallucination_map(hu, full, std), box, SIGNED, scale)
+            name: _planes_as_png(hallucination_map(hu, full, reference.std), box, SIGNED, scale)
             for name, hu in images.items()
         }
     return {"sizes": plane_sizes_mm(box, full.spacing), "views": views}

@@ -29,7 +29,6 @@ from ldct_dist.evaluate.physics.ttf import Transfer
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.report import tables
 from ldct_dist.evaluate.report.page import write_report
-from ldct_dist.evaluate.report.pictures import Pictures
 from ldct_dist.evaluate.study import Row, Study, StudyConfig
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
@@ -127,7 +126,7 @@ def test_the_full_doses_noise_power_and_how_low_dose_was_made_are_in_json(equal_
         **dict.fromkeys(("kernel", "kvp", "slice_thickness_mm")),
         **{"spacing_mm": (5.0, 1.0, 1.0), "shape": (8, 16, 16), "low_dose": made},
     }
-    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    write_report(tmp_path, equal_images)
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["full_dose"]["nps_radial"] == found["physics"]["oracle"]["nps_radial"]
     assert len(found["full_dose"]["nps_radial"]) == 9
@@ -260,7 +259,7 @@ def equal_images():
 
 
 def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
-    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    write_report(tmp_path, equal_images)
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert found["cases"][0]["figures"]["ldctbench-abdomen"]["psnr_db"] is None
     page = (tmp_path / "index.html").read_text()
@@ -282,7 +281,7 @@ def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
         "images": {"low dose": row, "full dose": perfect},
     }
     found["tests"] = [{"a": "low dose", "b": "full dose", "auc_difference": -0.125, **ps}]
-    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]), found)
+    write_report(tmp_path, equal_images, found)
     page = (tmp_path / "index.html").read_text()
     for words in (
         "0.875 [0.750, 0.950]",
@@ -305,7 +304,7 @@ def test_no_interval_holds_an_rmse_below_0_or_an_ssim_above_1(equal_images, tmp_
         Row(f"{i}", f"{i}", "method", {name: found}, conspicuous=0.03 * i, noise_hu=1 + 9.0 * i)
         for i, found in enumerate(figures)
     ]
-    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    write_report(tmp_path, equal_images)
     found = json.loads((tmp_path / "results.json").read_text())
     row, physics = found["summary"][name]["method"], found["physics"]["method"]
     assert (row["rmse_hu"]["low"], row["ssim"]["high"]) == (0, 1)
@@ -315,7 +314,7 @@ def test_no_interval_holds_an_rmse_below_0_or_an_ssim_above_1(equal_images, tmp_
 
 def test_figures_of_the_training_split_are_told_as_such(equal_images, tmp_path):
     equal_images.config = StudyConfig(split="train")
-    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    write_report(tmp_path, equal_images)
     assert "Split train, on which networks are trained: 1 case" in (tmp_path / "index.html").read_text()
 
 
@@ -335,7 +334,7 @@ def test_an_edge_that_stays_sharp_up_to_nyquist_sorts_above_those_that_do_not(eq
 
 
 def test_a_disk_that_fills_leaves_the_earlier_report_whole(tmp_path, monkeypatch, equal_images):
-    write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+    write_report(tmp_path, equal_images)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"index.html", "results.json", "cases.csv"}
     equal_images.note("measured anew")
@@ -348,7 +347,7 @@ def test_a_disk_that_fills_leaves_the_earlier_report_whole(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", filling)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); make room"):
-        write_report(tmp_path, equal_images, Pictures(equal_images.protocols[0]))
+        write_report(tmp_path, equal_images)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -391,4 +390,4 @@ def test_what_is_refused_leaves_no_folder_and_says_what_to_do(unevaluated, optio
 def test_a_log_has_a_line_as_each_case_begins(report):
     *_, log = report.parent.joinpath("log").read_text().partition("tuning")
     begun = [line for line in log.splitlines() if line.startswith(("case", "phantom"))]
-    assert begun == ["case 1 of 2, case-1", "phantom", "case 2 of 2, case-2"]
+    assert begun == ["case 1 of 2, case-1", "case 2 of 2, case-2", "phantom"]
