@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 
 from ldct_dist.cli.common import Site, app, console
 from ldct_dist.errors import UserError
@@ -121,8 +121,13 @@ def _evaluation(arguments: list[str], site: str | None, parts: int | None, at_on
     verbs = typer.main.get_command(app)
     assert isinstance(verbs, TyperGroup)
     verb = verbs.commands["evaluate"]
-    takes = {name: not option.is_flag for option in verb.params for name in option.opts if name[:2] == "--"}
+    options_of = [option for option in verb.params if isinstance(option, TyperOption)]
+    takes = {name: not option.is_flag for option in options_of for name in option.opts}
     own, others = set_apart(arguments[1:], takes)
+    if {word.partition("=")[0] for word in own} & {"--part", "--check"}:
+        raise UserError(
+            "submit evaluate: it divides the work and checks its arguments itself; leave out --part and --check"
+        )
     words, options = split(others)
     request = verb.main([*words, *own, "--check"], "ldct-dist submit evaluate", standalone_mode=False)
     return evaluation_parts(request, words, own, options, site, parts, at_once)

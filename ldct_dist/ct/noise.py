@@ -31,9 +31,9 @@ _SMOOTH = np.exp(-(np.arange(-16, 17) ** 2) / 32)  # a Gaussian of 4 bins
 class LocalMoments:
     """Moments in the window around every voxel, or every `stride`-th in y and in x, each (z, y, x).
 
-    mean: HU. slope: the variance in HU^2 that a plane fitted to the window explains: edges and gradients.
-    variance, neighbour: of the voxels, and the covariance of in-plane neighbours, both HU^2 about that plane; None
-    where the latter was not asked for.
+    mean: HU. The others are of the image minus its local mean, which leaves edges, and nothing of an even gradient.
+    slope: the variance in HU^2 that a plane fitted to the window explains. variance, neighbour: of the voxels, and the
+    covariance of in-plane neighbours, both HU^2 about that plane; None where the latter was not asked for.
     """
 
     mean: np.ndarray
@@ -44,7 +44,7 @@ class LocalMoments:
 
     @property
     def flat(self) -> np.ndarray:
-        """The windows without an edge or gradient. Noise alone has a slope as well, but that is large in a fixed share of
+        """The windows without an edge. Noise alone has a slope as well, but that is large in a fixed share of
         windows only."""
         return self.slope <= _FLAT * self.variance
 

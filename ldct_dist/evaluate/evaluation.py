@@ -94,7 +94,7 @@ class Evaluation:
             else:
                 found[item] = findings_from_plain(kept)
         if found:
-            tell(f"measured before: {len(found)} of {len(found) + len(missing)}")
+            tell(f"going on: {len(found)} of {len(found) + len(missing)} were measured before")
         methods = self._methods(say) if missing else {}
         for item in missing:
             findings = self.examination.examine(item, methods, say)

@@ -197,6 +197,7 @@ def test_an_evaluation_is_submitted_with_its_own_options_and_weights_of_that_mom
     ("own", "fault"),
     [
         ([], "add --out FOLDER"),
+        (["--out", "report", "--part", "0/2"], "leave out --part and --check"),
         (["--out", "report", "--protocol", "knee"], "knee"),
         (["--out", "report", "--split", "val"], "no case in split 'val'"),
         (["--out", "report", "--labels", "none.csv"], "none.csv: no such file"),

@@ -117,7 +117,7 @@ def test_a_killed_evaluation_goes_on_with_the_cases_that_are_missing(place, unbr
     assert killed.returncode == -signal.SIGKILL
     assert calls(place) == ["8", "6"]
     assert set(files(place / "killed" / FOLDER)) == {"case-body.json"}
-    assert "measured before: 1 of 12" in evaluated("killed")
+    assert "going on: 1 of 12 were measured before" in evaluated("killed")
     seen = calls(place)
     assert "8" not in seen
     assert seen[:10] == ["6"] * 10  # then the phantom's scans
@@ -139,6 +139,5 @@ def test_findings_of_other_settings_are_not_used(place):
     """Nor are they in the way: they are replaced."""
     for options, before in ((["--protocol", "full-range"], 0), ([], 0), ([], 3)):
         told = evaluated("other", "--part", "0/4", *options)
-        assert [line for line in told if line.startswith("measured")] == [
-            f"measured before: {before} of 3"
-        ] * (before > 0)
+        known = [line for line in told if line.startswith("going on")]
+        assert known == [f"going on: {before} of 3 were measured before"] * (before > 0)

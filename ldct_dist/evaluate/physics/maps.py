@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
@@ -25,7 +27,11 @@ def hallucination_map(image_hu: np.ndarray, full: Volume, std: np.ndarray) -> np
     The difference image - full dose, smoothed by 2 mm in plane, over `std` of `smoothed_noise`: (z, y, x), near a
     standard normal for a perfect denoiser; above 0 where brightness was added, below 0 where it was lost.
     """
-    return _smooth(image_hu.astype(np.float32) - full.hu, full.spacing) / std
+
+    def in_plane(image: np.ndarray, truth: np.ndarray, std: np.ndarray) -> np.ndarray:
+        return _smooth(image.astype(np.float32) - truth, full.spacing) / std
+
+    return np.stack(over_slices(in_plane, image_hu, full.hu, std))
 
 
 def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np.ndarray:
@@ -42,7 +48,8 @@ def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np
     if spread == 0 or level == 0:
         whose = "the full dose shows no noise" if level == 0 else "the low dose adds no noise"
         raise UserError(f"hallucination map: {whose} in soft tissue")
-    left = float(_smooth(added, full.spacing)[soft].std()) / spread
+    smooth = np.stack(over_slices(partial(_smooth, spacing=full.spacing), added))
+    left = float(smooth[soft].std()) / spread
     blur = [0, *(3 * STRUCTURE_MM / mm for mm in full.spacing[1:])]
     where = gaussian_filter(noise_map(added, full.spacing), blur)
     middle = float(np.median(where[soft]))
@@ -51,6 +58,7 @@ def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np
 
 
 def _smooth(hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
-    for axis in (1, 2):
-        hu = gaussian_filter1d(hu, STRUCTURE_MM / spacing[axis], axis=axis)
+    """A slice (y, x), smoothed by STRUCTURE_MM."""
+    for axis, mm in enumerate(spacing[1:]):
+        hu = gaussian_filter1d(hu, STRUCTURE_MM / mm, axis=axis)
     return hu

@@ -1,7 +1,8 @@
-"""Ingest and denoising as array jobs: a task that is killed runs again, and what comes after waits for all."""
+"""Ingest, denoising and evaluation as array jobs: a task that is killed runs again, and what comes after waits for all."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,13 @@ import pytest
 from jobs_of import field, over, wait
 
 from ldct_dist import config as configs
+from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.claim import MADE_BY
+from ldct_dist.evaluate.kept import FOLDER
+from ldct_dist.evaluate.report.page import JSON
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
+from ldct_dist.store import layout
 from ldct_dist.store.ingest import IngestConfig, ingest
 from ldct_dist.store.reader import Store
 from stores import smooth_volume
@@ -81,6 +86,36 @@ def test_a_cohort_is_denoised_by_parts_each_case_whole(cluster, dicom, tmp_path)
     wait(lambda: all(over(cluster, f"{array}_{i}") for i in range(2)), "both parts")
     assert sorted(p.name for p in out.iterdir()) == [MADE_BY, *(f"case-{i}" for i in range(CASES))]
     assert all(len(list(case.iterdir())) == 4 for case in out.glob("case-*"))
+
+
+def test_a_part_of_an_evaluation_is_killed_and_the_report_is_complete(cluster, tmp_path):
+    store, out = tmp_path / "ct.zarr", tmp_path / "my report"
+    layout.create(store)
+    hu = np.random.default_rng(0).integers(0, 100, (4, 48, 48), dtype=np.int16)
+    full, low = (Volume(each, (3.0, 1.0, 1.0)) for each in (hu, hu + np.int16(9)))
+    for name in ("a", "b", "c"):
+        layout.write_case(store, name, {1.0: full, 0.25: low}, patient=name, split="test")
+    layout.finalise(store)
+    save_weights(tmp_path / "w.safetensors", build(ModelConfig(size="xs")))
+    words = f"net={tmp_path / 'w.safetensors'}", store, "--out", out, "--baselines", ""
+    array, end = submitted(cluster, tmp_path, "evaluate", *words, "--parts", 2)
+    part = str(store), "--part", "1/2"
+    wait(lambda: process(*part), "a part runs")
+    os.kill(process(*part), signal.SIGKILL)
+    wait(lambda: over(cluster, end), "the report")
+    logs = {path.name: path.read_text() for path in Path(f"{out}.jobs").glob("*.log")}
+    assert field(cluster, end, "JobState") == "COMPLETED", logs
+    assert [field(cluster, f"{array}_{i}", "Restarts") for i in range(2)] == ["0", "1"]
+    assert any("going on: 4 of 4 were measured before" in log for log in logs.values()), logs
+    assert [row["case"] for row in json.loads((out / JSON).read_text())["cases"]] == [
+        "a",
+        "a",
+        "b",
+        "b",
+        "c",
+        "c",
+    ]
+    assert not (out / FOLDER).exists()
 
 
 def by_hand(cluster, folder: Path, script: str, numbers: dict[str, str], *arguments: str | Path) -> str:
