@@ -18,7 +18,7 @@ from ldct_dist.ct.dose_config import DoseConfig
 from ldct_dist.errors import UserError
 from ldct_dist.store import layout, parts
 from ldct_dist.store.pairing import Pair, PairingConfig, Refusal
-from ldct_dist.store.privacy import default_key_path, key_id, load_key
+from ldct_dist.store.privacy import default_key_path, key_id, keyed_hash, load_key
 from ldct_dist.store.record import read_record
 from ldct_dist.store.splits import check_named, check_shares, split_of_each
 from ldct_dist.store.survey import shared_pairs
@@ -115,7 +115,7 @@ def ingest(
             report.rejected[:0] = refused if part[0] == 0 else []
             report.rejected_csv = _write_rejected(out, part, report.rejected)
             if part[1] > 1:
-                parts.end(out, part)
+                parts.end(out, part, _list_hash(pairs, key))
             elif layout.list_cases(out):
                 layout.finalise(out)
                 parts.forget(out)
@@ -128,7 +128,8 @@ def ingest(
 def finalise(out: Path | str) -> int:
     """Write the catalogue of `out` once all parts of its ingest are done; how many cases it holds.
 
-    Raises UserError if parts are missing, and as `layout.finalise` does, and if `out` cannot be written.
+    Raises UserError if parts are missing or were made of different lists of cases, and as `layout.finalise` does, and if
+    `out` cannot be written.
     """
     out = Path(out)
     layout.check_format(out)
@@ -138,6 +139,11 @@ def finalise(out: Path | str) -> int:
     if missing:
         named = ", ".join(f"{i}/{n}" for i, n in missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise UserError(f"{out}: {len(missing)} part(s) of its ingest are not done: run --part {named} first")
+    if not parts.agree(out):
+        raise UserError(
+            f"{out}: the source changed between the parts of its ingest, so a case may be in none of them: run all parts "
+            "again; complete cases are kept"
+        )
     with parts.unwritable_as_user_error(out), parts.writing(out, (0, 1)):
         if not layout.list_cases(out):
             raise UserError(f"{out}: no case in it; see {out.name}.rejected*.csv beside it for the reasons")
@@ -199,6 +205,12 @@ def _tasks(
         )
         for pair, split in list(zip(pairs, splits, strict=True))[first::step]
     ]
+
+
+def _list_hash(pairs: Sequence[Pair], key: bytes) -> str:
+    """Of the cases in their order, by which they are divided into parts."""
+    series = (s for pair in pairs for s in (pair.full, pair.low))
+    return keyed_hash(key, "parts", *("" if s is None else s.series_uid for s in series))
 
 
 def _survey(out: Path, tasks: Sequence[Task], empty: tuple[str, ...]) -> Survey:

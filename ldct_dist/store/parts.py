@@ -63,10 +63,10 @@ def begin(store: Path, part: Part) -> None:
     _done(store, part).unlink(missing_ok=True)
 
 
-def end(store: Path, part: Part) -> None:
-    """Record that `part` is done."""
+def end(store: Path, part: Part, of: str) -> None:
+    """Record that `part` is done; of: a hash of the list of cases that it is a part of."""
     folder(store).mkdir(exist_ok=True)
-    _done(store, part).touch()
+    _done(store, part).write_text(of)
 
 
 def missing(store: Path) -> list[Part]:
@@ -75,6 +75,12 @@ def missing(store: Path) -> list[Part]:
     sizes = {_part(mark)[1] for mark in marks}
     done = {_part(mark) for mark in marks if not mark.suffix}
     return [(i, n) for n in sorted(sizes) for i in range(n) if (i, n) not in done]
+
+
+def agree(store: Path) -> bool:
+    """Whether all parts that are done are of the same list of cases, as far as they say."""
+    said = {mark.read_text() for mark in _marks(store) if not mark.suffix}
+    return len(said - {""}) <= 1
 
 
 def any_begun(store: Path) -> bool:

@@ -149,6 +149,20 @@ def test_finalise_names_the_parts_that_are_missing(source, out, threads):
     assert not out.with_name("ct.zarr.parts").exists()
 
 
+def test_parts_of_a_source_that_changed_between_them_are_not_made_into_a_store(source, out, threads):
+    """Of three cases, the first part takes the first and the third, the second part the second. Were the first one gone by
+    then, the second part would take the third, and the second case would be in none."""
+    ingest(source, out, CONFIG, part=(0, 2))
+    away = next(path for path in sorted(source.iterdir()))
+    away.rename(source.parent / "away")
+    ingest(source, out, CONFIG, part=(1, 2))
+    with pytest.raises(UserError, match=r"the source changed between the parts .*: run all parts again"):
+        finalise(out)
+    for part in ((0, 2), (1, 2)):
+        ingest(source, out, CONFIG, part=part)
+    assert finalise(out) == 3  # what left the source stays
+
+
 @pytest.mark.parametrize("part", [(0, 1), (1, 2)])
 def test_finalise_makes_no_store_of_an_ingest_that_was_cut_off(source, out, threads, part):
     """Nor of an array of which no task came to its end."""
