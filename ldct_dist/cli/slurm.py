@@ -129,7 +129,8 @@ def _evaluation(arguments: list[str], site: str | None, parts: int | None, at_on
             "submit evaluate: it divides the work and checks its arguments itself; leave out --part and --check"
         )
     words, options = split(others)
-    request = verb.main([*words, *own, "--check"], "ldct-dist submit evaluate", standalone_mode=False)
+    # --check comes first, or an --out that lacks its value would take it, and all would be measured here and now.
+    request = verb.main(["--check", *words, *own], "ldct-dist submit evaluate", standalone_mode=False)
     return evaluation_parts(request, words, own, options, site, parts, at_once)
 
 

@@ -30,6 +30,11 @@ EVALUATE_PARTS = 8
 """of an evaluation, at most, unless told otherwise: each tunes the filters for itself"""
 MOST_PARTS = 256
 """of a cohort, unless told otherwise: Slurm's own limit on an array (MaxArraySize) is 1001 where a site set none"""
+_FLAG = re.compile(
+    "contiguous|exclusive|get-user-env|hold|ignore-pbs|nice|no-kill|no-requeue|overcommit|oversubscribe|propagate|quiet|"
+    "reboot|requeue|spread-job|use-min-nodes|verbose|wait"
+)
+"""options to which sbatch takes no value, or one behind "=" alone"""
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
 
 
@@ -161,7 +166,8 @@ def _manner(options: Options) -> tuple[Options, bool, float]:
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:
     """(words that are no options, options of sbatch by their long names).
 
-    What follows an option is its value, unless it is an option or an override itself: `--exclusive seed=3`.
+    What follows an option is its value, unless that is a flag (`--exclusive runs/mayo`), or what follows is an option or an
+    override itself.
     """
     words: list[str] = []
     options: dict[str, str | bool] = {}
@@ -170,7 +176,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
             options[key] = value if equals else True
-            flag = None if equals else key
+            flag = None if equals or _FLAG.fullmatch(key) else key
         elif argument.startswith("-"):
             raise UserError(
                 f"{argument}: write options of sbatch by their long names, such as --partition=gpu"

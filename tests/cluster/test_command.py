@@ -44,6 +44,15 @@ def test_words_of_the_command_line_are_told_apart():
     )
 
 
+def test_a_flag_of_sbatch_takes_no_word_for_its_value():
+    """An evaluation would go without the weights, and say nothing."""
+    words = ["evaluate", "--exclusive", "runs/mayo", "--requeue", "ct.zarr", "--partition", "gpu"]
+    assert split(words) == (
+        ["evaluate", "runs/mayo", "ct.zarr"],
+        {"exclusive": True, "requeue": True, "partition": "gpu"},
+    )
+
+
 def test_the_commands_that_a_submission_names_can_be_pasted_into_a_shell(tmp_path):
     folder = tmp_path / "CT studies"
     folder.mkdir()
@@ -197,6 +206,7 @@ def test_an_evaluation_is_submitted_with_its_own_options_and_weights_of_that_mom
     ("own", "fault"),
     [
         ([], "add --out FOLDER"),
+        (["--cases-shown", "0", "--out"], "Option '--out' requires an argument"),
         (["--out", "report", "--part", "0/2"], "leave out --part and --check"),
         (["--out", "report", "--protocol", "knee"], "knee"),
         (["--out", "report", "--split", "val"], "no case in split 'val'"),
@@ -215,5 +225,5 @@ def test_what_every_part_of_an_evaluation_would_refuse_is_refused_before_it_is_s
     refused = CliRunner().invoke(
         app, ["submit", "evaluate", "w.safetensors", "ct.zarr", "--baselines=", *own]
     )
-    assert fault in str(refused.exception)
+    assert fault in f"{refused.exception} {refused.output}"
     assert {path.name for path in tmp_path.iterdir()} == {"ct.zarr", "w.safetensors"}
