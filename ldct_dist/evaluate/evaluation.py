@@ -70,6 +70,7 @@ class Evaluation:
         self.cohort = _cohort(self.store, config, labels, key) if labels else None
         if out is not None:
             refuse_unwritable(out)
+            refuse_unwritable(out / FOLDER)  # it may be another person's, whose start was stopped
         self.out, self.baselines = out, baselines if out else ()
         for name in self.baselines:
             baseline_named(name)

@@ -141,3 +141,13 @@ def test_findings_of_other_settings_are_not_used(place):
         told = evaluated("other", "--part", "0/4", *options)
         known = [line for line in told if line.startswith("going on")]
         assert known == [f"going on: {before} of 3 were measured before"] * (before > 0)
+
+
+def test_findings_that_could_not_be_kept_are_refused_before_any_work(place):
+    """Here for want of a folder; as a rule, because another person's start was stopped."""
+    (place / "taken").mkdir()
+    (place / "taken" / FOLDER).touch()
+    calls(place)
+    refused = CliRunner().invoke(app, words("taken"))
+    assert f"taken/{FOLDER}: cannot be written" in str(refused.exception)
+    assert calls(place) == []
