@@ -34,7 +34,7 @@ class Kept:
         try:
             kept = json.loads(self._path(name).read_bytes(), object_hook=_array)
             return kept["findings"] if kept["of"] == self._of else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def keep(self, name: str, findings: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,15 @@ def test_findings_of_anything_else_and_damaged_ones_are_not_found(tmp_path):
     assert Kept(tmp_path, {**OF, "store": "cd"}).find("case-a") is None
     file = tmp_path / "case-a.json"
     whole = file.read_bytes()
-    for damaged in (whole[:-5], b"", b"[]", b"{}", b"\xff", whole.replace(b'"findings"', b'"fundings"')):
+    for damaged in (
+        whole[:-5],
+        b"",
+        b"[" * 100_000,
+        b"[]",
+        b"{}",
+        b"\xff",
+        whole.replace(b'"findings"', b'"fundings"'),
+    ):
         file.write_bytes(damaged)
         assert kept.find("case-a") is None
     file.write_bytes(whole)

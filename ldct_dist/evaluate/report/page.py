@@ -33,7 +33,8 @@ def write_report(out: Path, study: Study, classification: dict[str, Any] | None 
         with ExitStack() as together:
             for name, text in written.items():
                 temporary = together.enter_context(replacing(out / name))
-                temporary.write_bytes(text.encode())
+                # Names of weights or stores need not be UTF-8.
+                temporary.write_bytes(text.encode(errors="backslashreplace"))
                 sync(temporary)  # before the first gets its name, and not only before it gets its own
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror}); make room or choose another folder") from e

@@ -270,6 +270,13 @@ def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
     assert "inf" not in re.sub(r"<style>.*?</style>|<script.*?</script>", "", page, flags=re.S).lower()
 
 
+def test_a_name_that_is_not_utf_8_does_not_cost_the_report(equal_images, tmp_path):
+    equal_images.store = os.fsdecode(b"n\xe9t.zarr")
+    write_report(tmp_path, equal_images)
+    assert json.loads((tmp_path / "results.json").read_text())["store"] == equal_images.store
+    assert r"Evaluation on n\udce9t.zarr" in (tmp_path / "index.html").read_text()
+
+
 def test_classification_stands_in_the_page_and_in_json(equal_images, tmp_path):
     row = {key: [0.875, 0.75, 0.95] for key in ("auc", "accuracy", "sensitivity", "specificity")}
     perfect = {**row, "auc": [1.0, None, None]}
