@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from commands import command
 from ldct_dist.cli.runs import plan as verb
@@ -111,6 +112,18 @@ def test_bf16_halves_activations_and_adds_copies_of_the_weights():
     big = {"data": {"crop": (8, 64, 64)}}
     fp32, bf16 = (count(run_config(precision=p, **big), 2).peak for p in ("fp32", "bf16"))
     assert 0.5 * fp32 < bf16 < 0.65 * fp32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_plan_is_the_same_on_a_cpu_whose_convolutions_do_not_keep_channels_last(precision, monkeypatch):
+    """As in bf16 on those that cannot multiply it: it counted copies that no GPU makes."""
+    here = count(run_config(precision=precision), 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch._C, "_conv_determine_backend_memory_format", lambda *_: torch.contiguous_format)
+        FakeTensorMode.cache_clear()
+        there = count(run_config(precision=precision), 2)
+    FakeTensorMode.cache_clear()
+    assert there == here
 
 
 def test_larger_micro_batches_and_crops_are_as_large_as_foretold():

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from ldct_dist.models.execution import autocast, lay_out
@@ -122,7 +122,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        answer = func(*args, **kwargs)
+        answer = _as_on_gpus(func, args, func(*args, **kwargs))
         made = [self._is_new(t) for t in _tensors(answer)]
         if any(made) or func._schema.name.endswith("_"):  # a view costs nothing
             moved = sum(t.numel() * t.element_size() for t in _tensors((args, kwargs, answer)))
@@ -150,6 +150,30 @@ class _Counter(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
+
+
+def _as_on_gpus(func: Any, args: Sequence[Any], answer: Any) -> Any:
+    """The answer of a convolution in the memory format of its input or weight, as cuDNN has it.
+
+    So have CPUs, but not in bf16 if they cannot multiply it: a plan would count copies there that no GPU makes.
+    """
+    if func is aten.convolution.default:
+        given = args[:2]
+    elif func is aten.convolution_backward.default:
+        given = args[1:3]
+    else:
+        return answer
+    if not any(map(_is_channels_last, given)):
+        return answer
+
+    def laid_out(tensor: Any) -> Any:
+        return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.dim() == 5 else tensor
+
+    return tree_map_only(torch.Tensor, laid_out, answer)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
