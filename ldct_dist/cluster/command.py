@@ -35,6 +35,8 @@ _FLAG = re.compile(
     "reboot|requeue|spread-job|use-min-nodes|verbose|wait"
 )
 """options to which sbatch takes no value, or one behind "=" alone"""
+_OF_DENOISE = {"--bf16": False, "--strength": True}
+"""its own options, and whether they have a value"""
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
 
 
@@ -54,14 +56,13 @@ def parse_parts(
 
     Raises UserError for what every task of it would refuse, before it waits in a queue.
     """
-    (verb, *words), options = split(arguments)
+    verb, *rest = arguments
     make = _ingest if verb == "ingest" else _denoise
-    return make(words, options, site, parts, at_once)
+    return make(rest, site, parts, at_once)
 
 
-def _ingest(
-    words: list[str], options: Options, site: str | None, parts: int | None, at_once: int | None
-) -> Parts:
+def _ingest(arguments: list[str], site: str | None, parts: int | None, at_once: int | None) -> Parts:
+    words, options = split(arguments)
     folders = [word for word in words if not _OVERRIDE.fullmatch(word)]
     source, store = _paths("ingest", folders, 2)
     tasks = INGEST_PARTS if parts is None else parts
@@ -71,9 +72,9 @@ def _ingest(
     return Parts(script, shlex.join(["ldct-dist", "ingest", *words]), then=["finalise", folders[-1]])
 
 
-def _denoise(
-    words: list[str], options: Options, site: str | None, parts: int | None, at_once: int | None
-) -> Parts:
+def _denoise(arguments: list[str], site: str | None, parts: int | None, at_once: int | None) -> Parts:
+    own, others = set_apart(arguments, _OF_DENOISE)
+    words, options = split(others)
     run, cohort, out = _paths("denoise", words, 3)
     out = out.absolute()
     cases = cases_of(cohort)
@@ -81,14 +82,12 @@ def _denoise(
     # A run's best weights may be others by the time that the last task starts: all tasks take this copy.
     weights = weights_of(run)
     copy = _jobs_beside(out) / f"{weights_hash(weights)}.safetensors"
-    options, bf16, strength = _manner(options)
-    refuse_others(out, SeriesDenoiser.load(weights, "cpu", bf16, strength).name)
-    manner = [*(["--bf16"] if bf16 else []), *([f"--strength={strength}"] if strength < 1 else [])]
-    command = ["denoise", str(copy), *words[1:], *manner]
+    refuse_others(out, SeriesDenoiser.load(weights, "cpu", *_manner(own)).name)
+    command = ["denoise", str(copy), *words[1:], *own]
     tasks = min(len(cases), MOST_PARTS) if parts is None else parts
     script = array_script("denoise", command, _jobs_beside(out), tasks, options, site, at_once)
     # --part makes it a cohort: without it, all cases would be series of one patient.
-    here = shlex.join(["ldct-dist", "denoise", *words, *manner, "--part=0/1"])
+    here = shlex.join(["ldct-dist", "denoise", *words, *own, "--part=0/1"])
     return Parts(script, here, pinned={copy: weights})
 
 
@@ -153,12 +152,12 @@ def _jobs_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.jobs")
 
 
-def _manner(options: Options) -> tuple[Options, bool, float]:
-    """(options of sbatch alone, bf16, strength), where `options` has those of `ldct-dist denoise` as well."""
-    others = {key: value for key, value in options.items() if key not in ("bf16", "strength")}
-    bf16, strength = bool(options.get("bf16", False)), options.get("strength", "1")
+def _manner(own: Sequence[str]) -> tuple[bool, float]:
+    """(bf16, strength), of the options of `ldct-dist denoise`."""
+    _, options = split(own)
+    strength = options.get("strength", "1")
     try:
-        return others, bf16, float("" if strength is True else strength)
+        return "bf16" in options, float("" if strength is True else strength)
     except ValueError as e:
         raise UserError(f"--strength={strength}: give a share above 0 and up to 1") from e
 

@@ -70,7 +70,7 @@ def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path,
     weights, out = tmp_path / "w.safetensors", tmp_path / "out"
     save_weights(weights, build(ModelConfig(size="xs")))
     array = parse_parts(
-        ["denoise", str(weights), str(tmp_path / "in"), str(out), "--bf16", "--strength=0.85"], None, None
+        ["denoise", "--bf16", str(weights), str(tmp_path / "in"), str(out), "--strength=0.85"], None, None
     )
     assert not array.script.folder.exists()
     then = weights.read_bytes()
