@@ -87,11 +87,15 @@ def _moments_in_plane(
     image: np.ndarray, sizes: Sequence[int], stride: int, neighbours: bool
 ) -> list[np.ndarray]:
     """The arrays of LocalMoments for one slice, each (y, x), in windows of `sizes` voxels (y, x)."""
-    image = image.astype(np.float32)
+    half_y, half_x = (n // 2 for n in sizes)
     flat_y, flat_x = (np.full(n, 1 / n) for n in sizes)
     at_y, at_x = (np.arange(n) - n // 2 for n in sizes)
+    # Mirrored at the borders twice as far as a window reaches: around what is in the windows there are windows, too.
+    margins = ((2 * half_y, 2 * half_y), (2 * half_x, 2 * half_x))
+    image = np.pad(image.astype(np.float32), margins, mode="symmetric")
     mean = _windows(_windows(image, 0, flat_y), 1, flat_x)
-    rough = image - mean  # first, because squares of HU would drown the noise in float32
+    # First, because squares of HU would drown the noise in float32.
+    rough = image[half_y:-half_y, half_x:-half_x] - mean
 
     def average(values: np.ndarray) -> np.ndarray:
         return _windows(_windows(values, 0, flat_y, stride), 1, flat_x, stride)
@@ -102,10 +106,13 @@ def _moments_in_plane(
     along_x = _windows(rows, 1, at_x * flat_x, stride)
     slope = along_y**2 / (at_y * at_y).mean() + along_x**2 / (at_x * at_x).mean()
     plane = _windows(rows, 1, flat_x, stride) ** 2 + slope
-    moments = [mean[::stride, ::stride], slope, (average(rough * rough) - plane).clip(min=0)]
+    centres = mean[half_y:-half_y:stride, half_x:-half_x:stride]
+    moments = [centres, slope, (average(rough * rough) - plane).clip(min=0)]
     if neighbours:
-        beside = rough * np.roll(rough, -1, 0) + rough * np.roll(rough, -1, 1)
-        moments.append(average(beside / 2) - plane)
+        inner = rough[half_y:-half_y, half_x:-half_x]  # beyond it, every border voxel has its mirror image beside it
+        beside = inner * np.roll(inner, -1, 0) + inner * np.roll(inner, -1, 1)
+        margins = ((half_y, half_y), (half_x, half_x))
+        moments.append(average(np.pad(beside / 2, margins, mode="symmetric")) - plane)
     return moments
 
 
@@ -128,11 +135,10 @@ def sampled_moments(volume: Volume, stride: int | None = None) -> LocalMoments:
 
 
 def _windows(values: np.ndarray, axis: int, weights: np.ndarray, stride: int = 1) -> np.ndarray:
-    """Sums of `values` times `weights` around every `stride`-th place along `axis`; borders are mirrored."""
-    half, size = len(weights) // 2, values.shape[axis]
-    margin = [(half, half) if i == axis else (0, 0) for i in range(values.ndim)]
-    padded = np.moveaxis(np.pad(values, margin, mode="symmetric"), axis, 0)
-    taps = [padded[i : i + size : stride] for i in range(len(weights))]
+    """Sums of `values` times `weights` in every `stride`-th of the windows that fit into `values` along `axis`."""
+    along = np.moveaxis(values, axis, 0)
+    size = len(along) - len(weights) + 1
+    taps = [along[i : i + size : stride] for i in range(len(weights))]
     weights = weights.astype(values.dtype)
     if (weights == weights[0]).all():
         total = taps[0] + taps[1]
