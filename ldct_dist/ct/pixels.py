@@ -18,6 +18,7 @@ from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
 from ldct_dist.ct.bounds import refuse_bloated
+from ldct_dist.ct.codestream import refuse_unlike
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.volume import AIR_HU
@@ -226,9 +227,9 @@ def _decoded(stored: Stored) -> np.ndarray:
     if "PixelData" not in ds:
         raise UserError(f"{path}: no pixel data, or truncated; export the file again")
     syntax = ds.file_meta.TransferSyntaxUID
-    if syntax.is_encapsulated and syntax != uid.RLELossless and not _ends(ds):
-        raise UserError(f"{path}: truncated pixel data; export the file again")
-    if not syntax.is_encapsulated:
+    if syntax.is_encapsulated:
+        refuse_unlike(path, get_frame(ds.PixelData, 0, number_of_frames=1), syntax, (rows, columns))
+    else:
         _refuse_longer(path, len(ds.PixelData), (rows, columns))
     pixels = pixel_array(
         ds, index=0, raw=True, correct_unused_bits=False, decoding_plugin=_DECODER.get(syntax, "")
@@ -246,12 +247,6 @@ def _refuse_longer(path: Path, length: int, matrix: tuple[int, ...]) -> None:
     if length >= 2 * (rows + 1) * columns:
         # A few bytes of padding are common; a whole row too many means another matrix.
         raise UserError(f"{path}: more pixel data than Rows and Columns say; export the file again")
-
-
-def _ends(ds: Dataset) -> bool:
-    """Whether a compressed stream is complete. Codecs fill in what is missing, silently, but every stream of the JPEG
-    family ends with the marker EOI or EOC."""
-    return get_frame(ds.PixelData, 0, number_of_frames=1).rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _sign_extended(stored: np.ndarray, bits: int, signed: bool) -> np.ndarray:
