@@ -10,7 +10,7 @@ from io import TextIOWrapper
 
 from ldct_dist.cli import data, evaluation, runs, slurm  # noqa: F401  they register their verbs
 from ldct_dist.cli.common import app
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, memory_for
 
 TERMINATED = 143
 ENDED = {130: "interrupted", TERMINATED: "terminated"}  # as shells have it; Typer makes 130 of Ctrl-C itself
@@ -20,11 +20,11 @@ ways of their own to stop."""
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130, TERM and 143."""
+    """Run the command; a user's mistake, or too little memory, is one line on stderr and exit code 2, Ctrl-C one line and 130, TERM and 143."""
     if isinstance(sys.stdout, TextIOWrapper):  # as on stderr: names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _term_heeded():
+        with _term_heeded(), memory_for(" ".join(sys.argv[1:2])):
             app()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from submitit import JobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, memory_for
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,14 @@ class Train:
 
 def train(config: Path, overrides: list[str], allow_new_data: bool = False) -> int:
     """Train as one rank of those that the launcher started; the exit code."""
-    import torch
-
     from ldct_dist import config as configs
     from ldct_dist.train.config import RunConfig
     from ldct_dist.train.trainer import train as run
 
     name_interface()
-    try:
+    remedy = "lower micro_batch, or set model.activation_checkpointing=selective or full; `ldct-dist plan` tells what fits"
+    with memory_for(platform.node(), remedy):
         return int(run(configs.read(RunConfig, config, overrides), allow_new_data))
-    except torch.OutOfMemoryError as e:
-        told = ". ".join(str(e).split(". ")[:3])
-        raise UserError(
-            f"{platform.node()}: {told}: lower micro_batch, or set model.activation_checkpointing=selective or full; "
-            "`ldct-dist plan` tells what fits"
-        ) from e
 
 
 def name_interface() -> None:

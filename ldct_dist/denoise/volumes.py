@@ -16,6 +16,7 @@ from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import Series, read_series, sound_series
 from ldct_dist.denoise.claim import MADE_BY, claim
 from ldct_dist.denoise.tiles import Progress, Triple, denoise_volume, refuse_strength
+from ldct_dist.errors import memory_for
 from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.models.weights import load_weights, weights_hash
@@ -78,17 +79,18 @@ class SeriesDenoiser:
         return files
 
     def _denoise(self, series: Series, out: Path, tile: Triple | None, progress: Progress) -> list[Path]:
-        hu = denoise_volume(
-            self.model,
-            read_series(series).hu,
-            tile=tile,
-            bf16=self.bf16,
-            strength=self.strength,
-            progress=progress,
-        )
         description = f"Denoised by ldct_dist {ldct_dist.__version__}, {self.name}"
         label = f"denoised {self.model.config.name}-{self.model.config.size}"
-        return write_derived(series, hu, out, description, label=label)
+        with memory_for(series.name):
+            hu = denoise_volume(
+                self.model,
+                read_series(series).hu,
+                tile=tile,
+                bf16=self.bf16,
+                strength=self.strength,
+                progress=progress,
+            )
+            return write_derived(series, hu, out, description, label=label)
 
 
 def denoise_series(
@@ -114,7 +116,7 @@ def denoise_series(
     package's version, the network and the hash of its weights. `out` holds complete series only: if a start with several
     is stopped, those that are done stay, and the next start with the same series and weights goes on.
 
-    Returns the files. Raises UserError for weights or series that cannot be used, and for an `out` that cannot be
+    Returns the files. Raises UserError for weights or series that cannot be used, or are too large for memory, and for an `out` that cannot be
     written, is in `source`, or holds something else.
     """
     if not os.path.exists(Path(out) / MADE_BY):  # Path.exists would raise PermissionError

@@ -13,7 +13,7 @@ import numpy as np
 import ldct_dist
 from ldct_dist import config as configs
 from ldct_dist.checkpoint.load import weights_of
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, memory_for
 from ldct_dist.evaluate.baselines import baseline_named
 from ldct_dist.evaluate.classify import Training, classify, patient_folds
 from ldct_dist.evaluate.examination import CaseFindings, Examination, Findings, Say, findings_from_plain
@@ -98,7 +98,8 @@ class Evaluation:
             tell(f"going on: {len(found)} of {len(found) + len(missing)} were measured before")
         methods = self._methods(say) if missing else {}
         for item in missing:
-            findings = self.examination.examine(item, methods, say)
+            with memory_for(item):
+                findings = self.examination.examine(item, methods, say)
             if self.kept is not None:  # and so the same, whether it was read from a file or not
                 findings = findings_from_plain(self.kept.keep(item, asdict(findings)))
             found[item] = findings

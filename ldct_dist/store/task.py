@@ -12,7 +12,7 @@ from ldct_dist.ct import noise
 from ldct_dist.ct.dicom import Series, read_series
 from ldct_dist.ct.dose_config import DoseConfig, seed_of
 from ldct_dist.ct.volume import Volume
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, memory_for
 from ldct_dist.store import layout
 from ldct_dist.store.paircheck import PairCheckConfig, check_images
 from ldct_dist.store.pairing import Pair
@@ -99,22 +99,21 @@ def make_case(task: Task) -> str | None:
     Raises OSError if the store cannot be written.
     """
     try:
-        doses, moments, low_dose = _volumes(task)
-        layout.write_case(
-            task.store,
-            task.name,
-            doses,
-            patient=task.patient,
-            split=task.split,
-            provenance=task.provenance,
-            noise_hu=_noise_hu(moments),
-            low_dose=low_dose,
-            key_id=task.key_id,
-        )
+        with memory_for(task.pair.full.name, "give fewer workers or more memory"):
+            doses, moments, low_dose = _volumes(task)
+            layout.write_case(
+                task.store,
+                task.name,
+                doses,
+                patient=task.patient,
+                split=task.split,
+                provenance=task.provenance,
+                noise_hu=_noise_hu(moments),
+                low_dose=low_dose,
+                key_id=task.key_id,
+            )
     except UserError as e:
         return str(e)
-    except MemoryError:
-        return f"{task.pair.full.name}: not enough memory for it; give fewer workers or more memory"
     return None
 
 

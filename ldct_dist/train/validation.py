@@ -12,7 +12,7 @@ import torch
 
 from ldct_dist.ct.volume import Volume
 from ldct_dist.denoise.tiles import NotFiniteError, denoise_volume
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, memory_for
 from ldct_dist.evaluate.metrics import evaluate_volume
 from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.layout import FULL_DOSE, dose_name
@@ -74,7 +74,8 @@ def validate(
         start = time.perf_counter()
         name = store.cases[cases[i]].name
         try:
-            figures, images = _measure(model, store, name, config, world.device, tick)
+            with memory_for(world.name):
+                figures, images = _measure(model, store, name, config, world.device, tick)
         except UserError as e:
             fault = f"validation on {name}: {e}"  # raised below: the other ranks wait for this one's figures
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ldct_dist.errors import UserError
@@ -19,7 +21,7 @@ from ldct_dist.store import layout, workers
 from ldct_dist.store.ingest import ingest
 from ldct_dist.store.pairing import PairingConfig, find_pairs
 from ldct_dist.store.record import read_record
-from ldct_dist.store.task import task
+from ldct_dist.store.task import make_case, task
 from sources import CONFIG, QUICK, content, write_patients
 
 
@@ -43,6 +45,15 @@ def test_a_killed_worker_is_refused_and_takes_no_other_case_along(tmp_path, out,
     assert results[fine.name] is None
     assert "its process was killed, probably because memory ran out" in results[deadly.name]
     assert layout.list_cases(out) == [fine.name]
+
+
+def test_a_case_too_large_for_memory_is_refused_by_its_worker_itself(tmp_path, out, monkeypatch):
+    (pair,), _ = find_pairs(write_patients(tmp_path / "in", 1), PairingConfig())
+    layout.create(out)
+    large = task(out, pair, "train", b"key", check=None, dose=0.25, seed=0, simulation=QUICK)
+    monkeypatch.setattr("ldct_dist.store.task.read_series", lambda series: np.empty(1 << 60, np.int8))
+    assert re.search(r": memory ran out \(.*\); give fewer workers or more memory$", make_case(large))
+    assert layout.list_cases(out) == []
 
 
 def test_a_worker_killed_over_headers_is_one_line(own_server):

@@ -6,7 +6,7 @@ import shutil
 from functools import partial
 
 import pytest
-from plants import given_otherwise
+from plants import given_otherwise, memory_runs_out_in_validation
 
 from forked import fork
 from ldct_dist.config import read
@@ -110,6 +110,17 @@ def test_a_case_that_cannot_be_measured_ends_all_ranks_in_one_line_that_names_it
     (line,) = errors(tmp_path / "run.log")
     assert line.startswith("error: validation on case-002: ")
     assert "4 slices of (32, 40)" in line
+    assert (tmp_path / "runs/run/checkpoints/step-00000001").exists()
+
+
+def test_a_case_too_large_for_memory_ends_all_ranks_in_one_line_that_names_it_and_no_step_is_lost(tmp_path):
+    shapes = [(10, 40, 40), (8, 32, 40), (8, 32, 40)]
+    few = make_store(tmp_path / "ct.zarr", shapes, ["train", "val", "val"]).path
+    config = write_config(tmp_path, few)
+    assert fork(config, "validation.every=1", plant=memory_runs_out_in_validation) == [2, 2]
+    (line,) = errors(tmp_path / "run.log")
+    assert line.startswith("error: validation on case-002: rank 1 on ")
+    assert "memory ran out (can't allocate memory: you tried to allocate 1125899906842624 bytes)" in line
     assert (tmp_path / "runs/run/checkpoints/step-00000001").exists()
 
 

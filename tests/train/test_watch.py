@@ -156,7 +156,7 @@ def test_a_gpu_that_is_full_is_one_line_that_says_what_to_do(store, tmp_path):
     config = write_config(tmp_path, store)
     assert fork(config, *OPTIONS, f"hang_s={HANG_S}", plant=partial(raising, BATCH, error=full)) == [76, 2]
     log = config.with_suffix(".log").read_text()
-    assert f"error: {socket.gethostname()}: {told}: lower micro_batch, or set " in log
+    assert f"error: {socket.gethostname()}: {told}; lower micro_batch, or set " in log
     assert "Traceback" not in log
 
 
