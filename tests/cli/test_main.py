@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldct_dist import cli
+from ldct_dist import __main__, cli
 from ldct_dist.ct import derived, dose
 from ldct_dist.evaluate.protocols import PROTOCOLS
 from ldct_dist.store import reader
@@ -28,6 +28,19 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "run the same command again" in lines[0]
+
+
+def test_ctrl_c_before_the_verb_runs_is_one_line_and_130(monkeypatch, capsys):
+    """Such as while the verbs are imported."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["interrupted; run the same command again"]
 
 
 @pytest.fixture
