@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,9 +92,20 @@ def _print_survey(survey: Survey) -> None:
             "warning: the disk will probably fill up before the end; cases that are finished by then are kept"
         )
     if survey.empty:
+        _print_empty(survey.empty, survey.patients)
+
+
+def _print_empty(splits: Sequence[str], patients: int) -> None:
+    none = f"warning: split {' and '.join(splits)} will hold no patient"
+    if patients == 1:  # anonymised exports may call all of them the same
         notice(
-            f"warning: split {' and '.join(survey.empty)} will hold no patient; raise the shares (splits=) or name patients "
-            f"(split_of='{{PATIENT: {survey.empty[-1]}}}') and run ingest again, which moves finished cases quickly"
+            f"{none}: all cases count as one patient's, by their PatientID or the manifest; if there are more, list the "
+            "cases in a manifest (a CSV with the columns case, patient, full, low) and ingest that into a new store"
+        )
+    else:
+        notice(
+            f"{none} of the {patients}; raise the shares (splits=) or name patients (split_of='{{PATIENT: {splits[-1]}}}') "
+            "and run ingest again, which moves finished cases quickly"
         )
 
 

@@ -55,6 +55,8 @@ class Survey:
     bytes: int
     free: int
     """bytes free on the store's file system; a quota may leave fewer"""
+    patients: int
+    """of all cases, as PatientID or the manifest tells them apart"""
     empty: tuple[str, ...]
     """splits with a share above 0 into which no patient falls"""
 
@@ -111,7 +113,10 @@ def ingest(
             parts.begin(out, part)
             empty = tuple(s for s, share in config.splits.items() if share > 0 and s not in splits)
             tasks = _tasks(out, pairs, splits, key, config, part)
-            report = _make(out, tasks, empty, workers, announce, progress)
+            patients = len({pair.patient for pair in pairs})
+            report = _make(
+                tasks, lambda todo: announce(_survey(out, todo, patients, empty)), workers, progress
+            )
             report.rejected[:0] = refused if part[0] == 0 else []
             report.rejected_csv = _write_rejected(out, part, report.rejected)
             if part[1] > 1:
@@ -153,11 +158,9 @@ def finalise(out: Path | str) -> int:
 
 
 def _make(
-    out: Path,
     tasks: Sequence[Task],
-    empty: tuple[str, ...],
+    announce: Callable[[Sequence[Task]], None],
     workers: Workers,
-    announce: Callable[[Survey], None],
     progress: Callable[[str], None],
 ) -> IngestReport:
     """Make the cases that are not there yet, and move those that are in another split; a report of it."""
@@ -165,7 +168,7 @@ def _make(
     todo = [t for t, record in zip(tasks, records, strict=True) if record is None]
     # Large ones first: those made last are then short, and no process has to wait long for the others.
     todo.sort(key=lambda t: math.prod(t.pair.full.shape), reverse=True)
-    announce(_survey(out, todo, empty))
+    announce(todo)
     report = IngestReport()
     for t, record in zip(tasks, records, strict=True):
         if record is not None:
@@ -213,12 +216,12 @@ def _list_hash(pairs: Sequence[Pair], key: bytes) -> str:
     return keyed_hash(key, "parts", *("" if s is None else s.series_uid for s in series))
 
 
-def _survey(out: Path, tasks: Sequence[Task], empty: tuple[str, ...]) -> Survey:
+def _survey(out: Path, tasks: Sequence[Task], patients: int, empty: tuple[str, ...]) -> Survey:
     shapes = [t.pair.full.shape for t in tasks]
     # A case has one file for its record, and for each of its two doses one for the array's metadata, and its shards.
     files = sum(1 + 2 * (1 + layout.shard_count(shape)) for shape in shapes)
     size = round(2 * 2 * sum(map(math.prod, shapes)) / TYPICAL_RATIO)
-    return Survey(len(tasks), files, size, shutil.disk_usage(out).free, empty)
+    return Survey(len(tasks), files, size, shutil.disk_usage(out).free, patients, empty)
 
 
 def check(source: Path, out: Path, config: IngestConfig) -> None:

@@ -51,6 +51,24 @@ def test_a_refused_folder_whose_name_is_not_utf_8_is_told_of(tmp_path, monkeypat
     assert "cases (patients) by split: train" in said
 
 
+@pytest.mark.parametrize(
+    ("patients", "advice"),
+    [(("ANONYMOUS", "ANONYMOUS"), "list the cases in a manifest"), (("A", "B"), "raise the shares")],
+)
+def test_empty_splits_have_the_advice_that_helps(tmp_path, monkeypatch, capsys, patients, advice):
+    """Where all scans have one PatientID, no shares fill the other splits."""
+    for i, patient in enumerate(patients):
+        write_series(tmp_path / "in" / str(i), anatomy(i), Options(patient=patient, seed=str(i)))
+    words = ["ingest", tmp_path / "in", tmp_path / "ct.zarr", "workers=1", "splits={train: 1, val: 1e-9}"]
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *map(str, words), *SIMULATION])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    said = capsys.readouterr()
+    assert "split val will hold no patient" in said.err and advice in said.err
+    assert "train 2" in said.out
+
+
 def test_a_simulated_series_is_not_put_beside_its_source(tmp_path, monkeypatch, capsys):
     source = tmp_path / "in"
     write_series(source, anatomy(1))
