@@ -190,8 +190,7 @@ class Copier:
         for shard in copy.shards():
             self._copy_file(source / shard, folder / shard)
         copy.check()
-        # Checked last, since an ingest may have replaced the case while it was copied.
-        if list(self.store.record(case).voxels) != self.store.table["voxels"][row].as_py():
+        if self.store.replaced(case):
             raise DamagedError(f"case {case} was ingested again")
 
     def _copy_file(self, source: Path, target: Path) -> None:

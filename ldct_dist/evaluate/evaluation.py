@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import ldct_dist
 from ldct_dist import config as configs
 from ldct_dist.checkpoint.load import weights_of
 from ldct_dist.errors import UserError, memory_for
@@ -20,12 +19,11 @@ from ldct_dist.evaluate.examination import CaseFindings, Examination, Findings, 
 from ldct_dist.evaluate.kept import FOLDER, Kept
 from ldct_dist.evaluate.methods import LOW, Method, network, peers_beside, source_hash, tuned_baselines
 from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.evaluate.results import software
 from ldct_dist.evaluate.study import StudyConfig
 from ldct_dist.evaluate.tasks import Cohort, joined, of_cases, read_labels
 from ldct_dist.files import refuse_unwritable
 from ldct_dist.models.weights import weights_hash
-from ldct_dist.provenance import commit
-from ldct_dist.store.layout import FULL_DOSE, dose_name
 from ldct_dist.store.privacy import default_key_path, key_id, load_key
 from ldct_dist.store.reader import Store
 
@@ -121,11 +119,7 @@ class Evaluation:
         tuned: dict[str, Method] = {}
         if self.baselines:
             say("tuning filters", ", ".join(self.baselines))
-            doses = dose_name(self.examination.dose), FULL_DOSE
-            pairs = [
-                (self.store.volume(name, doses[0]), self.store.volume(name, doses[1]))
-                for name in _to_tune_on(self.store, config)
-            ]
+            pairs = [self.examination.volumes(name) for name in _to_tune_on(self.store, config)]
             tuned = tuned_baselines(self.baselines, pairs)
         return {LOW: lambda low: low.hu, **tuned, **self.peers, **networks}
 
@@ -133,7 +127,7 @@ class Evaluation:
         """All that findings depend on, as far as it can be told: not what a peer reads."""
         labels = self.cohort.labels if self.cohort else {}
         return {
-            "code": [ldct_dist.__version__, commit()],
+            "software": software(),
             "store": self.store.fingerprint,
             "config": self.examination.config.model_dump(),
             "weights": self.hashes,

@@ -28,7 +28,7 @@ from ldct_dist.evaluate.report.pictures import pictures_of
 from ldct_dist.evaluate.study import Row, Study, StudyConfig, evaluated_dose
 from ldct_dist.evaluate.tasks import Cohort
 from ldct_dist.store.layout import FULL_DOSE, dose_name
-from ldct_dist.store.reader import Case, Store
+from ldct_dist.store.reader import Store
 from ldct_dist.store.record import CaseRecord
 
 PHANTOM = "phantom"
@@ -149,7 +149,7 @@ class Examination:
 
     def _examine_case(self, number: int, methods: Mapping[str, Method], say: Say) -> CaseFindings:
         case, count = self.cases[number], len(self.cases)
-        low, full = self._volumes(case)
+        low, full = self.volumes(case.name)
         reference = Reference(low, full) if self.physics else None
         notes: dict[str, None] = {}  # each once, in order
         images, rows = {}, []
@@ -178,7 +178,7 @@ class Examination:
         """Measurements on a phantom like the first case that has enough soft tissue."""
         lacks: dict[str, None] = {}
         for case in self.cases:
-            low, full = self._volumes(case)
+            low, full = self.volumes(case.name)
             try:
                 trial = make_trial(
                     full, low, self.config.lesion_mm, self.config.lesion_hu, seed=seed_of(case.name, 0)
@@ -189,8 +189,17 @@ class Examination:
                 return _tried(trial, case.name, methods, say)
         return PhantomFindings(notes=list(lacks))
 
-    def _volumes(self, case: Case) -> tuple[Volume, Volume]:
-        low, full = (self.store.volume(case.name, dose) for dose in (dose_name(self.dose), FULL_DOSE))
+    def volumes(self, case: str) -> tuple[Volume, Volume]:
+        """A case at the evaluated dose and at full dose. Raises UserError where they are not the catalogue's: a report would
+        name the fingerprint of other voxels than it was made of."""
+        try:
+            low, full = (self.store.volume(case, dose) for dose in (dose_name(self.dose), FULL_DOSE))
+        finally:  # also where another shape was taken for damage
+            if self.store.replaced(case):
+                raise UserError(
+                    f"{self.store.path}: case {case} was ingested again since this started, or by an ingest that has not "
+                    "finished; let that finish, then start again"
+                )
         return low, full
 
 

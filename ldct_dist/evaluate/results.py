@@ -22,7 +22,6 @@ from ldct_dist.provenance import commit, versions
 _MISSING = math.nan
 _ANY = (-math.inf, math.inf)
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-image")
-"""The packages on whose versions the numbers depend."""
 
 
 def summary(study: Study, protocol: str) -> dict[str, dict[str, Estimate]]:
@@ -97,15 +96,20 @@ def _noise_power(nps: NoisePower | None) -> dict[str, Any]:
     }
 
 
+def software() -> dict[str, str | None]:
+    """The versions on which the numbers depend."""
+    return {
+        "ldct_dist": ldct_dist.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **versions(_PACKAGES),
+    }
+
+
 def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
     """Everything but the pictures. What is not finite, such as the PSNR of equal images, becomes null."""
     plain = {
-        "versions": {
-            "ldct_dist": ldct_dist.__version__,
-            "commit": commit(),
-            "python": platform.python_version(),
-            **versions(_PACKAGES),
-        },
+        "versions": software(),
         "config": study.config.model_dump(),
         "store": study.store,
         "fingerprint": study.fingerprint,

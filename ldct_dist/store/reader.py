@@ -152,6 +152,11 @@ class Store:
         """All that the case's own metadata says. Raises UserError as `read_record` does."""
         return read_record(self.path / layout.CASES / case)
 
+    def replaced(self, case: str) -> bool:
+        """Whether the case was ingested again after the catalogue that is open here was written. Ask after reading, since
+        that may happen meanwhile. Raises UserError as `read_record` does."""
+        return list(self.record(case).voxels) != self.table["voxels"][self.row(case)].as_py()
+
     def row(self, case: str) -> int:
         """Index of the case of that name, which must be there."""
         return pc.index(self.table["name"], case).as_py()

@@ -52,6 +52,19 @@ def test_an_unknown_filter_is_refused_before_any_is_tuned(command, tmp_path):
     assert done.output == ""
 
 
+@pytest.mark.parametrize("shape", [(8, 48, 48), (4, 20, 20)])
+def test_a_case_that_was_ingested_again_meanwhile_is_refused(command, tmp_path, shape):
+    """Or the report would name the fingerprint of other voxels. It is not called damaged, as one of another shape was."""
+    other = Volume(np.zeros(shape, np.int16), (3.0, 1.0, 1.0))
+    layout.write_case(tmp_path / "ct.zarr", "a2", {1.0: other, 0.25: other}, patient="a", split="test")
+    refused = CliRunner().invoke(app, command)
+    assert "case a2 was ingested again since this started, or by an ingest that has not finished" in str(
+        refused.exception
+    )
+    layout.finalise(tmp_path / "ct.zarr")
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
 def told(command: list[str]) -> str:
     """What it prints, in one line."""
     done = CliRunner().invoke(app, command)

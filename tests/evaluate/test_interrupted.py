@@ -143,6 +143,13 @@ def test_findings_of_other_settings_are_not_used(place):
         assert known == [f"going on: {before} of 3 were measured before"] * (before > 0)
 
 
+def test_findings_of_another_version_are_not_used(place, monkeypatch):
+    """The report names one version of each package, for all of its figures."""
+    evaluated("older", "--part", "0/12")
+    monkeypatch.setattr("ldct_dist.evaluate.results.versions", lambda packages: dict.fromkeys(packages, "99"))
+    assert [line for line in evaluated("older", "--part", "0/12") if line.startswith("going on")] == []
+
+
 def test_findings_that_could_not_be_kept_are_refused_before_any_work(place):
     """Here for want of a folder; as a rule, because another person's start was stopped."""
     (place / "taken").mkdir()
