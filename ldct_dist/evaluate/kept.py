@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ldct_dist.errors import UserError
 
 FOLDER = ".findings"
 """in the report's folder, until the report is there"""
+AGAIN = "make room, or make it writable: the same command then goes on with what was measured so far"
 
 
 class Kept:
@@ -45,12 +47,12 @@ class Kept:
         text = json.dumps({"of": self._of, "findings": findings}, default=_plain)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            files.replace(self._path(name), text)
+            with suppress(
+                FileNotFoundError
+            ):  # another start has just made its report, and forgotten all of these
+                files.replace(self._path(name), text)
         except OSError as e:
-            raise UserError(
-                f"{self.folder}: cannot be written ({e.strerror}); make room or choose another folder, then start again: "
-                "what was measured so far is kept"
-            ) from e
+            raise UserError(f"{self.folder}: cannot be written ({e.strerror}); {AGAIN}") from e
         return json.loads(text, object_hook=_array)["findings"]
 
     def forget(self) -> None:

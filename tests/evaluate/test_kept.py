@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from ldct_dist import files
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate.kept import Kept
 
@@ -71,5 +72,21 @@ def test_findings_of_anything_else_and_damaged_ones_are_not_found(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file: cannot be written \(File exists\); make room"):
+    with pytest.raises(
+        UserError, match=r"file: cannot be written \(File exists\); make room, .* goes on with what"
+    ):
         Kept(tmp_path / "file", OF).keep("a", {})
+
+
+def test_a_start_goes_on_when_another_has_made_its_report_and_deleted_the_folder(tmp_path, monkeypatch):
+    kept, replace = Kept(tmp_path / "f", OF), files.replace
+
+    def amid(path, text):
+        Kept(tmp_path / "f", OF).forget()
+        replace(path, text)
+
+    monkeypatch.setattr(files, "replace", amid)
+    assert kept.keep("case-a", {"rows": []}) == {"rows": []}
+    monkeypatch.undo()
+    kept.keep("case-b", {"rows": []})
+    assert (kept.find("case-a"), kept.find("case-b")) == (None, {"rows": []})

@@ -12,6 +12,7 @@ import ldct_dist
 from ldct_dist.errors import UserError
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.figures import minus
+from ldct_dist.evaluate.kept import AGAIN
 from ldct_dist.evaluate.methods import FULL, LOW
 from ldct_dist.evaluate.report import tables
 from ldct_dist.evaluate.report.curves import curves, strokes
@@ -37,7 +38,7 @@ def write_report(out: Path, study: Study, classification: dict[str, Any] | None 
                 temporary.write_bytes(text.encode(errors="backslashreplace"))
                 sync(temporary)  # before the first gets its name, and not only before it gets its own
     except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); make room or choose another folder") from e
+        raise UserError(f"{out}: cannot be written ({e.strerror}); {AGAIN}") from e
     return out / PAGE
 
 
