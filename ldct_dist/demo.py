@@ -30,6 +30,7 @@ from ldct_dist.evaluate.methods import network
 from ldct_dist.evaluate.metrics import evaluate_volume
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.tasks import LESION_TRAINING, lesion_samples
+from ldct_dist.files import real
 from ldct_dist.store.ingest import IngestConfig, ingest
 from ldct_dist.store.layout import dose_name
 from ldct_dist.store.reader import Store
@@ -77,7 +78,7 @@ def run(config_path: Path, overrides: Sequence[str], console: Console) -> None:
 def _folder_made_anew(config: RunConfig) -> Path:
     """The run's folder, empty but for the key that marks it as the demo's. Only what bears that mark is deleted."""
     folder = config.runs / config.name
-    if not config.store.resolve().is_relative_to(folder.resolve()):
+    if not real(config.store).is_relative_to(real(folder)):
         raise UserError(
             f"store={config.store}: the demo ingests its own two patients, into the folder of its run alone; give "
             f"store={folder / 'ct.zarr'}"

@@ -72,9 +72,15 @@ def refuse_taken(folder: Path) -> None:
         raise UserError(f"{folder}: exists already; choose another folder or remove it")
 
 
+def real(path: Path) -> Path:
+    """`path` absolute and without links, as far as it is there. A link to itself stays, where Path.resolve would raise
+    RuntimeError, and fails as other paths that cannot be written do."""
+    return Path(os.path.realpath(path))
+
+
 def refuse_inside(folder: Path, source: Path) -> None:
     """Raises UserError where `folder` is in `source`: what is written there would be read as input the next time."""
-    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
+    if real(folder).is_relative_to(real(source)):
         raise UserError(
             f"{folder}: is in {source}, so what is written there would be read as input the next time; choose a folder "
             "outside it"

@@ -27,6 +27,13 @@ def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path):
         files.refuse_taken(tmp_path / ("x" * 300))
 
 
+def test_a_link_to_itself_is_found_out_where_it_is_written_to(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("there")
+    assert files.real(tmp_path / "loop" / "x") == tmp_path / "loop" / "x"
+    assert files.real(tmp_path / "link" / "x") == tmp_path / "there" / "x"
+
+
 def test_after_an_error_the_old_file_stands_alone(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text("old")

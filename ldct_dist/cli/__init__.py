@@ -20,7 +20,8 @@ ways of their own to stop."""
 
 
 def main() -> None:
-    """Run the command; a user's mistake, or too little memory, is one line on stderr and exit code 2, Ctrl-C one line and 130, TERM and 143."""
+    """Run the command; a user's mistake, or memory that runs out, is one line on stderr and exit code 2, Ctrl-C one line
+    and 130, TERM and 143."""
     if isinstance(sys.stdout, TextIOWrapper):  # as on stderr: names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -10,6 +10,7 @@ import typer
 
 from ldct_dist.cli.common import app, console, part_of
 from ldct_dist.errors import UserError
+from ldct_dist.files import real
 
 
 @app.command()
@@ -117,7 +118,7 @@ def _named(words: list[Path]) -> dict[str, Path]:
     """Weights by the names that tables call them: those given, or those of runs and files if they are unique, else whole
     paths."""
     given = [_given_name(word) for word in words]
-    own = [path.resolve().name for _, path in given]
+    own = [real(path).name for _, path in given]
     named = {}
     for (name, path), file in zip(given, own, strict=True):
         name = name or (file if own.count(file) == 1 and file != "weights.safetensors" else str(path))

@@ -20,7 +20,7 @@ from ldct_dist.cluster.submit import SCRIPT
 from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
-from ldct_dist.files import replace
+from ldct_dist.files import real, replace
 
 
 def submit_array(
@@ -30,18 +30,18 @@ def submit_array(
 
     options: of sbatch, by their long names, for each run. Raises UserError if Slurm does not answer or refuses.
     """
-    folder = sweep.folder.resolve() / JOB.parent
+    folder = real(sweep.folder) / JOB.parent
     render(_script(folder, [], options, site))  # a mistake is said before anything is written
     points = _missing(sweep, say)
     if not points:
         return None
-    with jobs.undone_if_refused(sweep.folder.resolve(), *(point.folder.resolve() for point in points)):
+    with jobs.undone_if_refused(real(sweep.folder), *(real(point.folder) for point in points)):
         return _submit(sweep, points, options, site)
 
 
 def _submit(sweep: Sweep, points: Sequence[Point], options: Options, site: str | None) -> str:
-    folder = sweep.folder.resolve() / JOB.parent
-    configs = [point.folder.resolve() / CONFIG for point in points]
+    folder = real(sweep.folder) / JOB.parent
+    configs = [real(point.folder) / CONFIG for point in points]
     write_hparams(sweep)
     for point, config in zip(points, configs, strict=True):
         config.parent.mkdir(exist_ok=True)

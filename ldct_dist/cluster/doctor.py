@@ -22,6 +22,7 @@ from ldct_dist.cluster.shape import Options, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.data.plan import DataConfig
 from ldct_dist.errors import UserError
+from ldct_dist.files import real
 from ldct_dist.models.registry import outline
 from ldct_dist.rendezvous import Unmet
 from ldct_dist.train.config import RunConfig
@@ -54,7 +55,7 @@ def job_command(arguments: Sequence[str], runs: Path, site: str | None, options:
     """The command that `launch_job` runs."""
     profile = read_site(site)
     package = Path(ldct_dist.__file__).parent.parent
-    inside = runs.resolve() / "doctor"  # Script binds the folder around it into a container
+    inside = real(runs) / "doctor"  # Script binds the folder around it into a container
     command = ["-m", "ldct_dist", "doctor-rank", f"--grace={profile.warn_s}", *arguments]
     script = Script("ldct-doctor", command, package, inside, Path.cwd(), sys.executable, site=profile)
     own = {
@@ -149,7 +150,7 @@ def parse_partition(text: str) -> dict[str, float]:
 def _fresh_folder(runs: Path) -> Path:
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        inside = Path(tempfile.mkdtemp(prefix=".doctor-", dir=runs.resolve()))
+        inside = Path(tempfile.mkdtemp(prefix=".doctor-", dir=real(runs)))
     except OSError as e:
         raise UserError(f"{runs}: {e.strerror}; choose a folder that can be written (--runs)") from e
     return inside

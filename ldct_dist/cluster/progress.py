@@ -161,7 +161,9 @@ def _parsed(path: Path, parse: Callable[[str], Any], kind: type) -> Any:
         content = parse(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError) as e:
+    except OSError as e:
+        raise _unreadable(path, e) from e
+    except (ValueError, yaml.YAMLError) as e:
         raise UserError(f"{path}: not readable: {e}") from e
     if not isinstance(content, kind):
         raise UserError(f"{path}: not what a run writes there")
@@ -177,11 +179,17 @@ def _last_line(path: Path) -> tuple[dict[str, Any], float | None]:
             tail = f.read()
     except FileNotFoundError:
         return {}, None
+    except OSError as e:
+        raise _unreadable(path, e) from e
     whole = tail[: tail.rfind(b"\n") + 1].splitlines()
     try:
         return (json.loads(whole[-1]), facts.st_mtime) if whole else ({}, None)
     except ValueError as e:
         raise UserError(f"{path}: its last line is not what a run writes there") from e
+
+
+def _unreadable(path: Path, why: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({why.strerror}); make it readable, or choose another folder")
 
 
 def _pace(reports: list[Report]) -> float | None:

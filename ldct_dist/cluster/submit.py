@@ -31,12 +31,13 @@ from ldct_dist.cluster.snapshot import snapshot_code, snapshot_place
 from ldct_dist.cluster.status import in_queue
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
-from ldct_dist.files import replace
+from ldct_dist.files import real, replace
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 
 CLUSTERS = ("slurm", "local", "debug")
 SCRIPT = "job.sbatch"
+_SUBMITITS = ("%j", "%t", "%A", "%a")  # see its JobPaths, which change the whole path and not only a file's name
 _ASK_S = 3.0  # between two questions to Slurm
 
 
@@ -51,7 +52,7 @@ class Request:
 
     @property
     def run(self) -> Path:
-        return (self.config.runs / self.config.name).resolve()
+        return real(self.config.runs / self.config.name)
 
     @property
     def folder(self) -> Path:
@@ -72,7 +73,11 @@ class Request:
         return number(self.shape, "nodes") * self.tasks_per_node
 
     def script(self, code: Path) -> Script:
-        """The job script, for a snapshot of the code in `code`."""
+        """The job script, for a snapshot of the code in `code`. Raises UserError for a path that submitit would change."""
+        if taken := next((word for word in _SUBMITITS if word in str(self.run)), None):
+            raise UserError(
+                f"run folder {self.run}: submitit puts a job's number in place of {taken}; choose another with runs=FOLDER"
+            )
         return Script(
             name=self.config.name,
             command=["-m", "submitit.core._submit", str(self.folder)],

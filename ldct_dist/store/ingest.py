@@ -16,6 +16,7 @@ from pydantic import Field
 from ldct_dist.config import Config
 from ldct_dist.ct.dose_config import DoseConfig
 from ldct_dist.errors import UserError
+from ldct_dist.files import real
 from ldct_dist.store import layout, parts
 from ldct_dist.store.pairing import Pair, PairingConfig, Refusal
 from ldct_dist.store.privacy import default_key_path, key_id, keyed_hash, load_key
@@ -231,7 +232,7 @@ def check(source: Path, out: Path, config: IngestConfig) -> None:
         raise UserError(
             f"{source}: does not exist or may not be read; give the folder of the DICOM files, or a manifest"
         )
-    if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+    if source.is_dir() and real(out).is_relative_to(real(source)):
         raise UserError(f"{out}: is the source or is in it; put the store outside {source}")
     with parts.unwritable_as_user_error(out):
         layout.check_place(out)

@@ -22,7 +22,7 @@ from ldct_dist.cluster.site import Site, read_site
 from ldct_dist.cluster.submit import dry_run, start
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
-from runs import write_config
+from runs import losses, write_config
 from stores import make_store
 
 RECORDED = Path(__file__).with_name("scripts")
@@ -280,6 +280,48 @@ def test_a_mistake_is_refused_and_nothing_is_written(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         start(parse([str(config), *words], None, False))
     assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize("word", ["%j", "%t", "%A", "%a"])
+@pytest.mark.parametrize("cluster", ["slurm", "local", "debug"])
+def test_a_run_folder_that_submitit_would_look_for_elsewhere_is_refused(tmp_path, word, cluster):
+    """It puts numbers in place of these, so its files would lie beside the run's folder, where other ranks find none."""
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4)
+    request = parse([str(config), f"runs={tmp_path}/100{word}"], None, False)
+    with pytest.raises(
+        UserError, match=rf"^run folder {tmp_path}/100{word}/run: .* {word}; choose another with runs="
+    ):
+        start(request, cluster)
+    with pytest.raises(UserError, match=word):
+        dry_run(request)
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_in_the_background_a_run_may_lie_anywhere_else(tmp_path, monkeypatch):
+    """Behind a relative path and a link, too."""
+    make_store(tmp_path / "ct.zarr", [(10, 40, 40), (8, 32, 40)], ["train", "val"])
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    folder = "~ a b'c\"$(touch pwned)`touch pwned`;#\\ Zoë 5%"
+    job = submit(
+        write_config(tmp_path, "ct.zarr", steps=1, runs=f"link/{folder}"), cluster="local", ntasks_per_node=1
+    )
+    assert job.results() == [0]
+    run = tmp_path / "real" / folder / "run"
+    assert len(losses(run)) == 1
+    assert job.paths.stdout == run / "slurm" / f"{job.job_id}_0_log.out"
+    assert "done: 1 steps" in job.stdout()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ct.zarr", "link", "real", "run.yaml"]
+
+
+def test_a_link_to_itself_is_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4, runs=str(tmp_path / "loop" / "runs"))
+    with pytest.raises(
+        UserError, match=r"loop/runs/run/.*: cannot be read \(Too many levels of symbolic links\); "
+    ):
+        submit(config, cluster="local")
 
 
 def test_a_site_or_a_cluster_that_is_not_there_is_refused(tmp_path):

@@ -192,6 +192,14 @@ def test_runs_that_were_trained_with_other_settings_are_not_passed_over_as_done(
         plan(config, ["seed=1,2", "batch=2"])
 
 
+def test_where_no_folder_can_be_it_is_one_line(config, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (tmp_path / "loop", config):
+        sweep = plan(config, ["lr=1e-4,3e-4", f"runs={place}"])
+        with pytest.raises(UserError, match=rf"{place}/run-sweep/lr-0.0001/.*: cannot be read \(.*\); "):
+            submit_array(sweep, {"time": "10"}, None)
+
+
 def test_a_sweep_that_slurm_would_refuse_leaves_nothing_behind(config, tmp_path):
     sweep = plan(config, ["seed=1,2"])
     for options, words in (({"no-requeue": True}, "requeuing"), ({"array": "0-9"}, "submit sets this")):

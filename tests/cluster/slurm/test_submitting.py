@@ -16,7 +16,7 @@ HOSTILE = 'it\'s "quoted" $(touch pwned) `touch pwned` ;& \\ #'
 
 
 def test_a_value_is_what_slurm_gets_whatever_it_holds(cluster, store, tmp_path, monkeypatch):
-    folder = tmp_path / "a folder $(touch pwned) 100%j"
+    folder = tmp_path / "a folder $(touch pwned) 100%x"  # %x: the job's name, for Slurm
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
     job = submit(write_job(folder, store, steps=1), comment=HOSTILE, hold=True)
