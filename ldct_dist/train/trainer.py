@@ -14,6 +14,7 @@ from ldct_dist.data.stage import StagedStore
 from ldct_dist.errors import UserError, few
 from ldct_dist.models.losses import build_loss, mask_from_box
 from ldct_dist.models.registry import outline
+from ldct_dist.train import preflight
 from ldct_dist.train.agreement import Agreed, agree
 from ldct_dist.train.checkpoints import Checkpoints
 from ldct_dist.train.config import RunConfig
@@ -21,7 +22,6 @@ from ldct_dist.train.ending import Ending
 from ldct_dist.train.guard import blame
 from ldct_dist.train.monitor import Monitor, Mute, StepFigures
 from ldct_dist.train.optim import learning_rate
-from ldct_dist.train.preflight import note_on_margin, refuse_conflicts, refuse_disagreement
 from ldct_dist.train.run import RunFolder
 from ldct_dist.train.state import TrainState
 from ldct_dist.train.stop import Stop
@@ -55,11 +55,12 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World, stop: Stop, allow_new_data: bool = False) -> None:
         self.config, self.world, self.stop = config, world, stop
         self.store = world.on_each(lambda: StagedStore(config.store, config.data.stage))
-        refuse_disagreement(config, self.store, world)
+        preflight.refuse_disagreement(config, self.store, world)
         self.plan = world.on_each(lambda: Plan(self.store, config.data, config.seed))
         self.folder = RunFolder(config.runs / config.name)
         model = world.on_each(lambda: outline(config.model))
-        world.on_each(lambda: refuse_conflicts(config, model, self.store, self.folder, world))
+        world.on_each(lambda: preflight.refuse_conflicts(config, model, self.store, self.folder, world))
+        preflight.refuse_other_weights(config, self.folder, world)
         self.loader = world.on_each(lambda: Loader(self.plan, world.rank, world.size, world.device))
         # Its weights get their values in `take_up`, so that no rank holds a second network for longer than it must.
         self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)
@@ -69,7 +70,7 @@ class Trainer:
         # The first thing that is written: a mistake found above leaves no trace.
         for line in world.on_main(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
-        if note := note_on_margin(config, model, self.store):
+        if note := preflight.note_on_margin(config, model, self.store):
             self._say(note)
         self.checkpoints = Checkpoints(
             config, self.folder, self.strategy, world, self.store.fingerprint, allow_new_data, self._say

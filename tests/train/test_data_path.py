@@ -11,8 +11,10 @@ from plants import given_otherwise, memory_runs_out_in_validation
 from forked import fork
 from ldct_dist.config import read
 from ldct_dist.data.plan import Plan
+from ldct_dist.models.weights import save_weights, weights_hash
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
+from networks import random_network
 from runs import losses, starts, write_config
 from stores import make_store
 
@@ -148,11 +150,40 @@ def test_ranks_with_different_configs_or_stores_are_refused_before_anything_is_w
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("key", ["store", "threads"])
+@pytest.mark.parametrize("options", [[], ["strategy=deepspeed", "zero=1"]], ids=["ddp", "zero-1"])
+def test_ranks_that_would_begin_with_other_weights_are_refused_before_anything_is_written(
+    store, tmp_path, options
+):
+    """As where init_from is on a node's own disk: one network would be put together from several."""
+    ours, theirs = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs"))
+    save_weights(ours, random_network("unet3d"))
+    save_weights(theirs, random_network("unet3d", gain=1.0))
+    config = write_config(tmp_path, store.path, init_from=str(ours))
+    assert fork(config, *options, plant=partial(given_otherwise, [f"init_from={theirs}"])) == [2, 2]
+    (line,) = errors(tmp_path / "run.log")
+    assert line.startswith(f"error: init_from={theirs}: rank 1 on ")
+    assert f"(sha256 {weights_hash(theirs)}, not {weights_hash(ours)}); put the same file there on" in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["store", "threads", "init_from"])
 def test_what_is_a_nodes_own_may_differ(store, tmp_path, key):
     copy = shutil.copytree(store.path, tmp_path / "on-its-disk.zarr")
-    given = [f"store={copy}"] if key == "store" else ["threads=2"]
-    assert fork(write_config(tmp_path, store.path, steps=1), plant=partial(given_otherwise, given)) == [0, 0]
+    weights, copied = tmp_path / "weights.safetensors", tmp_path / "on-its-disk.safetensors"
+    save_weights(weights, random_network("unet3d"))
+    shutil.copyfile(weights, copied)
+    given = {"store": f"store={copy}", "threads": "threads=2", "init_from": f"init_from={copied}"}[key]
+    config = write_config(tmp_path, store.path, steps=1, init_from=str(weights))
+    assert fork(config, plant=partial(given_otherwise, [given])) == [0, 0]
+
+
+def test_a_run_that_goes_on_does_not_need_the_weights_it_began_with(store, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_weights(weights, random_network("unet3d"))
+    config = write_config(tmp_path, store.path, steps=1, init_from=str(weights))
+    assert fork(config) == [0, 0]
+    weights.unlink()
+    assert fork(config, "steps=2") == [0, 0]
 
 
 def test_another_store_is_refused_unless_that_is_said(unbroken, tmp_path):
