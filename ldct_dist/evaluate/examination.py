@@ -134,8 +134,8 @@ class Examination:
             case = found[_CASE + each.name]
             assert isinstance(case, CaseFindings)
             _add_case(study, case)
-            if case.lacks:
-                lacking.setdefault(case.lacks, []).append(case.case)
+            for what in (*case.notes, *([case.lacks] if case.lacks else [])):
+                lacking.setdefault(what, []).append(case.case)
         count = len(self.cases)
         for what, cases in lacking.items():
             study.note(f"{what}: {len(cases)} of {count} case{'s' * (count > 1)}, {few(cases, ', ')}")
@@ -213,8 +213,6 @@ def _add_case(study: Study, found: CaseFindings) -> None:
     """Noise power spectra are those of the first case that has them, at the same places in every image."""
     study.scans[found.case] = found.scan
     study.rows += found.rows
-    for words in found.notes:
-        study.note(words)
     if found.nps and not study.nps:
         study.nps, study.nps_case = found.nps, found.case
     if found.pictures is not None:

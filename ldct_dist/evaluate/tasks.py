@@ -52,7 +52,7 @@ def read_labels(path: Path) -> tuple[Labels, str]:
                     raise UserError(f"{path}, line {lines.line_num}: {fault}")
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file; give a CSV with the columns {_COLUMNS}") from e
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, ValueError, csv.Error) as e:  # a slice of thousands of digits is a ValueError
         raise UserError(f"{path}: cannot be read as CSV ({e})") from e
     return labels, what
 

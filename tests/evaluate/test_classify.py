@@ -220,6 +220,7 @@ def test_images_are_averaged_before_the_window_cuts_them():
             "line 3: case a has both a label for all of it and one for a slice",
         ),
         ("case,label\n" + "a" * 200_000 + ",1\n", "cannot be read as CSV"),
+        ("case,slice,label\na," + "9" * 5000 + ",1\n", "cannot be read as CSV"),
     ],
 )
 def test_mistakes_in_labels_name_the_line(tmp_path, text, told):

@@ -182,6 +182,18 @@ def test_what_many_cases_lack_is_told_once(tmp_path):
     assert told == "too little soft tissue to measure noise: 6 of 6 cases, c0, c1, c2, c3, and 2 more"
 
 
+def test_what_is_not_measured_says_on_which_cases(tmp_path):
+    """Or it would be read as said of all."""
+    layout.create(tmp_path / "ct")
+    for name, hu in (("air", -1000), ("padding", -1024)):
+        volume = Volume(np.full((1, 48, 48), hu, np.int16), (4.0, 3.0, 3.0))
+        layout.write_case(tmp_path / "ct", name, {1.0: volume, 0.25: volume}, patient=name, split="test")
+    layout.finalise(tmp_path / "ct")
+    found = measure(Store(tmp_path / "ct"), StudyConfig(), {"low dose": lambda low: low.hu})
+    (told,) = (note for note in found.notes if note.startswith("abdomen: evaluate: no voxel to count"))
+    assert told.endswith("the full dose is all padding: 1 of 2 cases, padding")
+
+
 def test_the_terminal_shows_a_dash_where_nothing_was_measured(tmp_path):
     """Slices of 5 voxels have no SSIM; equal images, no finite PSNR."""
     layout.create(tmp_path / "ct.zarr")

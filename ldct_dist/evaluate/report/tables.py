@@ -108,7 +108,7 @@ def physics(study: Study) -> Table:
     columns += ["voxels off by more than 4\u00a0σ, %"]
     lesion = minus(f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU")
     patches = next((s for seen in study.detection.values() for s in seen.values()), None)
-    counted = f" in {patches.present} patches with one and {patches.absent} without" if patches else ""
+    counted = f", in {patches.present} patches with one and {patches.absent} without" if patches else ""
     caption = (
         "Noise: median standard deviation in windows of 6 mm, at least 5 voxels, about a fitted plane, in the patients' "
         "soft tissue; wider blotches do not show in it.\n"
@@ -116,7 +116,7 @@ def physics(study: Study) -> Table:
         f"{study.phantom_case or 'no case'}, in the same scans for every method.\n"
         "TTF 50 %: the frequency at which the TTF has fallen to a half; > where it has not by the Nyquist frequency.\n"
         "d′, with its 95 % interval: of a channelised Hotelling observer without noise of its own, who sees one slice and "
-        f"looks for lesions of {lesion}, balls, and rods across all slices,{counted}.\n"
+        f"looks for lesions of {lesion}, balls, and rods across all slices{counted}.\n"
         "Voxels off (conspicuous in cases.csv): share of the body where the difference from full dose, smoothed by 2 mm, "
         "is beyond 4 σ of full dose's own noise. It counts what an image adds, loses or blurs, and the noise that it "
         "keeps, which is the only difference of a simulated low dose.\n"

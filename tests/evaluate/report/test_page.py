@@ -270,6 +270,10 @@ def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
     assert "inf" not in re.sub(r"<style>.*?</style>|<script.*?</script>", "", page, flags=re.S).lower()
 
 
+def test_a_caption_without_a_phantom_ends_in_a_full_stop(equal_images):
+    assert "rods across all slices.\n" in tables.physics(equal_images).caption
+
+
 def test_a_name_that_is_not_utf_8_does_not_cost_the_report(equal_images, tmp_path):
     equal_images.store = os.fsdecode(b"n\xe9t.zarr")
     write_report(tmp_path, equal_images)
