@@ -16,6 +16,8 @@ from ldct_dist.errors import UserError
 if TYPE_CHECKING:
     from ldct_dist.cluster.parts import Parts
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the job script and submit nothing")]
+
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
@@ -44,9 +46,7 @@ def submit(
     at_once: Annotated[
         int | None, typer.Option(help="Maximum number of array tasks that run at the same time")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job script and submit nothing")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit a job to Slurm that trains, and that is requeued after the time limit, preemption, a node failure or a hang.
 
@@ -262,6 +262,7 @@ def sweep(
         str, typer.Option(help="slurm (one array job) or local (this machine, one run after the other)")
     ] = "slurm",
     site: Site = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train every combination of the given values; TensorBoard's HParams tab compares the runs.
 
@@ -271,6 +272,7 @@ def sweep(
     Example: ldct-dist sweep configs/mayo2016_unet3d.yaml lr=1e-4,3e-4 model=unet3d-s,nafnet3d-s --gpus-per-node 4
     --time 24:00:00
     """
+    from ldct_dist.cluster.array import dry_run as render
     from ldct_dist.cluster.array import submit_array
     from ldct_dist.cluster.command import split
     from ldct_dist.cluster.shape import number, shaped
@@ -282,6 +284,9 @@ def sweep(
 
     words, options = split(axes)
     planned = plan(config, words)
+    if dry_run:
+        print(render(planned, options, site) or "nothing is left to do\n", end="")
+        return
     say(f"{len(planned.points)} runs -> {planned.folder}")
     folder = shlex.quote(str(planned.folder))
     code = 0

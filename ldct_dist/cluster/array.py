@@ -23,6 +23,16 @@ from ldct_dist.errors import UserError
 from ldct_dist.files import real, replace
 
 
+def dry_run(sweep: Sweep, options: Options, site: str | None) -> str | None:
+    """The job script for all runs that are not done, queued or not, since no Slurm is asked; None if all are done.
+
+    Writes nothing. Raises UserError for options that a sweep cannot have.
+    """
+    points = [point for point in sweep.points if not point.done]
+    text = render(_script(real(sweep.folder) / JOB.parent, points, options, site))
+    return text if points else None
+
+
 def submit_array(
     sweep: Sweep, options: Options, site: str | None, say: Callable[[str], None] = print
 ) -> str | None:
@@ -30,8 +40,7 @@ def submit_array(
 
     options: of sbatch, by their long names, for each run. Raises UserError if Slurm does not answer or refuses.
     """
-    folder = real(sweep.folder) / JOB.parent
-    render(_script(folder, [], options, site))  # a mistake is said before anything is written
+    dry_run(sweep, options, site)  # a mistake is said before anything is written
     points = _missing(sweep, say)
     if not points:
         return None
@@ -41,15 +50,14 @@ def submit_array(
 
 def _submit(sweep: Sweep, points: Sequence[Point], options: Options, site: str | None) -> str:
     folder = real(sweep.folder) / JOB.parent
-    configs = [real(point.folder) / CONFIG for point in points]
     write_hparams(sweep)
-    for point, config in zip(points, configs, strict=True):
+    for point in points:
+        config = _config(point)
         config.parent.mkdir(exist_ok=True)
         replace(config, to_yaml(point.config))
-    text = render(_script(folder, configs, options, site, snapshot_code(folder)))
+    text = render(_script(folder, points, options, site, snapshot_code(folder)))
     replace(folder / SCRIPT, text)
-    log = f"{folder}/".replace("%", "%%") + "%A_%a.log"
-    job = jobs.sbatch(folder / SCRIPT, f"--array=0-{len(points) - 1}", f"--output={log}")
+    job = jobs.sbatch(folder / SCRIPT)
     for i, point in enumerate(points):
         record = {"job": f"{job}_{i}", "log": str(folder / f"{job}_{i}.log")}
         replace(point.folder / JOB, json.dumps(record))
@@ -66,7 +74,7 @@ def train_task(configs: Sequence[Path]) -> int:
 
 def _script(
     folder: Path,
-    configs: Sequence[Path],
+    points: Sequence[Point],
     options: Options,
     site: str | None,
     code: Path | None = None,
@@ -76,14 +84,20 @@ def _script(
         raise UserError("a sweep's runs go on by requeuing: where that is forbidden, submit them one by one")
     return Script(
         name="ldct-sweep",
-        command=["-m", "ldct_dist", "sweep-task", *map(str, configs)],
+        command=["-m", "ldct_dist", "sweep-task", *(str(_config(point)) for point in points)],
         code=code or snapshot_place(folder),
         folder=folder,
         workdir=Path.cwd(),
         python=sys.executable,
         options=shaped(options, profile),
         site=profile,
+        parts=len(points),
     )
+
+
+def _config(point: Point) -> Path:
+    """Where the task of a run finds its config."""
+    return real(point.folder) / CONFIG
 
 
 def _missing(sweep: Sweep, say: Callable[[str], None]) -> list[Point]:

@@ -27,7 +27,8 @@ class Script:
     code: the folder with the package to run. folder: for logs; of a training job, slurm/ in the run's folder.
     options: of sbatch, by their long names; true for those without a value.
     kind: "ranks" are started by srun, one task each. "parts" are the tasks of an array: each runs the command with
-    --part i/n, n being `parts`, and `at_once` of them run at a time. "single" runs the command once.
+    --part i/n. "single" runs the command once.
+    parts: tasks of an array of ranks or parts, of which `at_once` run at a time; 0: it is no array.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Script:
     options: Options = field(default_factory=dict)
     site: Site = field(default_factory=Site)
     kind: Literal["ranks", "parts", "single"] = "ranks"
-    parts: int = 1
+    parts: int = 0
     at_once: int | None = None
 
 
@@ -84,7 +85,8 @@ def _directives(script: Script) -> list[str]:
     """The options of sbatch, each as a line, in alphabetical order."""
     given = merged(script.options, script.site)
     check_options(given)
-    log = "%A_%a.log" if script.kind == "parts" else "%j.log"
+    is_array = script.parts > 0 and script.kind != "single"
+    log = "%A_%a.log" if is_array else "%j.log"
     fixed: dict[str, str | bool] = {
         "job-name": script.name,
         "chdir": str(script.workdir),
@@ -96,7 +98,7 @@ def _directives(script: Script) -> list[str]:
         # A short job is warned at half its time: warned as it starts, it would only do a step or two.
         limit = limit_s(given) or 2 * script.site.warn_s
         fixed["signal"] = f"USR2@{min(script.site.warn_s, limit // 2)}"
-    if script.kind == "parts":
+    if is_array:
         fixed["array"] = f"0-{script.parts - 1}" + (f"%{script.at_once}" if script.at_once else "")
     if script.site.requeue and "no-requeue" not in given:
         fixed["requeue"] = True

@@ -37,7 +37,7 @@ from ldct_dist.train.run import RunFolder
 
 CLUSTERS = ("slurm", "local", "debug")
 SCRIPT = "job.sbatch"
-_SUBMITITS = ("%j", "%t", "%A", "%a")  # see its JobPaths, which change the whole path and not only a file's name
+_SUBMITITS = ("%j", "%t", "%A", "%a")  # what its JobPaths replaces in a whole path, not only in a file's name
 _ASK_S = 3.0  # between two questions to Slurm
 
 

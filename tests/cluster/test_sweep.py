@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
-from commands import commands_on_path
+from commands import command, commands_on_path
 from ldct_dist.checkpoint.manifest import Manifest
 from ldct_dist.cluster.array import submit_array
 from ldct_dist.cluster.record import job_of
@@ -137,7 +137,10 @@ def test_an_array_holds_the_runs_that_are_neither_done_nor_queued(config, tmp_pa
     monkeypatch.setenv("PATH", path)
     sweep, said = plan(config, ["seed=1,2"]), []
     assert submit_array(sweep, {"gpus-per-node": "4"}, None, said.append) == "7"
-    script = (sweep.folder / "slurm" / "job.sbatch").read_text()
+    job = sweep.folder / "slurm" / "job.sbatch"
+    script = job.read_text()
+    assert "#SBATCH --array=0-1\n" in script
+    assert f"#SBATCH --output={sweep.folder}/slurm/%A_%a.log\n" in script
     assert "#SBATCH --ntasks-per-node=4" in script
     named = [line for line in script.splitlines() if "sweep-task" in line]
     assert [words.split("/")[-3] for words in named[0].split()[-2:]] == ["seed-1", "seed-2"]
@@ -145,9 +148,8 @@ def test_an_array_holds_the_runs_that_are_neither_done_nor_queued(config, tmp_pa
 
     assert submit_array(sweep, {}, None, said.append) == "7"
     assert said == ["seed-1: in the queue already, job 7_0"]
-    first, second = calls.read_text().splitlines()
-    assert "--array=0-1" in first
-    assert "--array=0-0" in second
+    assert "#SBATCH --array=0-0\n" in job.read_text()
+    assert calls.read_text().splitlines() == 2 * [f"--parsable {job}"]
     assert job_of(sweep.points[1].folder) == "7_0"  # the only task of the second array
 
 
@@ -171,6 +173,25 @@ def test_runs_are_done_when_they_have_the_steps_that_are_asked_for_now(config, t
     assert submit_array(plan(config, ["seed=1,2", "steps=4"]), {}, None, said.append) is None
     monkeypatch.setenv("PATH", path)
     assert submit_array(plan(config, ["seed=1,2", "steps=9"]), {}, None, said.append) == "7"
+
+
+def test_a_dry_run_prints_the_script_of_what_is_not_done_and_writes_nothing(config, tmp_path):
+    """Without Slurm, too."""
+    axes = ["seed=1,2,3", "--gpus-per-node=4", "--dry-run"]
+    first, *others = plan(config, axes[:1]).points
+    finish(first)
+    before = sorted(tmp_path.rglob("*"))
+    done = command("sweep", config, *axes)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --array=0-1\n")
+    assert "#SBATCH --ntasks-per-node=4\n" in done.stdout
+    assert [f"/seed-{n}/" in done.stdout for n in (1, 2, 3)] == [False, True, True]
+    refused = command("sweep", config, *axes, "--no-requeue")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert sorted(tmp_path.rglob("*")) == before
+    for point in others:
+        finish(point)
+    assert command("sweep", config, *axes).stdout == "nothing is left to do\n"
 
 
 def test_a_run_that_a_sweep_is_to_gain_is_not_left_where_sbatch_refuses(config, tmp_path, monkeypatch):
