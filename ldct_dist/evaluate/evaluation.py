@@ -17,7 +17,7 @@ from ldct_dist.evaluate.baselines import baseline_named
 from ldct_dist.evaluate.classify import Training, classify, patient_folds
 from ldct_dist.evaluate.examination import CaseFindings, Examination, Findings, Say, findings_from_plain
 from ldct_dist.evaluate.kept import FOLDER, Kept
-from ldct_dist.evaluate.methods import LOW, Method, network, peers_beside, source_hash, tuned_baselines
+from ldct_dist.evaluate.methods import FULL, LOW, Method, network, peers_beside, source_hash, tuned_baselines
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.results import software
 from ldct_dist.evaluate.study import StudyConfig
@@ -58,6 +58,10 @@ class Evaluation:
         manner += f" at strength {config.strength:g}" if config.strength < 1 else ""
         self.names = list(weights)
         self.weights = {name + manner: path for name, path in files.items()}
+        for name in {LOW, FULL} & self.weights.keys():
+            raise UserError(
+                f"{name}: an image of every case is called so in the tables; name the weights NAME=PATH"
+            )
         self.peers = peers_beside(self.weights, peers)
         self.store = Store(store)
         if out is None and labels is not None:

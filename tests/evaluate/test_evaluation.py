@@ -52,6 +52,14 @@ def test_an_unknown_filter_is_refused_before_any_is_tuned(command, tmp_path):
     assert done.output == ""
 
 
+@pytest.mark.parametrize("name", ["low dose", "full dose"])
+def test_weights_are_not_called_as_an_image_is_that_they_are_compared_with(command, name):
+    """The network would take its place: its figures stood in the tables as the low dose's."""
+    verb, weights, store = command
+    refused = CliRunner().invoke(app, [verb, f"{name}={weights}", store])
+    assert f"{name}: an image of every case is called so in the tables" in str(refused.exception)
+
+
 @pytest.mark.parametrize("shape", [(8, 48, 48), (4, 20, 20)])
 def test_a_case_that_was_ingested_again_meanwhile_is_refused(command, tmp_path, shape):
     """Or the report would name the fingerprint of other voxels. It is not called damaged, as one of another shape was."""
