@@ -35,7 +35,7 @@ _BATCH = 16  # slices that share one working-out of the geometry
 _MATCHED_SLICES = 8  # on these the noise of a volume is measured
 _CUTOFFS = (0.4, 0.55, 0.75, 1.0, 1.4, 2.0, 4.0)  # of the image's Nyquist frequency, tried on the texture
 _LEAST_STD_HU = 0.5  # rounding to whole HU alone makes 0.3
-_GIVEN = "set photons=2e5 and cutoff_per_mm=0.8, or the scanner's own values (for ingest: simulation.photons and so on)"
+GIVEN = "set photons=2e5 and cutoff_per_mm=0.8, or the scanner's own values (for ingest: simulation.photons and so on)"
 
 _DEFAULTS = DoseConfig()
 
@@ -140,10 +140,10 @@ def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cp
     moments = noise.local_moments(hu, volume.spacing, neighbours=True)
     where = moments.homogeneous
     if where is None:
-        raise UserError(f"simulated dose: too little soft tissue to measure the scan's noise; {_GIVEN}")
+        raise UserError(f"simulated dose: too little soft tissue to measure the scan's noise; {GIVEN}")
     std = noise.noise_std(moments, where)
     if std < _LEAST_STD_HU:
-        raise UserError(f"simulated dose: noise of {std:.2f} HU is too little to scale; {_GIVEN}")
+        raise UserError(f"simulated dose: noise of {std:.2f} HU is too little to scale; {GIVEN}")
 
     # A quarter of the views, each with four times the photons, makes the same noise as far as a window reaches.
     whole = scan_of(volume, config)

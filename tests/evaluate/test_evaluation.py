@@ -174,6 +174,8 @@ def test_what_one_case_lacks_and_another_has_is_measured(tmp_path):
         told[name] = measure(Store(tmp_path / name), config, {"low dose": lambda low: low.hu})
     assert (told["both"].nps_case, told["both"].phantom_case) == ("c1", "c1")
     absent = {"noise power: no case has 4 flat", "phantom: simulated dose: too little soft tissue"}
+    # without the advice to set what is a setting of ingest alone
+    assert "phantom: simulated dose: too little soft tissue to measure the scan's noise" in told["air"].notes
     for name, expected in (("air", absent), ("both", set())):
         assert {a for a in absent if any(note.startswith(a) for note in told[name].notes)} == expected
     assert not any("flat regions" in note for note in told["both"].notes)
