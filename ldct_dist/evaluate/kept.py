@@ -22,44 +22,43 @@ AGAIN = "make room, or make it writable: the same command then goes on with what
 
 
 class Kept:
-    """Findings by name, a JSON file each, complete or absent.
+    """Findings by name, a file each, complete or absent: JSON, after a line with the hash of it and of what it depends on.
 
     of: all that findings depend on, as JSON has it. Those of anything else are not found, and are replaced.
     """
 
     def __init__(self, folder: Path, of: Mapping[str, Any]) -> None:
         self.folder = folder
-        self._of = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+        self._of = json.dumps(of, sort_keys=True)
 
     def find(self, name: str) -> dict[str, Any] | None:
         """What was kept under `name`; None if nothing was, or if it is damaged."""
         try:
-            kept = json.loads(self._path(name).read_bytes(), object_hook=_array)
-            return kept["findings"] if kept["of"] == self._of else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            seal, _, text = (self.folder / name).read_text("utf-8").partition("\n")
+        except (OSError, UnicodeDecodeError):
             return None
+        return json.loads(text, object_hook=_array) if seal == self._seal(text) else None
 
     def keep(self, name: str, findings: Mapping[str, Any]) -> dict[str, Any]:
         """Keep `findings`, of numbers, texts, lists, dicts and arrays; they are returned as `find` would return them.
 
         Raises UserError if they cannot be written.
         """
-        text = json.dumps({"of": self._of, "findings": findings}, default=_plain)
+        text = json.dumps(findings, default=_plain)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with suppress(
-                FileNotFoundError
-            ):  # another start has just made its report, and forgotten all of these
-                files.replace(self._path(name), text)
+            # Another start may have just made its report, and forgotten all of these.
+            with suppress(FileNotFoundError):
+                files.replace(self.folder / name, f"{self._seal(text)}\n{text}")
         except OSError as e:
             raise UserError(f"{self.folder}: cannot be written ({e.strerror}); {AGAIN}") from e
-        return json.loads(text, object_hook=_array)["findings"]
+        return json.loads(text, object_hook=_array)
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+    def _seal(self, text: str) -> str:
+        return hashlib.sha256(f"{self._of}\n{text}".encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

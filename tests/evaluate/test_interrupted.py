@@ -116,7 +116,7 @@ def test_a_killed_evaluation_goes_on_with_the_cases_that_are_missing(place, unbr
     (place / "kill").unlink()
     assert killed.returncode == -signal.SIGKILL
     assert calls(place) == ["8", "6"]
-    assert set(files(place / "killed" / FOLDER)) == {"case-body.json"}
+    assert set(files(place / "killed" / FOLDER)) == {"case-body"}
     assert "going on: 1 of 12 were measured before" in evaluated("killed")
     seen = calls(place)
     assert "8" not in seen
