@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -36,6 +36,7 @@ def test_what_was_kept_is_found_as_keep_returned_it(tmp_path):
         np.testing.assert_array_equal(each["samples"]["low dose"], findings["samples"]["low dose"])
 
 
+@settings(deadline=None)  # a disk may take its time
 @given(
     st.sampled_from([np.float64, np.float32, np.int16]).flatmap(
         lambda kind: arrays(kind, st.tuples(st.integers(0, 3), st.integers(0, 3)))
