@@ -62,7 +62,7 @@ def test_findings_of_anything_else_and_damaged_ones_are_not_found(tmp_path):
         b"[]",
         b"{}",
         b"\xff",
-        whole.replace(b"17", b"19"),
+        whole.replace(b"[17]", b"[19]"),
     ):
         file.write_bytes(damaged)
         assert kept.find("case-a") is None
