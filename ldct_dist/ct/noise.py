@@ -109,7 +109,8 @@ def _moments_in_plane(
     centres = mean[half_y:-half_y:stride, half_x:-half_x:stride]
     moments = [centres, slope, (average(rough * rough) - plane).clip(min=0)]
     if neighbours:
-        inner = rough[half_y:-half_y, half_x:-half_x]  # beyond it, every border voxel has its mirror image beside it
+        # Beyond the inner part, every border voxel has its mirror image beside it.
+        inner = rough[half_y:-half_y, half_x:-half_x]
         beside = inner * np.roll(inner, -1, 0) + inner * np.roll(inner, -1, 1)
         margins = ((half_y, half_y), (half_x, half_x))
         moments.append(average(np.pad(beside / 2, margins, mode="symmetric")) - plane)

@@ -65,7 +65,8 @@ def test_empty_splits_have_the_advice_that_helps(tmp_path, monkeypatch, capsys, 
         cli.main()
     assert not ended.value.code
     said = capsys.readouterr()
-    assert "split val will hold no patient" in said.err and advice in said.err
+    assert "split val will hold no patient" in said.err
+    assert advice in said.err
     assert "train 2" in said.out
 
 
