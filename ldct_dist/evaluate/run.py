@@ -19,7 +19,7 @@ from ldct_dist.store.reader import Store
 
 
 def evaluate(request: Evaluation, part: tuple[int, int] | None, console: Console) -> None:
-    """Measure, print, and write the report if there is to be one.
+    """Measure, write the report if there is to be one, and print.
 
     part: (i, n) measures every n-th case from the i-th and the findings are kept for the start that makes the report,
     which is one without a part.
@@ -43,6 +43,11 @@ def evaluate(request: Evaluation, part: tuple[int, int] | None, console: Console
         if request.cohort:
             say("classifying", "each kind of image")
         classified = request.classified(found)
+    page = None
+    if request.out is not None and request.kept is not None:
+        # First: whoever reads what is printed may stop listening, as `head` does.
+        page = write_report(request.out, study, classified)
+        request.kept.forget()
     print_comparison(_comparison(study), console)
     if classified:
         print_classification(classified, console)
@@ -51,9 +56,8 @@ def evaluate(request: Evaluation, part: tuple[int, int] | None, console: Console
     if lost:
         # Here alone: a label that is no case's may be a patient's name, and a report is handed on.
         console.print(f"labels without a case: {few(lost, ', ')}", markup=False)
-    if request.out is not None and request.kept is not None:
-        console.print(f"report -> {write_report(request.out, study, classified)}")
-        request.kept.forget()
+    if page is not None:
+        console.print(f"report -> {page}")
 
 
 def _say(console: Console, status: Status) -> Say:

@@ -135,6 +135,17 @@ def test_parts_in_any_order_make_the_same_report(place, unbroken):
     assert files(place / "shared") == files(unbroken)
 
 
+def test_the_report_is_there_though_nobody_reads_what_is_printed(place, unbroken, monkeypatch):
+    """As after `| head`."""
+
+    def closed(*_) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("ldct_dist.evaluate.run.print_comparison", closed)
+    assert CliRunner().invoke(app, words("unread")).exit_code
+    assert files(place / "unread") == files(unbroken)
+
+
 def test_findings_of_other_settings_are_not_used(place):
     """Nor are they in the way: they are replaced."""
     for options, before in ((["--protocol", "full-range"], 0), ([], 0), ([], 3)):
