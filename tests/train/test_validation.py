@@ -88,9 +88,8 @@ def test_any_number_of_ranks_finds_the_means_over_all_cases_to_the_last_digit(st
     for each in found:
         assert (each.figures, each.failed) == (expected, [])
         assert each.rmse_hu == expected["rmse_hu"]
-        assert each.basis == {
-            **{"store": store.fingerprint, "split": "val", "cases": 3, "protocol": "abdomen"},
-        }
+        basis = {"store": store.fingerprint, "split": "val", "cases": 3, "protocol": "abdomen"}
+        assert each.basis == basis
         assert each.seconds > 0
     first, *others = (each.first for each in found)
     assert others == [None] * (ranks - 1)
