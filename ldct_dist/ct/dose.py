@@ -35,9 +35,18 @@ _BATCH = 16  # slices that share one working-out of the geometry
 _MATCHED_SLICES = 8  # on these the noise of a volume is measured
 _CUTOFFS = (0.4, 0.55, 0.75, 1.0, 1.4, 2.0, 4.0)  # of the image's Nyquist frequency, tried on the texture
 _LEAST_STD_HU = 0.5  # rounding to whole HU alone makes 0.3
-GIVEN = "set photons=2e5 and cutoff_per_mm=0.8, or the scanner's own values (for ingest: simulation.photons and so on)"
+_GIVEN = "set photons=2e5 and cutoff_per_mm=0.8, or the scanner's own values (for ingest: simulation.photons and so on)"
 
 _DEFAULTS = DoseConfig()
+
+
+class UnknownNoiseError(UserError):
+    """A scan's noise cannot be measured. reason: without the advice, for verbs that cannot follow it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; {_GIVEN}")
+        self.reason = reason
+
 
 Variance = Callable[[torch.Tensor], torch.Tensor]
 """Detector counts at full dose -> variance of the noise to be put into the line integrals."""
@@ -140,10 +149,10 @@ def matched(volume: Volume, config: DoseConfig, device: torch.device | str = "cp
     moments = noise.local_moments(hu, volume.spacing, neighbours=True)
     where = moments.homogeneous
     if where is None:
-        raise UserError(f"simulated dose: too little soft tissue to measure the scan's noise; {GIVEN}")
+        raise UnknownNoiseError("simulated dose: too little soft tissue to measure the scan's noise")
     std = noise.noise_std(moments, where)
     if std < _LEAST_STD_HU:
-        raise UserError(f"simulated dose: noise of {std:.2f} HU is too little to scale; {GIVEN}")
+        raise UnknownNoiseError(f"simulated dose: noise of {std:.2f} HU is too little to scale")
 
     # A quarter of the views, each with four times the photons, makes the same noise as far as a window reaches.
     whole = scan_of(volume, config)

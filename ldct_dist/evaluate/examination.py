@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ldct_dist.ct.dose import GIVEN
+from ldct_dist.ct.dose import UnknownNoiseError
 from ldct_dist.ct.dose_config import seed_of
 from ldct_dist.ct.volume import Volume
 from ldct_dist.errors import UserError, few
@@ -185,7 +185,7 @@ class Examination:
                     full, low, self.config.lesion_mm, self.config.lesion_hu, seed=seed_of(case.name, 0)
                 )
             except UserError as e:
-                lacks[f"phantom: {e}".removesuffix(f"; {GIVEN}")] = None  # which can't be given here
+                lacks[f"phantom: {e.reason if isinstance(e, UnknownNoiseError) else e}"] = None
             else:
                 return _tried(trial, case.name, methods, say)
         return PhantomFindings(notes=list(lacks))
