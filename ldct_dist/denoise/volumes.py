@@ -116,8 +116,8 @@ def denoise_series(
     package's version, the network and the hash of its weights. `out` holds complete series only: if a start with several
     is stopped, those that are done stay, and the next start with the same series and weights goes on.
 
-    Returns the files. Raises UserError for weights or series that cannot be used, or are too large for memory, and for an `out` that cannot be
-    written, is in `source`, or holds something else.
+    Returns the files. Raises UserError for weights or series that cannot be used or are too large for memory, and for an
+    `out` that cannot be written, is in `source`, or holds something else.
     """
     if not os.path.exists(Path(out) / MADE_BY):  # Path.exists would raise PermissionError
         refuse_taken(Path(out))  # before work that may take an hour
