@@ -12,7 +12,7 @@ from ldct_dist.cluster import jobs
 from ldct_dist.cluster.rank import train
 from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
-from ldct_dist.cluster.shape import Options, shaped
+from ldct_dist.cluster.shape import Options, ranks, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code, snapshot_place
 from ldct_dist.cluster.status import in_queue
@@ -21,16 +21,20 @@ from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.files import real, replace
+from ldct_dist.models.registry import outline
+from ldct_dist.train.preflight import refuse_mistakes
 
 
 def dry_run(sweep: Sweep, options: Options, site: str | None) -> str | None:
     """The job script for all runs that are not done, queued or not, since no Slurm is asked; None if all are done.
 
-    Writes nothing. Raises UserError for options that a sweep cannot have.
+    Writes nothing. Raises UserError for options that a sweep cannot have, and for what a run's ranks would refuse.
     """
     points = [point for point in sweep.points if not point.done]
-    text = render(_script(real(sweep.folder) / JOB.parent, points, options, site))
-    return text if points else None
+    script = _script(real(sweep.folder) / JOB.parent, points, options, site)
+    for point in points:
+        refuse_mistakes(point.config, outline(point.config.model), ranks(script.options))
+    return render(script) if points else None
 
 
 def submit_array(

@@ -198,3 +198,6 @@ def announce(request: Request, job: Job[int], cluster: str) -> Iterator[str]:
         yield f"log      {logs}.log" if cluster == "slurm" else f"logs     {logs}_*_log.out, {logs}_*_log.err"
     yield f"status   ldct-dist status {shlex.quote(str(request.run))}"
     yield f"figures  tensorboard --logdir {shlex.quote(str(request.run.parent))}"
+    for path in (request.config.store, request.config.init_from):
+        if path is not None and not path.exists():
+            yield f"note     {path} is not there, as seen from this machine; without it the job ends as it starts"

@@ -74,6 +74,11 @@ def number(options: Options, key: str) -> int:
     return int(text)
 
 
+def ranks(options: Options) -> int:
+    """The ranks of a job of that shape (see `shaped`)."""
+    return number(options, "nodes") * number(options, "ntasks-per-node")
+
+
 def limit_s(options: Options) -> int | None:
     """--time in seconds, 0 of which mean no limit; None where it is not given, or written otherwise ("infinite").
 

@@ -25,13 +25,15 @@ from ldct_dist.cluster.environment import left_out
 from ldct_dist.cluster.rank import Train
 from ldct_dist.cluster.record import CONFIG, JOB
 from ldct_dist.cluster.sbatch import Script, render
-from ldct_dist.cluster.shape import Options, number, shaped
+from ldct_dist.cluster.shape import Options, number, ranks, shaped
 from ldct_dist.cluster.site import read_site
 from ldct_dist.cluster.snapshot import snapshot_code, snapshot_place
 from ldct_dist.cluster.status import in_queue
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.files import real, replace
+from ldct_dist.models.registry import outline
+from ldct_dist.train import preflight
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 
@@ -70,7 +72,7 @@ class Request:
 
     @property
     def tasks(self) -> int:
-        return number(self.shape, "nodes") * self.tasks_per_node
+        return ranks(self.shape)
 
     def script(self, code: Path) -> Script:
         """The job script, for a snapshot of the code in `code`. Raises UserError for a path that submitit would change."""
@@ -113,7 +115,13 @@ def submit(
 
 
 def dry_run(request: Request) -> str:
-    """The job script that would be submitted. Writes nothing, so it names no snapshot, but a place for one."""
+    """The job script that would be submitted. Writes nothing, so it names no snapshot, but a place for one.
+
+    Raises UserError as `submit` does for what the ranks would refuse once the job has waited in the queue.
+    """
+    preflight.refuse_mistakes(request.config, outline(request.config.model), request.tasks)
+    if "dependency" not in request.shape:  # on the ingest, for one
+        preflight.refuse_unfit_store(request.config, request.tasks)
     return render(request.script(snapshot_place(request.folder)))
 
 

@@ -8,7 +8,8 @@ import shutil
 
 import torch
 
-from ldct_dist.data.plan import lanes_of
+from ldct_dist.data.loader import Loader
+from ldct_dist.data.plan import Plan, lanes_of
 from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.losses import share_counted
@@ -18,7 +19,7 @@ from ldct_dist.store.reader import Store
 from ldct_dist.train.checkpoints import first_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder, flat
-from ldct_dist.train.strategy.engine import refuse_deepspeed
+from ldct_dist.train.strategy.engine import refuse_contradictions, refuse_deepspeed
 from ldct_dist.world import World
 
 OWN = {"store", "runs", "init_from", "threads"}
@@ -29,9 +30,7 @@ def refuse_conflicts(
     config: RunConfig, model: Denoiser, store: Store, folder: RunFolder, world: World
 ) -> None:
     """Raises UserError where these do not go together. Writes nothing."""
-    lanes_of(world.rank, world.size, config.data.batch)
-    refuse_crop(config, model)
-    protocol_named(config.validation.protocol)
+    refuse_mistakes(config, model, world.size)
     if config.validates:
         store.split(config.validation.split)
     refuse_deepspeed(config, world)
@@ -41,6 +40,24 @@ def refuse_conflicts(
         refuse_without_compiler(world.device)
     if config.precision == "bf16":
         refuse_emulated_bf16(world.device)
+
+
+def refuse_mistakes(config: RunConfig, model: Denoiser, ranks: int) -> None:
+    """Raises UserError for what so many ranks could not train on any machine, as the config alone tells."""
+    lanes_of(0, ranks, config.data.batch)
+    refuse_crop(config, model)
+    protocol_named(config.validation.protocol)
+    refuse_contradictions(config)
+
+
+def refuse_unfit_store(config: RunConfig, ranks: int) -> None:
+    """Raises UserError if the store is visible here and lacks what the config asks for. Elsewhere it may be visible."""
+    if not config.store.exists():
+        return
+    store = Store(config.store)
+    Loader(Plan(store, config.data, config.seed), 0, ranks).close()
+    if config.validates:
+        store.split(config.validation.split)
 
 
 def refuse_without_compiler(device: torch.device) -> None:

@@ -63,6 +63,16 @@ def test_the_commands_that_a_submission_names_can_be_pasted_into_a_shell(tmp_pat
     assert board == ["tensorboard", "--logdir", str(folder / "runs")]
 
 
+def test_what_a_run_reads_and_is_not_there_is_told_at_its_submission(tmp_path):
+    config = write_config(tmp_path, tmp_path / "ct.zarr", init_from=str(tmp_path / "w.safetensors"))
+    request, job = parse([str(config)], None, False), SimpleNamespace(job_id=7)
+    missing = [line.split()[1] for line in announce(request, job, "slurm") if line.startswith("note")]
+    assert missing == [str(tmp_path / "ct.zarr"), str(tmp_path / "w.safetensors")]
+    for path in (request.config.store, request.config.init_from):
+        path.mkdir()
+    assert not any(line.startswith("note") for line in announce(request, job, "slurm"))
+
+
 def test_every_part_of_a_cohort_is_given_the_weights_of_its_submission(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", commands_on_path(tmp_path / "bin", sbatch="echo 7", srun="", squeue=""))
     for case in ("a", "b"):

@@ -185,7 +185,7 @@ def test_options_that_submit_sets_or_sbatch_cannot_have_are_refused(options):
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
-    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4)
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4, data={"batch": 8})
     done = command("submit", config, "--nodes", "2", "--gpus-per-node", "a100:4", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --ntasks-per-node=4\n" in done.stdout
@@ -221,7 +221,8 @@ def test_a_rank_is_started_for_each_gpu_however_they_are_asked_for(resource, gpu
 
 def test_what_a_profile_asks_for_counts_as_if_it_were_given(tmp_path):
     (tmp_path / "site.yaml").write_text("options: {gpus-per-node: '4', nodes: '2'}\ncpus_per_task: 6\n")
-    config, site = write_config(tmp_path, tmp_path / "ct.zarr"), str(tmp_path / "site.yaml")
+    config = write_config(tmp_path, tmp_path / "ct.zarr", data={"batch": 8})
+    site = str(tmp_path / "site.yaml")
     request = parse([str(config)], site, False)
     assert (request.tasks_per_node, request.tasks) == (4, 8)
     assert "#SBATCH --ntasks-per-node=4\n" in dry_run(request)
@@ -273,6 +274,11 @@ def test_a_task_of_an_array_may_take_fewer_gpus_than_a_rank_of_the_site(tmp_path
         (["name=$(touch pwned)"], "name: "),
         (["name=a b"], "name: "),
         (["-N2"], "long names"),
+        (["--nodes=3"], "data.batch=4 cannot be shared evenly by 3 ranks"),
+        (["data.crop=[8,20,24]"], r"data.crop=\[8, 20, 24\]: unet3d takes crops"),
+        (["loss.margin=[4,0,0]"], "loss.margin="),
+        (["validation.protocol=abdomin"], "abdomin"),
+        (["zero=1"], "are for strategy=deepspeed"),
     ],
 )
 def test_a_mistake_is_refused_and_nothing_is_written(tmp_path, words, message):
@@ -280,6 +286,26 @@ def test_a_mistake_is_refused_and_nothing_is_written(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         start(parse([str(config), *words], None, False))
     assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.dose=0.1"], "lack dose 0.10"),
+        (["data.split=tune"], "no case in split 'tune'"),
+        (["validation.split=tune"], "no case in split 'tune'"),
+        (["data.memory_mib=1"], "data.memory_mib=1 holds too few blocks"),
+    ],
+)
+def test_a_store_that_lacks_what_the_run_needs_is_refused_before_the_job_waits(tmp_path, words, message):
+    store = make_store(tmp_path / "ct.zarr", [(10, 40, 40), (8, 32, 40)], ["train", "val"]).path
+    before = sorted(tmp_path.rglob("*"))
+    config = write_config(tmp_path, store)
+    with pytest.raises(UserError, match=message):
+        start(parse([str(config), *words], None, False))
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, config])
+    # Until an ingest that the job waits for is done, the store says nothing.
+    assert dry_run(parse([str(config), *words, "--dependency=afterok:7"], None, False))
 
 
 @pytest.mark.parametrize("word", ["%j", "%t", "%A", "%a"])

@@ -186,8 +186,9 @@ def test_a_dry_run_prints_the_script_of_what_is_not_done_and_writes_nothing(conf
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --array=0-1\n")
     assert "#SBATCH --ntasks-per-node=4\n" in done.stdout
     assert [f"/seed-{n}/" in done.stdout for n in (1, 2, 3)] == [False, True, True]
-    refused = command("sweep", config, *axes, "--no-requeue")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    for words in (["--no-requeue"], ["batch=6"], ["crop=[8,24,24],[8,20,24]"]):
+        refused = command("sweep", config, *axes, *words)
+        assert (refused.returncode, refused.stdout) == (2, "")
     assert sorted(tmp_path.rglob("*")) == before
     for point in others:
         finish(point)

@@ -27,7 +27,7 @@ from ldct_dist.train.ending import Ending
 from ldct_dist.train.stop import Stop
 from ldct_dist.train.strategy import engine
 from ldct_dist.train.strategy.config import BUCKET
-from ldct_dist.train.strategy.engine import build_adam, refuse_deepspeed
+from ldct_dist.train.strategy.engine import build_adam, refuse_contradictions, refuse_deepspeed
 from ldct_dist.train.trainer import Trainer
 from ldct_dist.world import World
 from runs import equal, final_state, losses, same, unsharded, write_config
@@ -308,6 +308,7 @@ def test_a_run_goes_on_by_any_strategy_at_any_number_of_ranks_past_a_damaged_che
 def test_what_does_not_go_together_is_refused(changes, words):
     config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1} | changes)
     with pytest.raises(UserError, match=words):
+        refuse_contradictions(config)
         refuse_deepspeed(config, World())
 
 

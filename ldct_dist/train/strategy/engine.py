@@ -118,8 +118,8 @@ def _forget_powers(adam: Any, *_: object) -> None:
     adam.ds_opt_adam.adam_update(adam.opt_id, 0, 0.0, 0.0, 0.0, 1.0, 0.0, False, *nothing)
 
 
-def refuse_deepspeed(config: RunConfig, world: World) -> None:
-    """Raises UserError where the config asks for what DeepSpeed cannot do, at all or on this machine."""
+def refuse_contradictions(config: RunConfig) -> None:
+    """Raises UserError where the config asks for what DeepSpeed cannot do on any machine."""
     places = config.deepspeed
     if config.strategy == "ddp" and (config.zero or places != DeepSpeedConfig()):
         raise UserError("zero and deepspeed are for strategy=deepspeed: set it, or leave them out")
@@ -137,6 +137,13 @@ def refuse_deepspeed(config: RunConfig, world: World) -> None:
         raise UserError(
             f"deepspeed.parameters={places.parameters} is for zero=3: with less, every GPU keeps all parameters"
         )
+
+
+def refuse_deepspeed(config: RunConfig, world: World) -> None:
+    """Raises UserError where the config asks for what DeepSpeed cannot do on this machine."""
+    if config.zero == 0:
+        return
+    places = config.deepspeed
     if "nvme" in (places.optimizer, places.parameters):
         folder = folder_on_this_node(places.nvme_path)
         if world.local_rank == 0 and lies_in_memory(folder):
