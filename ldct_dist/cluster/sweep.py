@@ -19,7 +19,8 @@ from ldct_dist import config as configs
 from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.cluster.progress import read_progress
 from ldct_dist.errors import UserError
-from ldct_dist.models.registry import outline
+from ldct_dist.models import installed
+from ldct_dist.models.registry import ModelConfig
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 
@@ -77,7 +78,6 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
             o for (key, _), value in zip(given, values, strict=True) for o in overrides_of(key, value)
         ]
         point = configs.read(RunConfig, config, [*overrides, f"runs={folder}"])
-        outline(point.model)  # a size that the network does not come in is refused now, not in the last run
         place = {key: _value(point, key) for key in keys}
         name = "_".join(f"{key.rpartition('.')[2]}-{_plain(value)}" for key, value in place.items())
         if name in points:
@@ -92,6 +92,8 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
 def overrides_of(key: str, value: str) -> list[str]:
     """The dotted overrides that a key of a sweep, short or not, stands for."""
     if key == "model":
+        if value in installed.names():  # without sizes
+            return [f"model.name={value}", f"model.size={ModelConfig().size}"]
         name, dash, size = value.partition("-")
         if not dash:
             raise UserError(f"model={value}: write the network and its size, such as model=unet3d-s")
@@ -163,10 +165,10 @@ def _argument(text: str) -> tuple[str, list[str]]:
 def _value(config: RunConfig, key: str) -> Value:
     """The value as the config understood it: 1e-4 and 0.0001 are one."""
     if key == "model":
-        return f"{config.model.name}-{config.model.size}"
+        return config.model.label
     node: Any = config
     for part in dotted(key).split("."):
-        node = getattr(node, part)
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
     return node if isinstance(node, str | int | float) else str(node)
 
 

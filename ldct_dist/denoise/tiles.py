@@ -106,7 +106,7 @@ def denoise_volume(
             out[write] = answer.numpy()
             if out[write].min() == NOT_FINITE:
                 raise NotFiniteError(
-                    f"{model.config.name}-{model.config.size} gives values that are not finite; take the weights "
+                    f"{model.config.label} gives values that are not finite; take the weights "
                     f"of an earlier checkpoint{', or do without bf16' if bf16 else ''}"
                 )
         np.copyto(out, hu, where=padding.result())
@@ -177,7 +177,7 @@ class _Work:
                 return cut, self.start(cut[0])
             torch.cuda.empty_cache()
         raise UserError(
-            f"{model.config.name}-{model.config.size} does not fit the memory of {device} even in tiles of "
+            f"{model.config.label} does not fit the memory of {device} even in tiles of "
             f"{size}: take another device, or a smaller tile"
         )
 

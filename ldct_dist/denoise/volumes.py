@@ -44,7 +44,7 @@ class SeriesDenoiser:
         refuse_strength(strength)
         file = weights_of(Path(weights))
         model = load_weights(file, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        name = f"{model.config.name}-{model.config.size}, weights sha256 {weights_hash(file)}"
+        name = f"{model.config.label}, weights sha256 {weights_hash(file)}"
         name += ", in bf16" if bf16 else ""
         name += f", at strength {strength:g}" if strength < 1 else ""
         return cls(model, name, bf16, strength)
@@ -80,7 +80,7 @@ class SeriesDenoiser:
 
     def _denoise(self, series: Series, out: Path, tile: Triple | None, progress: Progress) -> list[Path]:
         description = f"Denoised by ldct_dist {ldct_dist.__version__}, {self.name}"
-        label = f"denoised {self.model.config.name}-{self.model.config.size}"
+        label = f"denoised {self.model.config.label}"
         with memory_for(series.name):
             hu = denoise_volume(
                 self.model,

@@ -23,7 +23,7 @@ from ldct_dist.evaluate.results import software
 from ldct_dist.evaluate.study import StudyConfig
 from ldct_dist.evaluate.tasks import Cohort, joined, of_cases, read_labels
 from ldct_dist.files import refuse_unwritable
-from ldct_dist.models.weights import weights_hash
+from ldct_dist.models.weights import origin_of, weights_hash
 from ldct_dist.store.privacy import default_key_path, key_id, load_key
 from ldct_dist.store.reader import Store
 
@@ -135,6 +135,7 @@ class Evaluation:
             "store": self.store.fingerprint,
             "config": self.examination.config.model_dump(),
             "weights": self.hashes,
+            "networks": {name: origin_of(path) for name, path in self.weights.items()},
             "baselines": list(self.baselines),
             "peers": {name: source_hash(peer) for name, peer in self.peers.items()},
             "shown": shown,

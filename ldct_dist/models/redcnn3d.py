@@ -33,7 +33,6 @@ class REDCNN3d(nn.Module):
             nn.ConvTranspose3d(width, 1 if i == 4 else width, kernel, padding=padding) for i in range(5)
         )
         self.radius = tuple(10 * (k // 2) for k in kernel)
-        self.widest = float(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=self.layout)

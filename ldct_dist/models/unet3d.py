@@ -74,7 +74,6 @@ class UNet3d(nn.Module):
         # a convolution at stride s reaches s voxels further; blocks of 8 x 8 are then seen whole or not at all
         in_plane = seen * (2 * 2 + 2 * 4 + 8) + 7
         self.radius = (along_z, in_plane, in_plane)
-        self.widest = max(2 * width / 4 ** (level + 1) for level, width in enumerate(widths))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = unshuffle_plane(x).contiguous(memory_format=self.layout)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -22,7 +25,14 @@ SEAL = "sha256"
 
 def weights_facts(config: ModelConfig, **facts: str) -> dict[str, str]:
     """The file's metadata: the config to build the network from, the version, and further `facts`."""
-    return {"kind": KIND, "model": config.model_dump_json(), "version": ldct_dist.__version__, **facts}
+    maker = {} if config.origin is None else {"network": config.origin}
+    return {
+        "kind": KIND,
+        "model": config.model_dump_json(),
+        "version": ldct_dist.__version__,
+        **maker,
+        **facts,
+    }
 
 
 def sealed(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -45,20 +55,27 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Denoiser:
 
     Raises UserError if the file is missing, damaged, or not made by `save_weights` or a checkpoint.
     """
-    facts, tensors = _read(path)
-    if facts.get("kind") != KIND:
-        raise UserError(
-            f"{path}: safetensors, but no denoiser of this package; give a run's weights.safetensors"
-        )
-    try:
-        model = build(ModelConfig.model_validate_json(facts["model"]))
+    with _opened(path) as f:
+        facts = f.metadata() or {}
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  no dict
+    seal = facts.pop(SEAL, None)
+    if facts.get("kind") == KIND and seal != _digest(facts, tensors):
+        raise UserError(f"{path}: damaged, it does not match its own sha256; copy it again")
+    with _fitting(path, facts) as config:
+        model = build(config)
         model.load_state_dict(tensors)
-    except (KeyError, ValidationError, UserError, RuntimeError) as e:
-        raise UserError(
-            f"{path}: written by version {facts.get('version')}, it does not fit the networks of version "
-            f"{ldct_dist.__version__} ({str(e)[:200]}); use the version that wrote it"
-        ) from e
     return model.to(device).eval()
+
+
+def origin_of(path: Path) -> str | None:
+    """The code that weights of another package's network would be used with here (`ModelConfig.origin`); else None.
+
+    Raises UserError as `load_weights` does, but looks at no tensor.
+    """
+    with _opened(path) as f:
+        facts = f.metadata() or {}
+    with _fitting(path, facts) as config:
+        return config.origin
 
 
 def verify_weights(path: Path) -> list[str]:
@@ -70,23 +87,44 @@ def verify_weights(path: Path) -> list[str]:
     return []
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+@contextmanager
+def _fitting(path: Path, facts: dict[str, str]) -> Iterator[ModelConfig]:
+    """The config of the network that the file is for. Raises UserError if there is none, or if it does not fit the block."""
+    if facts.get("kind") != KIND:
+        raise UserError(
+            f"{path}: safetensors, but no denoiser of this package; give a run's weights.safetensors"
+        )
+    try:
+        yield ModelConfig.model_validate_json(facts["model"])
+    except (KeyError, ValidationError, UserError, RuntimeError) as e:
+        maker = f"version {facts.get('version')}"
+        if "network" in facts:
+            maker += f" for a network of {facts['network']}"
+        raise UserError(
+            f"{path}: written by {maker}, it does not fit the networks of version {ldct_dist.__version__} and those "
+            f"installed here ({_reason(e)}); use what wrote it"
+        ) from e
+
+
+def _reason(e: Exception) -> str:
+    return (
+        e.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(e, ValidationError) else str(e)[:200]
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if Path(path).is_dir():
         raise UserError(
             f"{path}: a folder; give the weights.safetensors in it, a run's are in checkpoints/<step>/"
         )
     try:
         with safe_open(path, framework="pt") as f:
-            facts = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  no dict
+            yield f
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such weights file; a run's are in checkpoints/<step>/") from e
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); copy it again") from e
-    seal = facts.pop(SEAL, None)
-    if facts.get("kind") == KIND and seal != _digest(facts, tensors):
-        raise UserError(f"{path}: damaged, it does not match its own sha256; copy it again")
-    return facts, tensors
 
 
 def _digest(facts: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:

@@ -12,8 +12,9 @@ from ldct_dist.data.loader import Loader
 from ldct_dist.data.plan import Plan, lanes_of
 from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.protocols import protocol_named
+from ldct_dist.models.locality import refuse_misstated
 from ldct_dist.models.losses import share_counted
-from ldct_dist.models.registry import Denoiser
+from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.reader import Store
 from ldct_dist.train.checkpoints import first_weights
@@ -36,6 +37,8 @@ def refuse_conflicts(
     refuse_deepspeed(config, world)
     if config.init_from is not None and not folder.has_saved:
         first_weights(config)
+    if config.model.origin is not None and world.is_main:
+        refuse_misstated(build(config.model).to(world.device))
     if config.compile:
         refuse_without_compiler(world.device)
     if config.precision == "bf16":
@@ -88,7 +91,8 @@ def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
     Each rank reads both for itself. If they are being changed, or a node sees an outdated version, a rank would
     otherwise train something else than the others, and nobody would notice.
     """
-    mine = flat(config.model_dump(mode="json", exclude=OWN)) | {"store's fingerprint": store.fingerprint}
+    mine = flat(config.model_dump(mode="json", exclude=OWN))
+    mine |= {"store's fingerprint": store.fingerprint, "network": config.model.origin}
     (_, first), *others = world.gather((world.name, mine))
     for name, given in others:
         unlike = [

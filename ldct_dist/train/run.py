@@ -85,7 +85,7 @@ class RunFolder:
             )
         return [line for _, line in changed]
 
-    def record_start(self, world: World, generation: int, step: int) -> None:
+    def record_start(self, config: RunConfig, world: World, generation: int, step: int) -> None:
         """Append how this generation was started: step, versions, command, world size, threads."""
         entry = {
             "generation": generation,
@@ -96,6 +96,7 @@ class RunFolder:
             "pid": os.getpid(),
             "packages": versions(CODE_PACKAGES),
             "commit": commit(),
+            "network": config.model.origin,
             "world_size": world.size,
             "device": str(world.device),
             "threads": torch.get_num_threads(),

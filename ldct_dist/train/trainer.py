@@ -84,7 +84,7 @@ class Trainer:
         with self.watch, self.loader, self.monitor:
             self.take_up()
             start = self.checkpoints.generation, self.state.step
-            self.world.on_main(lambda: self.folder.record_start(self.world, *start))
+            self.world.on_main(lambda: self.folder.record_start(self.config, self.world, *start))
             self._enter("first pass", SLOW)
             self.strategy.warm_up()
             batches = range(self.state.position, self.state.moved + self.config.steps)

@@ -20,6 +20,7 @@ from ldct_dist.cluster.record import job_of
 from ldct_dist.cluster.sweep import Point, dotted, plan, run_here
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
+from own_network import NAME, my_nets  # noqa: F401
 from runs import write_config
 from stores import make_store
 
@@ -42,6 +43,17 @@ def test_every_combination_is_a_run_whose_name_follows_from_its_values(config, t
     assert last.place == {"lr": 3e-4, "model": "nafnet3d-xs"}
     assert last.folder == tmp_path / "runs" / "run-sweep" / last.config.name
     assert list(tmp_path.iterdir()) == [config]  # a plan writes nothing
+
+
+@pytest.mark.usefixtures("my_nets")
+def test_networks_of_other_packages_and_their_options_are_axes_too(tmp_path):
+    config = write_config(tmp_path, tmp_path / "ct.zarr", model={"size": "m"})
+    sweep = plan(config, [f"model=unet3d-s,{NAME}"])
+    assert [p.config.model.label for p in sweep.points] == ["unet3d-s", NAME]
+    assert [p.config.name for p in sweep.points] == ["model-unet3d-s", f"model-{NAME}"]
+    sweep = plan(config, [f"model={NAME}", "model.options.width=4,8"])
+    assert [p.config.model.options for p in sweep.points] == [{"width": 4}, {"width": 8}]
+    assert [p.config.name for p in sweep.points] == ["width-4", "width-8"]
 
 
 def test_a_value_has_one_name_however_it_is_written(config):

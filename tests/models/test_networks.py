@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldct_dist.config import validate
 from ldct_dist.errors import UserError
 from ldct_dist.models.execution import lay_out
 from ldct_dist.models.registry import WIDTHS, ModelConfig, build
@@ -98,9 +99,11 @@ def test_a_size_between_strides_is_refused(name):
         build(ModelConfig(name=name, size="xs"))(torch.zeros(1, 1, 4, 16, 20))
 
 
-def test_an_unknown_size_names_those_there_are():
-    with pytest.raises(UserError, match=r"model.size=huge: unet3d comes in xs, s, m, l, xl, xxl"):
-        build(ModelConfig(size="huge"))
+def test_an_unknown_network_or_size_names_those_there_are():
+    with pytest.raises(UserError, match=r"size: unet3d comes in xs, s, m, l, xl, xxl"):
+        validate(ModelConfig, {"size": "huge"}, "run.yaml")
+    with pytest.raises(UserError, match=r"name: no network unet; there are unet3d, nafnet3d, redcnn3d"):
+        validate(ModelConfig, {"name": "unet"}, "run.yaml")
 
 
 @pytest.fixture

@@ -307,9 +307,13 @@ def test_a_run_goes_on_by_any_strategy_at_any_number_of_ranks_past_a_damaged_che
 )
 def test_what_does_not_go_together_is_refused(changes, words):
     config = RunConfig.model_validate({"name": "x", "store": "x", "steps": 1} | changes)
-    with pytest.raises(UserError, match=words):
+
+    def refuse() -> None:
         refuse_contradictions(config)
         refuse_deepspeed(config, World())
+
+    with pytest.raises(UserError, match=words):
+        refuse()
 
 
 def test_a_compiler_that_was_killed_is_named_and_none_waits_for_it(tmp_path, monkeypatch, capsys):

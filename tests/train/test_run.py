@@ -69,6 +69,6 @@ def test_a_damaged_config_is_one_line_with_the_way_out(folder, damaged):
 @pytest.mark.parametrize("damaged", ["", "{", "{}"])
 def test_a_damaged_record_of_starts_does_not_stop_one(folder, damaged):
     folder.environment.write_text(damaged)
-    folder.record_start(World(), generation=2, step=5)
-    folder.record_start(World(), generation=3, step=7)
+    folder.record_start(CONFIG, World(), generation=2, step=5)
+    folder.record_start(CONFIG, World(), generation=3, step=7)
     assert [start["from_step"] for start in json.loads(folder.environment.read_text())] == [5, 7]

@@ -115,7 +115,7 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
     margin = config.loss.margin_for(model.radius, crop)
     checkpoint = STATE_BYTES * parameters
     return Plan(
-        model=f"{config.model.name}-{config.model.size}",
+        model=config.model.label,
         parameters=parameters,
         radius=model.radius,
         crop=crop,

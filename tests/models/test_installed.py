@@ -1,0 +1,106 @@
+"""Networks of other packages: made by name, or refused in one line."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from ldct_dist.config import validate
+from ldct_dist.errors import UserError
+from ldct_dist.models import installed
+from ldct_dist.models.registry import ModelConfig, build, outline
+from ldct_dist.models.weights import load_weights, origin_of, save_weights
+from own_network import NAME, install, my_nets  # noqa: F401
+
+PROJECT = '[project]\nname = "my-nets"\nversion = "0.1"\n[project.entry-points."ldct_dist.networks"]\n'
+SMALL = {"width": 4, "depth": 3}
+HEAD = "import torch\nfrom torch import nn\n"
+CLASS = HEAD + "class Net(nn.Module):\n    radius, stride = (1, 1, 1), (1, 1, 1)\n"
+INIT = "    def __init__(self):\n        super().__init__()\n        "
+
+
+@pytest.mark.usefixtures("my_nets")
+def test_an_installed_network_is_a_denoiser_like_any_other():
+    config = validate(ModelConfig, {"name": NAME, "options": SMALL}, "run.yaml")
+    model = build(config)
+    assert (model.radius, model.stride, model.widest, config.label) == ((3, 4, 4), (1, 1, 1), 4.0, NAME)
+    hu = torch.randint(-1024, 3072, (2, 1, 6, 9, 11)).float()
+    assert torch.equal(model(hu), hu)
+    model(hu).square().sum().backward()
+    assert model.network.last.weight.grad.any()
+
+
+@pytest.mark.usefixtures("my_nets")
+def test_its_settings_are_its_options_and_nobody_elses():
+    def refused(words: str, **given: object) -> None:
+        with pytest.raises(UserError, match=words):
+            validate(ModelConfig, given, "run.yaml")
+
+    refused("size: dncnn3d has no such setting; give model.options.KEY=VALUE", name=NAME, size="m")
+    refused("thick_slices: dncnn3d has no such setting", name=NAME, thick_slices=True)
+    refused("options: unet3d has no such setting$", options=SMALL)
+    refused("there are unet3d, nafnet3d, redcnn3d, dncnn3d", name="dncnn")
+
+
+def test_weights_name_the_package_that_they_need(tmp_path, my_nets):  # noqa: F811
+    path = tmp_path / "w.safetensors"
+    save_weights(path, build(ModelConfig(name=NAME, options=SMALL)))
+    assert load_weights(path).config.options == SMALL
+    first = origin_of(path)
+    assert first.startswith("my-nets 0.1, source sha256 ")
+    with open(my_nets, "a") as f:
+        f.write("# changed\n")
+    assert origin_of(path) != first
+    for file in my_nets.parent.glob("*.dist-info/*"):
+        file.unlink()
+    with pytest.raises(UserError, match=rf"for a network of {first}.* \(no network dncnn3d; "):
+        load_weights(path)
+
+
+def test_weights_lead_to_no_code_but_what_is_installed(tmp_path, monkeypatch):
+    """They may come from anybody, and the folder that they come in may be the one that Python starts from."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')\n")
+    for name in ("evil", "evil:Net", "evil.Net", "os:system"):
+        with pytest.raises(UserError, match="no network"):
+            validate(ModelConfig, {"name": name, "options": {"command": "true"}}, "w.safetensors")
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("source", "place", "options", "words"),
+    [
+        (HEAD, "my_nets:Net", {}, "model.name=net: its package has no my_nets:Net"),
+        ("import no_such_module", "my_nets:Net", {}, "no_such_module"),
+        (
+            CLASS + INIT + "pass\n",
+            "my_nets:Net",
+            {"wide": 3},
+            r"model.options=\{'wide': 3\}: net takes others",
+        ),
+        (CLASS + INIT + "raise ValueError('too wide')\n", "my_nets:Net", {}, "net refuses them: too wide"),
+        (HEAD + "def Net(): return 3\n", "my_nets:Net", {}, "gives int, and no torch.nn.Module"),
+        (HEAD + "def Net(): return nn.Conv3d(2, 1, 3, padding=1)\n", "my_nets:Net", {}, "its radius is None"),
+        (CLASS.replace("(1, 1, 1)\n", "2\n"), "my_nets:Net", {}, "its stride is 2; it has to be a tuple"),
+        (CLASS + INIT + "self.n = nn.BatchNorm3d(2)\n", "my_nets:Net", {}, "n.running_mean is a buffer"),
+        (CLASS, "my_nets:Net", {}, "nothing in it can be trained"),
+        (
+            CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1).requires_grad_(False)\n",
+            "my_nets:Net",
+            {},
+            "c.weight in it can",
+        ),
+    ],
+)
+def test_what_is_no_network_is_refused_in_one_line(tmp_path, monkeypatch, source, place, options, words):
+    install(tmp_path, monkeypatch, source, PROJECT + f'net = "{place}"\n')
+    with pytest.raises(UserError, match=words):
+        outline(ModelConfig(name="net", options=options))
+
+
+def test_a_fault_in_the_other_package_is_left_for_whoever_writes_it(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, CLASS + INIT + "len(3)\n", PROJECT + 'net = "my_nets:Net"\n')
+    with pytest.raises(TypeError, match="has no len"):
+        installed.make("net", {})

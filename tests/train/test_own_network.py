@@ -1,0 +1,69 @@
+"""The network of docs/own_network.md, trained and used like those that come with the package."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from commands import command
+from forked import fork
+from ldct_dist.denoise.tiles import denoise_volume
+from ldct_dist.models.weights import load_weights
+from ldct_dist.store.reader import Store
+from own_network import NAME, my_nets  # noqa: F401
+from runs import losses, write_config
+from stores import make_store
+
+MODEL = {"name": NAME, "size": "s", "options": {"width": 4, "depth": 3}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    shapes = [(10, 40, 40), (6, 48, 40), (12, 32, 32), (8, 32, 40)]
+    return make_store(tmp_path_factory.mktemp("own") / "ct.zarr", shapes, ["train"] * 3 + ["val"]).path
+
+
+def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_nets):  # noqa: F811
+    config, runs = write_config(tmp_path, store, model=MODEL), tmp_path / "runs"
+    assert fork(config, "name=whole") == [0, 0]
+    assert fork(config, "name=parts", "steps=3") == [0, 0]
+    with open(my_nets, "a") as f:
+        f.write("# another version\n")
+    assert fork(config, "name=parts") == [0, 0]
+    assert (
+        f"note: the code of network {NAME} has changed: my-nets 0.1, "
+        in config.with_suffix(".log").read_text()
+    )
+    run = runs / "parts"
+    first, second = (start["network"] for start in json.loads((run / "environment.json").read_text()))
+    assert first != second
+
+    weights = max((run / "checkpoints").iterdir()) / "weights.safetensors"
+    low = Store(store).volume("case-003", "0.25").hu
+    model = load_weights(weights)
+    answer = denoise_volume(model, low)
+    assert (answer != low).any()
+    assert np.array_equal(denoise_volume(model, low, tile=(4, 16, 16)), answer)
+
+
+def test_zero_shares_it_out_as_ddp_holds_it(store, tmp_path, my_nets):  # noqa: F811
+    config, runs = write_config(tmp_path, store, model=MODEL), tmp_path / "runs"
+    assert fork(config, "name=ddp") == [0, 0]
+    assert fork(config, "name=zero", "strategy=deepspeed", "zero=3") == [0, 0]
+    a, b = (losses(runs / name) for name in ("ddp", "zero"))
+    assert [line["loss"] for line in b] == pytest.approx([line["loss"] for line in a], rel=1e-5)
+
+
+def test_a_plan_knows_it_and_a_start_refuses_what_it_misstates(store, tmp_path, my_nets):  # noqa: F811
+    config = write_config(tmp_path, store, model=MODEL)
+    planned = command("plan", config)
+    assert (planned.returncode, planned.stdout.split()[0]) == (0, NAME), planned.stderr
+    my_nets.write_text(my_nets.read_text().replace("(depth, depth, depth)", "(depth, depth, depth - 2)"))
+    refused = command("train", config)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(
+        f"error: model.name={NAME}: it sees further along x than its radius (3, 3, 1)"
+    )
+    assert not (tmp_path / "runs").exists()
