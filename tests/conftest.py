@@ -14,3 +14,5 @@ os.environ.setdefault("GPUS_OF_THIS_MACHINE", os.environ.get("CUDA_VISIBLE_DEVIC
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from own_network import my_nets  # noqa: E402, F401  a fixture

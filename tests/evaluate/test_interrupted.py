@@ -20,9 +20,11 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.classify import Training, classify
 from ldct_dist.evaluate.kept import FOLDER
 from ldct_dist.evaluate.report.page import CSV, JSON, PAGE
+from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
 from networks import random_network
+from own_network import NAME
 
 PEER = """
 import os, signal
@@ -159,6 +161,21 @@ def test_findings_of_another_version_are_not_used(place, monkeypatch):
     evaluated("older", "--part", "0/12")
     monkeypatch.setattr("ldct_dist.evaluate.results.versions", lambda packages: dict.fromkeys(packages, "99"))
     assert [line for line in evaluated("older", "--part", "0/12") if line.startswith("going on")] == []
+
+
+def test_findings_of_another_code_of_a_network_are_not_used(place, my_nets):
+    save_weights(place / "own.safetensors", build(ModelConfig(name=NAME, options={"width": 4, "depth": 3})))
+    command = ["evaluate", "own.safetensors", "ct.zarr", "--out", "own", "--baselines=", "--part=0/12"]
+
+    def known() -> bool:
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.exception
+        return "going on: 1 of 1 were measured before" in done.output
+
+    assert [known(), known()] == [False, True]
+    with open(my_nets, "a") as f:
+        f.write("# another version\n")
+    assert not known()
 
 
 def test_findings_that_could_not_be_kept_are_refused_before_any_work(place):

@@ -12,7 +12,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.models import installed
 from ldct_dist.models.registry import ModelConfig, build, outline
 from ldct_dist.models.weights import load_weights, origin_of, save_weights
-from own_network import NAME, install, my_nets  # noqa: F401
+from own_network import NAME, install
 
 PROJECT = '[project]\nname = "my-nets"\nversion = "0.1"\n[project.entry-points."ldct_dist.networks"]\n'
 SMALL = {"width": 4, "depth": 3}
@@ -44,7 +44,7 @@ def test_its_settings_are_its_options_and_nobody_elses():
     refused("there are unet3d, nafnet3d, redcnn3d, dncnn3d", name="dncnn")
 
 
-def test_weights_name_the_package_that_they_need(tmp_path, my_nets):  # noqa: F811
+def test_weights_name_the_package_that_they_need(tmp_path, my_nets):
     path = tmp_path / "w.safetensors"
     save_weights(path, build(ModelConfig(name=NAME, options=SMALL)))
     assert load_weights(path).config.options == SMALL

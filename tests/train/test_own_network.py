@@ -12,7 +12,7 @@ from forked import fork
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.models.weights import load_weights
 from ldct_dist.store.reader import Store
-from own_network import NAME, my_nets  # noqa: F401
+from own_network import NAME
 from runs import losses, write_config
 from stores import make_store
 
@@ -25,7 +25,7 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("own") / "ct.zarr", shapes, ["train"] * 3 + ["val"]).path
 
 
-def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_nets):  # noqa: F811
+def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_nets):
     config, runs = write_config(tmp_path, store, model=MODEL), tmp_path / "runs"
     assert fork(config, "name=whole") == [0, 0]
     assert fork(config, "name=parts", "steps=3") == [0, 0]
@@ -48,7 +48,7 @@ def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_ne
     assert np.array_equal(denoise_volume(model, low, tile=(4, 16, 16)), answer)
 
 
-def test_zero_shares_it_out_as_ddp_holds_it(store, tmp_path, my_nets):  # noqa: F811
+def test_zero_shares_it_out_as_ddp_holds_it(store, tmp_path, my_nets):
     config, runs = write_config(tmp_path, store, model=MODEL), tmp_path / "runs"
     assert fork(config, "name=ddp") == [0, 0]
     assert fork(config, "name=zero", "strategy=deepspeed", "zero=3") == [0, 0]
@@ -56,7 +56,7 @@ def test_zero_shares_it_out_as_ddp_holds_it(store, tmp_path, my_nets):  # noqa: 
     assert [line["loss"] for line in b] == pytest.approx([line["loss"] for line in a], rel=1e-5)
 
 
-def test_a_plan_knows_it_and_a_start_refuses_what_it_misstates(store, tmp_path, my_nets):  # noqa: F811
+def test_a_plan_knows_it_and_a_start_refuses_what_it_misstates(store, tmp_path, my_nets):
     config = write_config(tmp_path, store, model=MODEL)
     planned = command("plan", config)
     assert (planned.returncode, planned.stdout.split()[0]) == (0, NAME), planned.stderr
