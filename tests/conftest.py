@@ -15,4 +15,4 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from own_network import my_nets  # noqa: E402, F401  a fixture
+from your_own import my_nets  # noqa: F401  a fixture

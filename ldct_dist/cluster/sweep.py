@@ -92,7 +92,7 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
 def overrides_of(key: str, value: str) -> list[str]:
     """The dotted overrides that a key of a sweep, short or not, stands for."""
     if key == "model":
-        if value in installed.names():  # without sizes
+        if value in installed.names(installed.NETWORKS):  # without sizes
             return [f"model.name={value}", f"model.size={ModelConfig().size}"]
         name, dash, size = value.partition("-")
         if not dash:

@@ -7,26 +7,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue, ValidationInfo, field_validator
+from torch import nn
 
 from ldct_dist.config import Config
 from ldct_dist.errors import UserError
+from ldct_dist.models import installed
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Triple = tuple[int, int, int]
 Voxels = Annotated[int, Field(ge=0)]
 
 
+OWN = ("charbonnier", "l1", "mse")
+
+
 class LossConfig(Config):
-    name: Literal["charbonnier", "l1", "mse"] = "charbonnier"
+    """Which loss; one of another package (see `models.installed`) is made with `options`."""
+
+    name: str = "charbonnier"
     eps_hu: float = Field(1.0, gt=0)
     """of charbonnier, sqrt(d^2 + eps^2) - eps: quadratic for differences below it, linear above"""
     margin: tuple[Voxels, Voxels, Voxels] | None = None
     """voxels (z, y, x) that do not count along faces of a crop beyond which the volume goes on: in use, the network
     sees more there. None: the network's radius along axes where the crop is more than twice as long, else 0"""
+
+    options: dict[str, JsonValue] = Field({})
+    """what a loss of another package is made with"""
+
+    @field_validator("name")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        return installed.known(installed.LOSSES, name, OWN)
+
+    @field_validator("options")
+    @classmethod
+    def _is_of_others(cls, options: dict[str, JsonValue], field: ValidationInfo) -> dict[str, JsonValue]:
+        if options and (name := field.data.get("name")) in OWN:
+            raise ValueError(f"{name} has no such setting")
+        return options
+
+    @property
+    def origin(self) -> str | None:
+        """Which code it is (see `installed.origin`); None for this package's own."""
+        return None if self.name in OWN else installed.origin(installed.LOSSES, self.name)
 
     def margin_for(self, radius: Triple, crop: Triple) -> Triple:
         """The margin for a network of this radius and a crop. Raises UserError if no voxel of a crop would count."""
@@ -41,12 +68,16 @@ class LossConfig(Config):
         return self.margin
 
 
-def build_loss(config: LossConfig) -> Loss:
+def build_loss(config: LossConfig, device: torch.device | str = "cpu") -> Loss:
     """A function loss(denoised, full, weights) -> (b,), of float HU (b, 1, z, y, x) and weights that broadcast to them.
 
     It is the weighted mean over each sample, in HU, or HU^2 for mse. A weight is 0, or at least 1; a bool mask will do. A
-    sample whose weights are all 0 has loss 0.
+    sample whose weights are all 0 has loss 0. A loss of another package that is an nn.Module is moved to the device, and its
+    weights are not trained. Raises UserError as `installed.make` does.
     """
+    if config.name not in OWN:
+        made = installed.make(installed.LOSSES, config.name, config.options)
+        return made.to(device).eval().requires_grad_(False) if isinstance(made, nn.Module) else made
 
     def charbonnier(d: torch.Tensor) -> torch.Tensor:
         # sqrt(d^2 + eps^2) - eps without its cancellation where d is small
@@ -64,6 +95,31 @@ def build_loss(config: LossConfig) -> Loss:
         return counted.flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
 
     return loss
+
+
+def refuse_unfit(config: LossConfig, crop: Triple, device: torch.device | str = "cpu") -> None:
+    """Raises UserError unless the loss keeps what `build_loss` promises, on crops (z, y, x) of noise."""
+    loss = build_loss(config, device)
+    full = 100 * torch.randn(2, 1, *crop, device=device)
+    denoised = (100 * torch.randn_like(full)).requires_grad_()
+    weights = torch.rand_like(full) < 0.5
+    each = loss(denoised, full, weights)
+    if not (isinstance(each, torch.Tensor) and each.shape == (2,)):
+        got = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__
+        raise UserError(
+            f"loss.name={config.name}: gives {got} for two crops; it has to give a number for each, (2,)"
+        )
+    (gradient,) = torch.autograd.grad(each[0], denoised)
+    if gradient[1].any():
+        raise UserError(
+            f"loss.name={config.name}: a crop's number depends on another crop, and so on how many ranks share a batch"
+        )
+    if gradient[~weights].any():
+        raise UserError(
+            f"loss.name={config.name}: voxels of weight 0 count: they are padding, or lack a part of what the network sees"
+        )
+    if loss(denoised, full, torch.zeros_like(weights)).ne(0).any():
+        raise UserError(f"loss.name={config.name}: gives no 0 for a crop without a voxel that counts")
 
 
 def mask_from_box(box: torch.Tensor, shape: torch.Size, margin: Triple) -> torch.Tensor:

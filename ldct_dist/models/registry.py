@@ -66,9 +66,7 @@ class ModelConfig(Config):
     @field_validator("name")
     @classmethod
     def _is_there(cls, name: str) -> str:
-        if name not in NETWORKS and name not in installed.names():
-            raise ValueError(f"no network {name}; there are {', '.join([*NETWORKS, *installed.names()])}")
-        return name
+        return installed.known(installed.NETWORKS, name, NETWORKS)
 
     @field_validator("size", "thick_slices", "activation_checkpointing", "options")
     @classmethod
@@ -93,7 +91,7 @@ class ModelConfig(Config):
     @property
     def origin(self) -> str | None:
         """Which code it is (see `installed.origin`); None for this package's own."""
-        return None if self.name in NETWORKS else installed.origin(self.name)
+        return None if self.name in NETWORKS else installed.origin(installed.NETWORKS, self.name)
 
 
 class Denoiser(nn.Module):
@@ -146,7 +144,7 @@ class Denoiser(nn.Module):
 
 
 def build(config: ModelConfig) -> Denoiser:
-    """A new network. Raises UserError as `installed.make` does."""
+    """A new network. Raises UserError as `installed.make_network` does."""
     return Denoiser(config)
 
 
@@ -158,6 +156,6 @@ def outline(config: ModelConfig) -> Denoiser:
 
 def _network(config: ModelConfig) -> Any:
     if config.name not in NETWORKS:
-        return installed.make(config.name, config.options)
+        return installed.make_network(config.name, config.options)
     widths = WIDTHS[config.name][config.size]
     return NETWORKS[config.name](widths, config.thick_slices, RECOMPUTED[config.activation_checkpointing])

@@ -85,8 +85,10 @@ class Checkpoints:
         self._say(f"resumed at step {state.step} from {found.path}")
         if warning := _other_arithmetic(counters["arithmetic"], _arithmetic(self.config, self.world)):
             self._say(warning)
-        if (before := counters.get("network")) != (now := self.config.model.origin):
-            self._say(f"note: the code of network {self.config.model.name} has changed: {before}, now {now}")
+        before = counters.get("other_code", {})  # which older checkpoints lack
+        for key, now in self.config.origins.items():
+            if before.get(key) != now:
+                self._say(f"note: the code of {key} has changed: {before.get(key)}, now {now}")
         if state.store != self.store:
             state.store = self.store
             self._say(
@@ -112,7 +114,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Start saving, and return at once, unless an earlier save is still under way."""
         facts = {"updates": self.strategy.updates, "arithmetic": _arithmetic(self.config, self.world)}
-        facts |= {"network": self.config.model.origin}
+        facts |= {"other_code": self.config.origins}
         self.saver.save(state.step, self.strategy.parts(state.step), state.counters() | facts)
         self.saved = state.step
 

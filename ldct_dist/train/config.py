@@ -106,6 +106,12 @@ class RunConfig(Config):
     """a rank that does nothing for this long is named by the others, which leave with exit code 76 or 77"""
 
     @property
+    def origins(self) -> dict[str, str]:
+        """Which code of other packages the run trains with (see `installed.origin`), by the setting that asks for it."""
+        named = {"model.name": self.model.origin, "loss.name": self.loss.origin}
+        return {key: origin for key, origin in named.items() if origin is not None}
+
+    @property
     def validates(self) -> bool:
         """Whether the run comes to a validation."""
         return self.validation.every <= self.steps

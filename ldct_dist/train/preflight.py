@@ -13,7 +13,7 @@ from ldct_dist.data.plan import Plan, lanes_of
 from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.locality import refuse_misstated
-from ldct_dist.models.losses import share_counted
+from ldct_dist.models.losses import refuse_unfit, share_counted
 from ldct_dist.models.registry import Denoiser, build
 from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.reader import Store
@@ -37,8 +37,10 @@ def refuse_conflicts(
     refuse_deepspeed(config, world)
     if config.init_from is not None and not folder.has_saved:
         first_weights(config)
-    if config.model.origin is not None and world.is_main:
+    if world.is_main and config.model.origin is not None:
         refuse_misstated(build(config.model).to(world.device))
+    if world.is_main and config.loss.origin is not None:
+        refuse_unfit(config.loss, config.data.crop, world.device)
     if config.compile:
         refuse_without_compiler(world.device)
     if config.precision == "bf16":
@@ -92,7 +94,7 @@ def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
     otherwise train something else than the others, and nobody would notice.
     """
     mine = flat(config.model_dump(mode="json", exclude=OWN))
-    mine |= {"store's fingerprint": store.fingerprint, "network": config.model.origin}
+    mine |= {"store's fingerprint": store.fingerprint, "code": config.origins}
     (_, first), *others = world.gather((world.name, mine))
     for name, given in others:
         unlike = [

@@ -20,9 +20,9 @@ from ldct_dist.cluster.record import job_of
 from ldct_dist.cluster.sweep import Point, dotted, plan, run_here
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
-from own_network import NAME
 from runs import write_config
 from stores import make_store
+from your_own import NAME
 
 
 @pytest.fixture

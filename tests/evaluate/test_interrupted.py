@@ -24,7 +24,7 @@ from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
 from networks import random_network
-from own_network import NAME
+from your_own import NAME
 
 PEER = """
 import os, signal

@@ -12,7 +12,7 @@ from ldct_dist.errors import UserError
 from ldct_dist.models import installed
 from ldct_dist.models.registry import ModelConfig, build, outline
 from ldct_dist.models.weights import load_weights, origin_of, save_weights
-from own_network import NAME, install
+from your_own import NAME, install
 
 PROJECT = '[project]\nname = "my-nets"\nversion = "0.1"\n[project.entry-points."ldct_dist.networks"]\n'
 SMALL = {"width": 4, "depth": 3}
@@ -41,7 +41,7 @@ def test_its_settings_are_its_options_and_nobody_elses():
     refused("size: dncnn3d has no such setting; give model.options.KEY=VALUE", name=NAME, size="m")
     refused("thick_slices: dncnn3d has no such setting", name=NAME, thick_slices=True)
     refused("options: unet3d has no such setting$", options=SMALL)
-    refused("there are unet3d, nafnet3d, redcnn3d, dncnn3d", name="dncnn")
+    refused("there is no dncnn, but unet3d, nafnet3d, redcnn3d, dncnn3d", name="dncnn")
 
 
 def test_weights_name_the_package_that_they_need(tmp_path, my_nets):
@@ -55,7 +55,7 @@ def test_weights_name_the_package_that_they_need(tmp_path, my_nets):
     assert origin_of(path) != first
     for file in my_nets.parent.glob("*.dist-info/*"):
         file.unlink()
-    with pytest.raises(UserError, match=rf"for a network of {first}.* \(no network dncnn3d; "):
+    with pytest.raises(UserError, match=rf"for a network of {first}.* \(there is no dncnn3d, but "):
         load_weights(path)
 
 
@@ -64,7 +64,7 @@ def test_weights_lead_to_no_code_but_what_is_installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')\n")
     for name in ("evil", "evil:Net", "evil.Net", "os:system"):
-        with pytest.raises(UserError, match="no network"):
+        with pytest.raises(UserError, match="there is no "):
             validate(ModelConfig, {"name": name, "options": {"command": "true"}}, "w.safetensors")
     assert "evil" not in sys.modules
 
@@ -103,4 +103,4 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path, monkeypatch, source
 def test_a_fault_in_the_other_package_is_left_for_whoever_writes_it(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, CLASS + INIT + "len(3)\n", PROJECT + 'net = "my_nets:Net"\n')
     with pytest.raises(TypeError, match="has no len"):
-        installed.make("net", {})
+        installed.make_network("net", {})

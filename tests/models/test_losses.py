@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldct_dist.config import validate
 from ldct_dist.errors import UserError
-from ldct_dist.models.losses import LossConfig, build_loss, mask_from_box
+from ldct_dist.models.losses import OWN, LossConfig, build_loss, mask_from_box, refuse_unfit
 from networks import random_network
 
 
@@ -111,3 +112,43 @@ def test_a_margin_that_leaves_nothing_is_refused():
         UserError, match=r"loss.margin=\[4, 4, 4\] leaves nothing of a crop of \[8, 48, 48\] voxels"
     ):
         LossConfig(margin=(4, 4, 4)).margin_for((10, 48, 48), (8, 48, 48))
+
+
+def squared(denoised, full, weights):
+    return ((denoised - full).square() * weights).flatten(1).sum(1)
+
+
+UNFIT = {
+    "mean": (lambda d, f, w: squared(d, f, w).mean(), r"gives \(\) for two crops"),
+    "float": (lambda d, f, w: squared(d, f, w).mean().item(), "gives float for two crops"),
+    "shared": (lambda d, f, w: squared(d, f, w) / squared(d, f, w).sum(), "depends on another crop"),
+    "unweighted": (lambda d, f, w: squared(d, f, torch.ones_like(w)), "voxels of weight 0 count"),
+    "ratio": (lambda d, f, w: squared(d, f, w) / w.flatten(1).sum(1), "gives no 0 for a crop without"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_loss_of_another_package_is_refused_where_it_breaks_a_promise(name, monkeypatch):
+    loss, words = UNFIT[name]
+    monkeypatch.setattr("ldct_dist.models.losses.build_loss", lambda config, device: loss)
+    with pytest.raises(UserError, match=f"loss.name=charbonnier: .*{words}"):
+        refuse_unfit(LossConfig(), (4, 8, 8))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_our_own_keep_theirs(name):
+    refuse_unfit(LossConfig(name=name), (4, 8, 8))
+
+
+@pytest.mark.usefixtures("my_nets")
+def test_a_loss_of_another_package_is_made_with_its_options():
+    denoised, full, mask = line(13.0, 995.0, 7.0), line(10.0, 1000.0, 900.0), line(1, 1, 0).bool()
+    config = validate(LossConfig, {"name": "edges", "options": {"share": 0.25}}, "run.yaml")
+    assert build_loss(config)(denoised, full, mask).tolist() == [(3 + 5 + 0.25 * 8) / 2]
+    refuse_unfit(config, (4, 8, 8))
+    with pytest.raises(UserError, match=r"loss.options=\{'shares': 1\}: edges takes others"):
+        build_loss(LossConfig(name="edges", options={"shares": 1}))
+    with pytest.raises(UserError, match="name: there is no huber, but charbonnier, l1, mse, edges"):
+        validate(LossConfig, {"name": "huber"}, "run.yaml")
+    with pytest.raises(UserError, match="options: l1 has no such setting"):
+        validate(LossConfig, {"name": "l1", "options": {"share": 1}}, "run.yaml")

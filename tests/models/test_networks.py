@@ -102,7 +102,7 @@ def test_a_size_between_strides_is_refused(name):
 def test_an_unknown_network_or_size_names_those_there_are():
     with pytest.raises(UserError, match=r"size: unet3d comes in xs, s, m, l, xl, xxl"):
         validate(ModelConfig, {"size": "huge"}, "run.yaml")
-    with pytest.raises(UserError, match=r"name: no network unet; there are unet3d, nafnet3d, redcnn3d"):
+    with pytest.raises(UserError, match=r"name: there is no unet, but unet3d, nafnet3d, redcnn3d"):
         validate(ModelConfig, {"name": "unet"}, "run.yaml")
 
 

@@ -29,9 +29,9 @@ def random_loss(rank: int) -> None:
     """A loss that draws random numbers, as dropout would."""
     build = trainer.build_loss
 
-    def built(config):
-        loss = build(config)
-        return lambda *given: (each := loss(*given)) * (0.5 + torch.rand(len(each)))
+    def built(*given):
+        loss = build(*given)
+        return lambda *tensors: (each := loss(*tensors)) * (0.5 + torch.rand(len(each)))
 
     trainer.build_loss = built
 
@@ -72,8 +72,8 @@ def steep(batch: int, rank: int) -> None:
     _at_batches(change)
     build = trainer.build_loss
 
-    def built(config):
-        loss = build(config)
+    def built(*given):
+        loss = build(*given)
 
         def planted(denoised, *given):
             each = loss(denoised, *given)

@@ -1,4 +1,4 @@
-"""The network of docs/own_network.md, installed as its readers would have it."""
+"""The network of docs/your_own.md, installed as its readers would have it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs" / "own_network.md"
+DOCS = Path(__file__).parents[1] / "docs" / "your_own.md"
 NAME = "dncnn3d"
 
 

@@ -1,4 +1,4 @@
-"""The network of docs/own_network.md, trained and used like those that come with the package."""
+"""The network and the loss of docs/your_own.md, trained and used like those that come with the package."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from forked import fork
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.models.weights import load_weights
 from ldct_dist.store.reader import Store
-from own_network import NAME
 from runs import losses, write_config
 from stores import make_store
+from your_own import NAME
 
 MODEL = {"name": NAME, "size": "s", "options": {"width": 4, "depth": 3}}
+LOSS = {"name": "edges", "options": {"share": 0.25}}
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +27,18 @@ def store(tmp_path_factory):
 
 
 def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_nets):
-    config, runs = write_config(tmp_path, store, model=MODEL), tmp_path / "runs"
+    config, runs = write_config(tmp_path, store, model=MODEL, loss=LOSS), tmp_path / "runs"
     assert fork(config, "name=whole") == [0, 0]
     assert fork(config, "name=parts", "steps=3") == [0, 0]
     with open(my_nets, "a") as f:
         f.write("# another version\n")
     assert fork(config, "name=parts") == [0, 0]
-    assert (
-        f"note: the code of network {NAME} has changed: my-nets 0.1, "
-        in config.with_suffix(".log").read_text()
-    )
+    said = config.with_suffix(".log").read_text()
+    for setting in ("model.name", "loss.name"):
+        assert f"note: the code of {setting} has changed: my-nets 0.1, " in said
     run = runs / "parts"
-    first, second = (start["network"] for start in json.loads((run / "environment.json").read_text()))
+    first, second = (start["other_code"] for start in json.loads((run / "environment.json").read_text()))
+    assert first.keys() == second.keys() == {"model.name", "loss.name"}
     assert first != second
 
     weights = max((run / "checkpoints").iterdir()) / "weights.safetensors"
@@ -49,7 +50,7 @@ def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_ne
 
 
 def test_zero_shares_it_out_as_ddp_holds_it(store, tmp_path, my_nets):
-    config, runs = write_config(tmp_path, store, model=MODEL), tmp_path / "runs"
+    config, runs = write_config(tmp_path, store, model=MODEL, loss=LOSS), tmp_path / "runs"
     assert fork(config, "name=ddp") == [0, 0]
     assert fork(config, "name=zero", "strategy=deepspeed", "zero=3") == [0, 0]
     a, b = (losses(runs / name) for name in ("ddp", "zero"))
@@ -57,7 +58,7 @@ def test_zero_shares_it_out_as_ddp_holds_it(store, tmp_path, my_nets):
 
 
 def test_a_plan_knows_it_and_a_start_refuses_what_it_misstates(store, tmp_path, my_nets):
-    config = write_config(tmp_path, store, model=MODEL)
+    config = write_config(tmp_path, store, model=MODEL, loss=LOSS)
     planned = command("plan", config)
     assert (planned.returncode, planned.stdout.split()[0]) == (0, NAME), planned.stderr
     my_nets.write_text(my_nets.read_text().replace("(depth, depth, depth)", "(depth, depth, depth - 2)"))
