@@ -183,6 +183,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def share(self, tensor: torch.Tensor, owner: int = 0) -> torch.Tensor:
+        """The owner's `tensor`, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=owner)
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """Whether any rank's `flag` is true; the same on every rank."""
         return bool(self.sum(torch.tensor(float(flag))).item())

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
 from ldct_dist.checkpoint import retention
@@ -73,16 +72,10 @@ def read(path: Path, manifest: Manifest, world: World) -> Iterator[tuple[str, st
                 listing = [(k, tuple(f.get_slice(k).get_shape()), f.get_tensor(k).dtype) for k in keys]
                 world.broadcast(listing, owner)
                 for k in keys:
-                    yield name, k, _tensor_from(owner, f.get_tensor(k), world)
+                    yield name, k, world.share(f.get_tensor(k), owner)
         else:
             for k, shape, dtype in world.broadcast(None, owner):
-                yield name, k, _tensor_from(owner, torch.empty(shape, dtype=dtype), world)
-
-
-def _tensor_from(owner: int, tensor: torch.Tensor, world: World) -> torch.Tensor:
-    if world.size > 1:
-        dist.broadcast(tensor, src=owner)
-    return tensor
+                yield name, k, world.share(torch.empty(shape, dtype=dtype), owner)
 
 
 def verify_run(root: Path) -> list[str]:

@@ -13,7 +13,7 @@ from ldct_dist.checkpoint import retention
 from ldct_dist.checkpoint.load import Found, newest_valid, read
 from ldct_dist.checkpoint.save import Outcome, Saver
 from ldct_dist.errors import UserError
-from ldct_dist.models.registry import Denoiser, build
+from ldct_dist.models.registry import Denoiser, build, outline
 from ldct_dist.models.weights import load_weights
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
@@ -71,7 +71,7 @@ class Checkpoints:
                     f"no checkpoint in {root} is valid: is a disk or a server offline? Start again "
                     "once it is back, or, to train from the beginning, remove that folder"
                 )
-            self.strategy.begin(self.world.on_each(lambda: first_weights(self.config)))
+            self.strategy.begin(self._first_weights())
             if self.config.init_from is not None:
                 self._say(
                     f"fine-tuning: a new run that starts from the weights in {self.config.init_from} (not a resume)"
@@ -96,6 +96,19 @@ class Checkpoints:
                 "trained on another store; it may have been trained on patients that are held out now"
             )
         return state
+
+    def _first_weights(self) -> Denoiser:
+        """Those of rank 0, on every rank. A node that draws other numbers, or has another file, would begin elsewhere."""
+
+        def own() -> Denoiser:
+            if self.world.is_main:
+                return first_weights(self.config)
+            return outline(self.config.model).to_empty(device="cpu")
+
+        weights = self.world.on_each(own)
+        for p in weights.parameters():
+            self.world.share(p.data)
+        return weights
 
     def _claim(self) -> int:
         """The next generation. Claiming it ends an earlier start that still runs, so a refused start claims none.

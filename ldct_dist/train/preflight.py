@@ -15,7 +15,6 @@ from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.locality import refuse_misstated
 from ldct_dist.models.losses import refuse_unfit, share_counted
 from ldct_dist.models.registry import Denoiser, build
-from ldct_dist.models.weights import weights_hash
 from ldct_dist.store.reader import Store
 from ldct_dist.train.checkpoints import first_weights
 from ldct_dist.train.config import RunConfig
@@ -35,7 +34,7 @@ def refuse_conflicts(
     if config.validates:
         store.split(config.validation.split)
     refuse_deepspeed(config, world)
-    if config.init_from is not None and not folder.has_saved:
+    if world.is_main and config.init_from is not None and not folder.has_saved:
         first_weights(config)
     if world.is_main and config.model.origin is not None:
         refuse_misstated(build(config.model).to(world.device))
@@ -104,23 +103,6 @@ def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
             world.refuse(
                 f"{name} was given other settings than rank 0: {few(unlike)}; start all ranks with one config and "
                 "one store, once every node sees both as they are"
-            )
-
-
-def refuse_other_weights(config: RunConfig, folder: RunFolder, world: World) -> None:
-    """End all ranks unless a new run begins with the same weights on all of them.
-
-    Each rank reads init_from for itself, and under DeepSpeed keeps a part of it: where nodes have other files at that
-    path, the network would be put together from several.
-    """
-    path = config.init_from
-    mine = world.on_each(lambda: None if path is None or folder.has_saved else weights_hash(path))
-    (*_, first), *others = world.gather((world.name, path, mine))
-    for name, place, found in others:
-        if found != first:
-            world.refuse(
-                f"init_from={place}: {name} finds other weights there than rank 0 does (sha256 {found}, not {first}); put "
-                "the same file there on every node"
             )
 
 

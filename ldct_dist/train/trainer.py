@@ -60,7 +60,6 @@ class Trainer:
         self.folder = RunFolder(config.runs / config.name)
         model = world.on_each(lambda: outline(config.model))
         world.on_each(lambda: preflight.refuse_conflicts(config, model, self.store, self.folder, world))
-        preflight.refuse_other_weights(config, self.folder, world)
         self.loader = world.on_each(lambda: Loader(self.plan, world.rank, world.size, world.device))
         # Its weights get their values in `take_up`, so that no rank holds a second network for longer than it must.
         self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)
