@@ -21,7 +21,6 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Triple = tuple[int, int, int]
 Voxels = Annotated[int, Field(ge=0)]
 
-
 OWN = ("charbonnier", "l1", "mse")
 
 
@@ -34,7 +33,6 @@ class LossConfig(Config):
     margin: tuple[Voxels, Voxels, Voxels] | None = None
     """voxels (z, y, x) that do not count along faces of a crop beyond which the volume goes on: in use, the network
     sees more there. None: the network's radius along axes where the crop is more than twice as long, else 0"""
-
     options: dict[str, JsonValue] = Field({})
     """what a loss of another package is made with"""
 
