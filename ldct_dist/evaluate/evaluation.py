@@ -22,7 +22,7 @@ from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.evaluate.results import software
 from ldct_dist.evaluate.study import StudyConfig
 from ldct_dist.evaluate.tasks import Cohort, joined, of_cases, read_labels
-from ldct_dist.files import refuse_unwritable
+from ldct_dist.files import refuse_inside, refuse_unwritable
 from ldct_dist.models.weights import origin_of, weights_hash
 from ldct_dist.store.privacy import default_key_path, key_id, load_key
 from ldct_dist.store.reader import Store
@@ -71,6 +71,7 @@ class Evaluation:
         key = key or default_key_path(self.store.path)
         self.cohort = _cohort(self.store, config, labels, key) if labels else None
         if out is not None:
+            refuse_inside(out, self.store.path)
             refuse_unwritable(out)
             refuse_unwritable(out / FOLDER)  # it may be another person's, whose start was stopped
         self.out, self.baselines = out, baselines if out else ()

@@ -28,6 +28,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(unevaluated,
     assert done.output == ""
 
 
+def test_a_report_is_no_part_of_the_store(unevaluated, tmp_path):
+    done = CliRunner().invoke(app, [*unevaluated, "--out", str(tmp_path / "ct.zarr" / "report")])
+    assert "report: is in" in str(done.exception)
+    assert not (tmp_path / "ct.zarr" / "report").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
