@@ -79,10 +79,10 @@ def real(path: Path) -> Path:
 
 
 def refuse_inside(folder: Path, source: Path) -> None:
-    """Raises UserError where `folder` is in `source`: what is written there would become a part of it."""
+    """Raises UserError where `folder` is in `source`: what is written there would be read with it the next time."""
     if real(folder).is_relative_to(real(source)):
         raise UserError(
-            f"{folder}: is in {source}, so what is written there would be a part of it the next time; choose a folder "
+            f"{folder}: is in {source}, so what is written there would be read with it the next time; choose a folder "
             "outside it"
         )
 

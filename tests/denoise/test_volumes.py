@@ -197,7 +197,7 @@ def test_an_output_in_the_source_is_refused_as_the_next_start_would_denoise_it_t
     (tmp_path / "link").symlink_to(tmp_path / "in")
     before = sorted((tmp_path / "in").iterdir())
     for out in (tmp_path / "in" / "out", tmp_path / "link" / "out"):
-        with pytest.raises(UserError, match="read as input the next time; choose a folder outside"):
+        with pytest.raises(UserError, match="read with it the next time; choose a folder outside"):
             denoise_series(identity, tmp_path / "in", out)
     assert sorted((tmp_path / "in").iterdir()) == before
 
