@@ -21,6 +21,7 @@ def refuse_misstated(model: Denoiser) -> None:
 
     Gradients of single voxels tell the radius, exactly; it takes seconds.
     """
+    model.eval()  # dropout would look like an output that does not move with its input
     _randomise(model)
     for axis in range(3):
         _refuse_far_sight(model, axis)

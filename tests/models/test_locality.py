@@ -49,6 +49,11 @@ class Hidden(Plain):
         return super().forward(x) + self.gate * self.far(x)
 
 
+class Dropping(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.dropout(x, training=self.training))
+
+
 class Normed(Plain):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(nn.functional.instance_norm(x))
@@ -87,8 +92,8 @@ def test_the_networks_that_come_with_the_package_pass(name):
 
 @pytest.mark.parametrize(
     "network",
-    [Plain(), Strided(), denoiser(Plain(), radius=(5, 9, 4)).network],
-    ids=["plain", "strided", "modest"],
+    [Plain(), Strided(), Dropping(), denoiser(Plain(), radius=(5, 9, 4)).network],
+    ids=["plain", "strided", "dropping", "modest"],
 )
 def test_what_sees_no_further_than_it_says_passes(network):
     refuse_misstated(denoiser(network))
