@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ldct_dist.models.installed import origin
+
 DOCS = Path(__file__).parents[1] / "docs" / "your_own.md"
 NAME = "dncnn3d"
 
@@ -35,4 +37,5 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, project:
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.delitem(sys.modules, "my_nets", raising=False)
+    origin.cache_clear()
     return folder / "my_nets.py"

@@ -6,13 +6,18 @@ here, never to a path that the file might bring along.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from inspect import getsourcefile, signature
+from inspect import isclass, isfunction, signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ldct_dist.errors import UserError
 from ldct_dist.files import file_sha256
@@ -37,8 +42,8 @@ def known(group: str, name: str, own: Collection[str]) -> str:
 def make(group: str, name: str, options: Mapping[str, Any]) -> Any:
     """What the entry point's function, or class, gives for these arguments.
 
-    Raises UserError if it is not there, does not take the arguments, or refuses them by a ValueError. What else goes wrong
-    in the other package is left as it is, for whoever writes it.
+    Raises UserError if it is not there, does not take the arguments, or refuses them by a ValueError or RuntimeError. What
+    else goes wrong in the other package is left as it is, for whoever writes it.
     """
     function, given = _load(group, name), f"{_SECTIONS[group]}.options={dict(options)}"
     try:
@@ -47,42 +52,73 @@ def make(group: str, name: str, options: Mapping[str, Any]) -> Any:
         raise UserError(f"{given}: {name} takes others ({e})") from e
     try:
         return function(**options)
-    except ValueError as e:
-        raise UserError(f"{given}: {name} refuses them: {e}") from e
+    except (ValueError, RuntimeError) as e:  # RuntimeError: also what the meta device cannot do
+        raise UserError(f"{given}: {name} cannot be made with them: {e}") from e
 
 
 def make_network(name: str, options: Mapping[str, Any]) -> Any:
     """Raises UserError as `make` does, and for what `Denoiser` cannot hold or this package cannot train."""
     network = make(NETWORKS, name, options)
+    if fault := _fault(network):
+        raise UserError(f"model.name={name}: {fault}")
+    return network
+
+
+def _fault(network: Any) -> str | None:
+    """Why it cannot be trained, as far as that can be seen from outside: all that is trained, saved, averaged and shared out
+    over ranks are parameters, by their names."""
     if not isinstance(network, nn.Module):
-        raise UserError(f"model.name={name}: gives {type(network).__name__}, and no torch.nn.Module")
+        return f"gives {type(network).__name__}, and no torch.nn.Module"
     for key, least in (("radius", 0), ("stride", 1)):
         given = getattr(network, key, None)
         if not (
             isinstance(given, tuple) and len(given) == 3 and all(type(n) is int and n >= least for n in given)
         ):
-            raise UserError(
-                f"model.name={name}: its {key} is {given}; it has to be a tuple of three whole numbers of voxels, (z, y, x)"
+            return f"its {key} is {given}; it has to be a tuple of three whole numbers of voxels, (z, y, x)"
+    tensors = [key for key, _ in network.named_buffers()]
+    tensors += [
+        f"{where}.{key}".removeprefix(".")
+        for where, module in network.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    if tensors:
+        return f"{tensors[0]} is a tensor that nothing saves: do without running statistics, make fixed filters in forward"
+    names_of: dict[nn.Parameter, str] = {}
+    for key, p in network.named_parameters(remove_duplicate=False):
+        if p in names_of:
+            return f"{names_of[p]} and {key} are one weight: keep it, or its module, in one place and use it twice in forward"
+        names_of[p] = key
+        if is_lazy(p) or p.dtype != torch.get_default_dtype() or not p.requires_grad:
+            return (
+                f"{key} cannot be trained as it is: weights have a shape, are float32 and require gradients"
             )
-    # All that is trained, saved, averaged and shared out over ranks are parameters.
-    if buffers := [key for key, _ in network.named_buffers()]:
-        raise UserError(
-            f"model.name={name}: {buffers[0]} is a buffer, which nothing saves: do without running statistics, and make "
-            "fixed filters in forward"
-        )
-    parameters = dict(network.named_parameters())
-    still = [key for key, p in parameters.items() if not (p.requires_grad and p.is_floating_point())]
-    if still or not parameters:
-        raise UserError(f"model.name={name}: {still[0] if still else 'nothing'} in it can be trained")
-    return network
+    if not names_of:
+        return "it has no weights"
+    if hasattr(network, "last"):
+        last = network.last
+        own = dict(last.named_parameters(recurse=False)) if isinstance(last, nn.Module) else {}
+        if not {"weight", "bias"} <= own.keys():
+            return f"its last has {', '.join(own) or 'no weights'}; it has to have weight and bias, which start at zero"
+    return None
 
 
+@lru_cache
 def origin(group: str, name: str) -> str:
-    """Which code it is: its package with the version, and the beginning of the sha256 of its source file."""
-    distribution = _entry(group, name).dist
-    package = f"{distribution.name} {distribution.version}" if distribution is not None else name
-    file = getsourcefile(_load(group, name))
-    return f"{package}, source sha256 {file_sha256(Path(file))[:16]}" if file is not None else package
+    """Which code it is: its package with the version, and the beginning of the sha256 of the sources that it is among.
+
+    That is its module's file, or all of the package's that it is in; as they were when this process first asked.
+    """
+    entry, function = _entry(group, name), _load(group, name)
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else name
+    # A function or class may come from elsewhere; other objects, such as partial functions, do not say.
+    says = isclass(function) or isfunction(function)
+    module = sys.modules[function.__module__ if says else entry.module]
+    top = sys.modules[module.__name__.partition(".")[0]]
+    folders = [Path(folder) for folder in getattr(top, "__path__", [])]
+    files = [f for folder in folders for f in sorted(folder.rglob("*.py"))] or [Path(str(module.__file__))]
+    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    return f"{package}, source sha256 {digest[:16]}"
 
 
 def _entry(group: str, name: str) -> EntryPoint:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, JsonValue, ValidationInfo, field_validator
@@ -41,12 +41,17 @@ class LossConfig(Config):
     def _is_there(cls, name: str) -> str:
         return installed.known(installed.LOSSES, name, OWN)
 
-    @field_validator("options")
+    @field_validator("eps_hu", "options")
     @classmethod
-    def _is_of_others(cls, options: dict[str, JsonValue], field: ValidationInfo) -> dict[str, JsonValue]:
-        if options and (name := field.data.get("name")) in OWN:
+    def _is_of_this_loss(cls, value: Any, field: ValidationInfo) -> Any:
+        name, key = field.data.get("name"), str(field.field_name)
+        if (
+            name is not None
+            and (name in OWN) == (key == "options")
+            and value != cls.model_fields[key].default
+        ):
             raise ValueError(f"{name} has no such setting")
-        return options
+        return value
 
     @property
     def origin(self) -> str | None:
@@ -74,7 +79,11 @@ def build_loss(config: LossConfig, device: torch.device | str = "cpu") -> Loss:
     weights are not trained. Raises UserError as `installed.make` does.
     """
     if config.name not in OWN:
-        made = installed.make(installed.LOSSES, config.name, config.options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                0
+            )  # what it draws, such as features, is the same on all ranks and at each start
+            made = installed.make(installed.LOSSES, config.name, config.options)
         return made.to(device).eval().requires_grad_(False) if isinstance(made, nn.Module) else made
 
     def charbonnier(d: torch.Tensor) -> torch.Tensor:
@@ -98,26 +107,54 @@ def build_loss(config: LossConfig, device: torch.device | str = "cpu") -> Loss:
 def refuse_unfit(config: LossConfig, crop: Triple, device: torch.device | str = "cpu") -> None:
     """Raises UserError unless the loss keeps what `build_loss` promises, on crops (z, y, x) of noise."""
     loss = build_loss(config, device)
-    full = 100 * torch.randn(2, 1, *crop, device=device)
-    denoised = (100 * torch.randn_like(full)).requires_grad_()
-    weights = torch.rand_like(full) < 0.5
-    each = loss(denoised, full, weights)
-    if not (isinstance(each, torch.Tensor) and each.shape == (2,)):
-        got = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__
-        raise UserError(
-            f"loss.name={config.name}: gives {got} for two crops; it has to give a number for each, (2,)"
-        )
-    (gradient,) = torch.autograd.grad(each[0], denoised)
-    if gradient[1].any():
-        raise UserError(
-            f"loss.name={config.name}: a crop's number depends on another crop, and so on how many ranks share a batch"
-        )
-    if gradient[~weights].any():
-        raise UserError(
-            f"loss.name={config.name}: voxels of weight 0 count: they are padding, or lack a part of what the network sees"
-        )
-    if loss(denoised, full, torch.zeros_like(weights)).ne(0).any():
-        raise UserError(f"loss.name={config.name}: gives no 0 for a crop without a voxel that counts")
+    mask = torch.rand(2, 1, *crop, device=device) < torch.tensor([0.3, 0.8], device=device).view(
+        2, 1, 1, 1, 1
+    )
+    lesions = torch.where(torch.rand(mask.shape, device=device) < 0.1, 100.0, 1.0)
+    for weights in (mask, mask * lesions):
+        if fault := _fault(loss, weights):
+            raise UserError(f"loss.name={config.name}: {fault}")
+
+
+def _fault(loss: Loss, weights: torch.Tensor) -> str | None:
+    """The first promise that the loss breaks, with these weights of two crops."""
+    unlike = torch.tensor([1.0, 4.0], device=weights.device).view(2, 1, 1, 1, 1)
+    full = 50 * unlike * torch.randn(weights.shape, device=weights.device)
+    denoised = full + 20 * unlike * torch.randn_like(full)
+    counted = weights != 0
+
+    def of(d: torch.Tensor, f: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return loss(d.detach().requires_grad_(), f, w).detach()
+
+    try:
+        each = loss(denoised.requires_grad_(), full, weights)
+        if not (isinstance(each, torch.Tensor) and each.shape == (2,) and each.requires_grad):
+            got = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__
+            return f"gives {got} for two crops; it has to give a number with a gradient for each, (2,)"
+        each = each.detach()
+        if not _same(of(denoised, full, weights), each):
+            return "gives two results for the same crops; random numbers are not drawn there"
+        if not _same(of(denoised[:1], full[:1], weights[:1]), each[:1]):
+            return "a crop's number depends on the other crops, and so on how many ranks share a batch"
+        if not _same(of(denoised.where(counted, 3000.0), full.where(counted, -3000.0), weights), each):
+            return "voxels of weight 0 count: they are padding, or lack a part of what the network sees"
+        nothing = torch.zeros_like(weights)
+        if of(denoised, full, nothing).ne(0).any():
+            return "gives no 0 for a crop without a voxel that counts"
+        if (each < 0).any():
+            return "gives negative numbers, of which a leap cannot be told: add a constant"
+        for d, w in ((denoised, weights), (full, weights), (denoised, nothing)):
+            at = d.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(at, full, w).sum(), at)
+            if not gradient.isfinite().all():
+                return "its gradient is not finite where the network is right, or where nothing counts: sqrt(0) has none"
+    except (RuntimeError, TypeError) as e:  # how torch says that types or shapes do not fit
+        return f"fails on weights of {weights.dtype}: {str(e).splitlines()[0]}"
+    return None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-3)
 
 
 def mask_from_box(box: torch.Tensor, shape: torch.Size, margin: Triple) -> torch.Tensor:

@@ -77,7 +77,8 @@ class ModelConfig(Config):
         own = name in NETWORKS
         if own == (key == "options") and value != cls.model_fields[key].default:
             raise ValueError(
-                f"{name} has no such setting" + ("" if own else "; give model.options.KEY=VALUE")
+                f"{name} has no such setting"
+                + ("" if own else "; leave it out, its own are model.options.KEY=VALUE")
             )
         if own and key == "size" and value not in WIDTHS[name]:
             raise ValueError(f"{name} comes in {', '.join(WIDTHS[name])}")
@@ -117,8 +118,9 @@ class Denoiser(nn.Module):
         self.stride: tuple[int, int, int] = self.network.stride
 
     def lay_out(self, layout: torch.memory_format) -> None:
-        """Set the memory layout of all activations; at first it is channels-last."""
-        self.network.layout = layout
+        """Set the memory layout of all activations; at first it is channels-last. Networks of other packages have theirs."""
+        if self.config.name in NETWORKS:
+            self.network.layout = layout
 
     @cached_property
     def widest(self) -> float:

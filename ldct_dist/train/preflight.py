@@ -14,7 +14,7 @@ from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.locality import refuse_misstated
 from ldct_dist.models.losses import refuse_unfit, share_counted
-from ldct_dist.models.registry import Denoiser, build
+from ldct_dist.models.registry import Denoiser
 from ldct_dist.store.reader import Store
 from ldct_dist.train.checkpoints import first_weights
 from ldct_dist.train.config import RunConfig
@@ -37,7 +37,7 @@ def refuse_conflicts(
     if world.is_main and config.init_from is not None and not folder.has_saved:
         first_weights(config)
     if world.is_main and config.model.origin is not None:
-        refuse_misstated(build(config.model).to(world.device))
+        refuse_misstated(config.model, config.channels_last, world.device)
     if world.is_main and config.loss.origin is not None:
         refuse_unfit(config.loss, config.data.crop, world.device)
     if config.compile:

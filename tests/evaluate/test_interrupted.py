@@ -20,6 +20,7 @@ from ldct_dist.ct.volume import Volume
 from ldct_dist.evaluate.classify import Training, classify
 from ldct_dist.evaluate.kept import FOLDER
 from ldct_dist.evaluate.report.page import CSV, JSON, PAGE
+from ldct_dist.models import installed
 from ldct_dist.models.registry import ModelConfig, build
 from ldct_dist.models.weights import save_weights
 from ldct_dist.store import layout
@@ -175,6 +176,7 @@ def test_findings_of_another_code_of_a_network_are_not_used(place, my_nets):
     assert [known(), known()] == [False, True]
     with open(my_nets, "a") as f:
         f.write("# another version\n")
+    installed.origin.cache_clear()
     assert not known()
 
 

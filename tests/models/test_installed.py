@@ -38,7 +38,11 @@ def test_its_settings_are_its_options_and_nobody_elses():
         with pytest.raises(UserError, match=words):
             validate(ModelConfig, given, "run.yaml")
 
-    refused("size: dncnn3d has no such setting; give model.options.KEY=VALUE", name=NAME, size="m")
+    refused(
+        "size: dncnn3d has no such setting; leave it out, its own are model.options.KEY=VALUE",
+        name=NAME,
+        size="m",
+    )
     refused("thick_slices: dncnn3d has no such setting", name=NAME, thick_slices=True)
     refused("options: unet3d has no such setting$", options=SMALL)
     refused("there is no dncnn, but unet3d, nafnet3d, redcnn3d, dncnn3d", name="dncnn")
@@ -52,6 +56,8 @@ def test_weights_name_the_package_that_they_need(tmp_path, my_nets):
     assert first.startswith("my-nets 0.1, source sha256 ")
     with open(my_nets, "a") as f:
         f.write("# changed\n")
+    assert origin_of(path) == first  # which is what this process has imported
+    installed.origin.cache_clear()
     assert origin_of(path) != first
     for file in my_nets.parent.glob("*.dist-info/*"):
         file.unlink()
@@ -80,17 +86,73 @@ def test_weights_lead_to_no_code_but_what_is_installed(tmp_path, monkeypatch):
             {"wide": 3},
             r"model.options=\{'wide': 3\}: net takes others",
         ),
-        (CLASS + INIT + "raise ValueError('too wide')\n", "my_nets:Net", {}, "net refuses them: too wide"),
+        (
+            CLASS + INIT + "raise ValueError('too wide')\n",
+            "my_nets:Net",
+            {},
+            "net cannot be made with them: too wide",
+        ),
         (HEAD + "def Net(): return 3\n", "my_nets:Net", {}, "gives int, and no torch.nn.Module"),
         (HEAD + "def Net(): return nn.Conv3d(2, 1, 3, padding=1)\n", "my_nets:Net", {}, "its radius is None"),
         (CLASS.replace("(1, 1, 1)\n", "2\n"), "my_nets:Net", {}, "its stride is 2; it has to be a tuple"),
-        (CLASS + INIT + "self.n = nn.BatchNorm3d(2)\n", "my_nets:Net", {}, "n.running_mean is a buffer"),
-        (CLASS, "my_nets:Net", {}, "nothing in it can be trained"),
+        (
+            CLASS + INIT + "self.n = nn.BatchNorm3d(2)\n",
+            "my_nets:Net",
+            {},
+            "n.running_mean is a tensor that nothing saves",
+        ),
+        (CLASS, "my_nets:Net", {}, "it has no weights"),
         (
             CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1).requires_grad_(False)\n",
             "my_nets:Net",
             {},
-            "c.weight in it can",
+            "c.weight cannot be trained as it is",
+        ),
+        (CLASS + INIT + "self.c = nn.LazyConv3d(1, 1)\n", "my_nets:Net", {}, "c.weight cannot be trained"),
+        (
+            CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1).bfloat16()\n",
+            "my_nets:Net",
+            {},
+            "weights have a shape, are float32",
+        ),
+        (CLASS + INIT + "self.k = torch.ones(3)\n", "my_nets:Net", {}, "k is a tensor that nothing saves"),
+        (
+            CLASS + INIT + "self.k = nn.utils.weight_norm(nn.Conv3d(2, 1, 1))\n",
+            "my_nets:Net",
+            {},
+            "k.weight is a tensor that nothing saves",
+        ),
+        (
+            CLASS + INIT + "self.a = nn.Conv3d(2, 2, 1); self.b = nn.Sequential(self.a)\n",
+            "my_nets:Net",
+            {},
+            "a.weight and b.0.weight are one weight",
+        ),
+        (
+            CLASS
+            + INIT
+            + "self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2); self.b.weight = self.a.weight\n",
+            "my_nets:Net",
+            {},
+            "a.weight and b.weight are one weight",
+        ),
+        (
+            CLASS + INIT + "self.last = nn.Conv3d(2, 1, 1, bias=False)\n",
+            "my_nets:Net",
+            {},
+            "its last has weight; it has to have weight and bias",
+        ),
+        (
+            CLASS + INIT + "self.last = nn.Sequential(nn.Conv3d(2, 1, 1))\n",
+            "my_nets:Net",
+            {},
+            "its last has no weights",
+        ),
+        (
+            CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1); self.d = torch.linspace(0, 1, 3)[1].item()\n",
+            "my_nets:Net",
+            {},
+            "cannot be made with them: .*meta",
         ),
     ],
 )
@@ -104,3 +166,21 @@ def test_a_fault_in_the_other_package_is_left_for_whoever_writes_it(tmp_path, mo
     install(tmp_path, monkeypatch, CLASS + INIT + "len(3)\n", PROJECT + 'net = "my_nets:Net"\n')
     with pytest.raises(TypeError, match="has no len"):
         installed.make_network("net", {})
+
+
+@pytest.mark.parametrize("place", ["nets_of_mine:Net", "nets_of_mine:made", "nets_of_mine.parts:Net"])
+def test_where_a_network_comes_from_is_told_by_all_sources_of_its_package(tmp_path, monkeypatch, place):
+    install(tmp_path, monkeypatch, "", PROJECT + f'net = "{place}"\n')
+    package = tmp_path / "nets_of_mine"
+    package.mkdir()
+    (package / "parts.py").write_text(CLASS)
+    (package / "__init__.py").write_text(
+        "from functools import partial\nfrom .parts import Net\nmade = partial(Net)\n"
+    )
+    installed.origin.cache_clear()
+    first = installed.origin(installed.NETWORKS, "net")
+    (package / "parts.py").write_text(CLASS + "# changed\n")
+    installed.origin.cache_clear()
+    assert installed.origin(installed.NETWORKS, "net") != first
+    for name in ("nets_of_mine", "nets_of_mine.parts"):
+        del sys.modules[name]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.locality import refuse_misstated
-from ldct_dist.models.registry import NETWORKS, ModelConfig, build
+from ldct_dist.models.registry import NETWORKS, ModelConfig
+from your_own import NAME
 
 
 class Plain(nn.Module):
@@ -16,15 +22,16 @@ class Plain(nn.Module):
 
     radius, stride = (3, 3, 3), (1, 1, 1)
 
-    def __init__(self) -> None:
+    def __init__(self, **stated: tuple[int, int, int]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *[nn.Sequential(nn.Conv3d(2 if i == 0 else 4, 4, 3, padding=1), nn.GELU()) for i in range(2)]
-        )
+        self.first = nn.Conv3d(2, 4, 3, padding=1)
+        self.second = nn.Conv3d(4, 4, 3, padding=1)
         self.last = nn.Conv3d(4, 1, 3, padding=1)
+        for key, value in stated.items():
+            setattr(self, key, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.layers(x))
+        return self.last(F.gelu(self.second(F.gelu(self.first(x)))))
 
 
 class Strided(Plain):
@@ -33,8 +40,7 @@ class Strided(Plain):
     radius, stride = (3, 9, 9), (1, 2, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        halved = nn.functional.avg_pool3d(x, (1, 2, 2))
-        return nn.functional.interpolate(super().forward(halved), scale_factor=(1, 2, 2))
+        return F.interpolate(super().forward(F.avg_pool3d(x, (1, 2, 2))), scale_factor=(1, 2, 2))
 
 
 class Hidden(Plain):
@@ -49,90 +55,121 @@ class Hidden(Plain):
         return super().forward(x) + self.gate * self.far(x)
 
 
-class Dropping(Plain):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(nn.functional.dropout(x, training=self.training))
-
-
-class Normed(Plain):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(nn.functional.instance_norm(x))
-
-
-class Pooled(Plain):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * x.mean((2, 3, 4), keepdim=True)[:, :1]
-
-
-class Twice(Plain):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).expand(-1, 2, -1, -1, -1)
-
-
 class Idle(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.extra = nn.Conv3d(2, 1, 1)
 
 
-def denoiser(network: nn.Module, **stated: tuple[int, int, int]) -> nn.Module:
-    model = build(ModelConfig(size="xs"))
-    for key, value in stated.items():
-        setattr(network, key, value)
-    model.network, model.stride = network, network.stride
-    z, y, x = network.radius
-    model.radius = (z, y + 1, x + 1)
-    return model
+class Wired(Plain):
+    """What it draws is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = np.random.permutation(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(x)[:, torch.from_numpy(self.order)]))
+
+
+def changed(change: Callable[[nn.Module, torch.Tensor], torch.Tensor], after: bool = False) -> type[Plain]:
+    """`Plain` with its input, or what it gives, changed."""
+
+    class Changed(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return change(self, super().forward(x)) if after else super().forward(change(self, x))
+
+    return Changed
+
+
+def comb(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Every second voxel is passed over."""
+    return x * (torch.arange(x.shape[-1], device=x.device) % 2)
+
+
+def places(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x + torch.linspace(-1, 1, x.shape[-1], device=x.device)
+
+
+class Reentrant(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(checkpoint(lambda given: self.second(self.first(given)), x, use_reentrant=True))
+
+
+class Recomputing(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(checkpoint(lambda given: self.second(self.first(given)), x, use_reentrant=False))
+
+
+def spaced(x: torch.Tensor) -> torch.Tensor:
+    return x.mean((2, 3, 4), keepdim=True)
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """`refuse_misstated` for a network that is made so."""
+
+    def checked(make: Callable[[], nn.Module]) -> None:
+        monkeypatch.setattr("ldct_dist.models.registry.installed.make_network", lambda name, options: make())
+        monkeypatch.setattr("ldct_dist.models.registry.installed.names", lambda group: [NAME])
+        refuse_misstated(ModelConfig(name=NAME), channels_last=True)
+
+    return checked
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_networks_that_come_with_the_package_pass(name):
-    refuse_misstated(build(ModelConfig(name=name, size="xs")))
+    refuse_misstated(ModelConfig(name=name, size="xs"), channels_last=True)
 
 
 @pytest.mark.parametrize(
-    "network",
-    [Plain(), Strided(), Dropping(), denoiser(Plain(), radius=(5, 9, 4)).network],
-    ids=["plain", "strided", "dropping", "modest"],
-)
-def test_what_sees_no_further_than_it_says_passes(network):
-    refuse_misstated(denoiser(network))
-
-
-@pytest.mark.parametrize(
-    ("network", "stated", "words"),
+    "make",
     [
-        (Plain(), {"radius": (2, 3, 3)}, r"sees further along z than its radius \(2, 3, 3\) says"),
-        (Plain(), {"radius": (3, 3, 2)}, "sees further along x"),
-        (Strided(), {"radius": (3, 6, 9)}, "sees further along y"),
-        (Strided(), {"radius": (3, 20, 20), "stride": (1, 1, 1)}, r"forward fails on .* stride \(1, 1, 1\)"),
-        (Strided(), {"radius": (3, 20, 20), "stride": (1, 2, 1)}, r"forward fails on .* stride \(1, 2, 1\)"),
-        (Hidden(), {}, "sees further along x"),
-        (Normed(), {}, "do without statistics over space"),
-        (Pooled(), {}, "do without statistics over space"),
-        (
-            Twice(),
-            {},
-            r"forward gives \(1, 2, 11, 4, 4\) for \(1, 2, 11, 4, 4\); it has to give \(1, 1, 11, 4, 4\)",
-        ),
-        (Idle(), {}, "extra.weight takes no part in forward"),
+        Plain,
+        Strided,
+        lambda: Plain(radius=(5, 9, 4)),
+        changed(lambda self, x: F.dropout(x, training=self.training)),
+        changed(lambda self, x: F.pad(x, (1,) * 6, mode="reflect")[..., 1:-1, 1:-1, 1:-1]),
+        Recomputing,
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    ids=["plain", "strided", "modest", "dropout", "reflect", "recomputing"],
 )
-def test_what_it_misstates_is_named(network, stated, words):
-    with pytest.raises(UserError, match=words):
-        refuse_misstated(denoiser(network, **stated))
+def test_what_sees_no_further_than_it_says_passes(check, make):
+    for _ in range(3):  # whatever its weights
+        check(make)
 
 
-def test_a_network_that_moves_with_part_of_its_stride_only_is_found_by_moving_it():
-    """Every second voxel is passed over: none sees too far, but where the input begins makes a difference."""
-
-    class Combed(Plain):
-        radius = (3, 3, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            comb = torch.arange(x.shape[-1], device=x.device) % 2
-            return super().forward(x * comb)
-
-    with pytest.raises(UserError, match=r"moved by 1 along x .* stride \(1, 1, 1\) has to be the total"):
-        refuse_misstated(denoiser(Combed()))
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Plain(radius=(2, 3, 3)), r"sees further along z than its radius \(2, 3, 3\) says"),
+        (lambda: Plain(radius=(3, 3, 2)), "sees further along x"),
+        (lambda: Strided(radius=(3, 6, 9)), "sees further along y"),
+        (
+            lambda: Strided(radius=(3, 20, 20), stride=(1, 1, 1)),
+            r"forward gives \(2, 1, 6, 46, 6\) for \(2, 2, 6, 47, 6\)",
+        ),
+        (Hidden, "sees further along x"),
+        (changed(lambda self, x: F.instance_norm(x)), "statistics over space"),
+        (changed(lambda self, x: x * spaced(x)), "statistics over space"),
+        (changed(lambda self, x: x - spaced(x).detach()), "with 7 voxels of air before it along z"),
+        (changed(lambda self, x: x / x.detach().std()), "with 7 voxels of air before it along z"),
+        (changed(lambda self, x: x if self.training else x - spaced(x)), "statistics over space"),
+        (changed(places), "with 7 voxels of air before it along x"),
+        (changed(comb), "with 7 voxels of air before it along x"),
+        (changed(lambda self, x: x - x.mean(0)), "depends on the other crops of its batch"),
+        (
+            changed(lambda self, x: x.expand(-1, 2, -1, -1, -1), after=True),
+            r"forward gives \(2, 2, 6, 6, 6\)",
+        ),
+        (changed(lambda self, x: (x, x), after=True), "forward gives tuple"),
+        (changed(lambda self, x: x / 0, after=True), "not finite"),
+        (Idle, "extra.weight learns nothing"),
+        (Reentrant, "first.weight learns nothing"),
+        (Wired, "made twice, it gives two outputs with the same weights"),
+    ],
+)
+def test_what_it_misstates_is_named(check, make, words):
+    for _ in range(3):
+        with pytest.raises(UserError, match=f"model.name={NAME}: .*{words}"):
+            check(make)

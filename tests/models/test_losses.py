@@ -114,16 +114,43 @@ def test_a_margin_that_leaves_nothing_is_refused():
         LossConfig(margin=(4, 4, 4)).margin_for((10, 48, 48), (8, 48, 48))
 
 
-def squared(denoised, full, weights):
-    return ((denoised - full).square() * weights).flatten(1).sum(1)
+def each(off, weights):
+    return (off * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
 
 
 UNFIT = {
-    "mean": (lambda d, f, w: squared(d, f, w).mean(), r"gives \(\) for two crops"),
-    "float": (lambda d, f, w: squared(d, f, w).mean().item(), "gives float for two crops"),
-    "shared": (lambda d, f, w: squared(d, f, w) / squared(d, f, w).sum(), "depends on another crop"),
-    "unweighted": (lambda d, f, w: squared(d, f, torch.ones_like(w)), "voxels of weight 0 count"),
-    "ratio": (lambda d, f, w: squared(d, f, w) / w.flatten(1).sum(1), "gives no 0 for a crop without"),
+    "mean": (lambda d, f, w: each((d - f).abs(), w).mean(), r"gives \(\) for two crops"),
+    "float": (lambda d, f, w: each((d - f).abs(), w).mean().item(), "gives float for two crops"),
+    "detached": (lambda d, f, w: each((d - f).abs(), w).detach(), r"gives \(2,\) .* with a gradient"),
+    "random": (lambda d, f, w: each((d - f).abs() * torch.rand_like(d), w), "gives two results"),
+    "shared": (
+        lambda d, f, w: (n := each((d - f).abs(), w)) * n / n.detach().max(),
+        "depends on the other crops",
+    ),
+    "batch's range": (
+        lambda d, f, w: each((d - f).abs(), w) / (f.max() - f.min()),
+        "depends on the other crops",
+    ),
+    "batch's weights": (
+        lambda d, f, w: ((d - f).abs() * w).flatten(1).sum(1) / w.sum().clamp(min=1),
+        "depends on the other crops",
+    ),
+    "unweighted": (lambda d, f, w: each((d - f).abs(), torch.ones_like(w)), "voxels of weight 0 count"),
+    "crop's range": (
+        lambda d, f, w: each((d - f).abs(), w) / (f.flatten(1).amax(1) - f.flatten(1).amin(1)),
+        "voxels of weight 0 count",
+    ),
+    "ratio": (
+        lambda d, f, w: ((d - f).abs() * w).flatten(1).sum(1) / w.flatten(1).sum(1),
+        "gives no 0 for a crop without",
+    ),
+    "negative": (lambda d, f, w: -each((-(d - f).abs()).exp(), w), "gives negative numbers"),
+    "root": (lambda d, f, w: each((d - f).square(), w).sqrt(), "gradient is not finite where"),
+    "bool alone": (lambda d, f, w: each((d - f).abs().where(w, 0), w), "fails on weights of torch.float32"),
+    "float alone": (
+        lambda d, f, w: each((d - f).abs(), w) * (1 - w).mean().exp(),
+        "fails on weights of torch.bool",
+    ),
 }
 
 
@@ -131,8 +158,9 @@ UNFIT = {
 def test_a_loss_of_another_package_is_refused_where_it_breaks_a_promise(name, monkeypatch):
     loss, words = UNFIT[name]
     monkeypatch.setattr("ldct_dist.models.losses.build_loss", lambda config, device: loss)
-    with pytest.raises(UserError, match=f"loss.name=charbonnier: .*{words}"):
-        refuse_unfit(LossConfig(), (4, 8, 8))
+    for _ in range(3):
+        with pytest.raises(UserError, match=f"loss.name=charbonnier: .*{words}"):
+            refuse_unfit(LossConfig(), (4, 8, 8))
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -150,5 +178,7 @@ def test_a_loss_of_another_package_is_made_with_its_options():
         build_loss(LossConfig(name="edges", options={"shares": 1}))
     with pytest.raises(UserError, match="name: there is no huber, but charbonnier, l1, mse, edges"):
         validate(LossConfig, {"name": "huber"}, "run.yaml")
+    with pytest.raises(UserError, match="eps_hu: edges has no such setting"):
+        validate(LossConfig, {"name": "edges", "eps_hu": 3}, "run.yaml")
     with pytest.raises(UserError, match="options: l1 has no such setting"):
         validate(LossConfig, {"name": "l1", "options": {"share": 1}}, "run.yaml")
