@@ -16,7 +16,7 @@ from ldct_dist.models.registry import Denoiser, ModelConfig, build
 AXES = ("z", "y", "x")
 _THIN = 6  # voxels, at least, along the other axes: enough for most kernels to mirror a border
 _AHEAD = 7  # strides by which input is moved: of no network's stride a multiple that it might have left out
-_ROUNDING = 0.01  # of the largest value, for sums in another order and tensor cores
+_ROUNDING = 1e-3  # of the largest value, for sums in another order
 _AIR_HU = -1000.0
 
 
@@ -26,12 +26,18 @@ def refuse_misstated(config: ModelConfig, channels_last: bool, device: torch.dev
 
     Gradients of single voxels tell the radius exactly; outputs tell what gradients do not show.
     """
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        _refuse_misstated(config, channels_last, device)
+
+
+def _refuse_misstated(config: ModelConfig, channels_last: bool, device: torch.device | str) -> None:
     model, other = (build(config).to(device) for _ in range(2))
     for each in (model, other):
         lay_out(each, channels_last)
     _perturb(model)
     other.load_state_dict(model.state_dict())
     _refuse_idle_weights(model)
+    _refuse_what_needs_values(model)
     for training in (True, False):
         model.train(training)
         for axis in range(3):
@@ -43,9 +49,19 @@ def refuse_misstated(config: ModelConfig, channels_last: bool, device: torch.dev
 
 @torch.no_grad()
 def _perturb(model: Denoiser) -> None:
-    """So that no weight that starts at zero hides what is behind it."""
+    """So that no weight that starts at zero hides what is behind it. Weights that have to be positive stay so."""
     for p in model.parameters():
-        p.add_(torch.randn_like(p), alpha=0.1 * (p[0].numel() ** -0.5 if p.ndim > 1 else 1.0))
+        p.add_(torch.rand_like(p), alpha=0.1 * (p[0].numel() ** -0.5 if p.ndim > 1 else 1.0))
+
+
+def _refuse_what_needs_values(model: Denoiser) -> None:
+    try:
+        _ = model.widest
+    except RuntimeError as e:
+        raise UserError(
+            f"model.name={model.config.name}: forward fails on torch's meta device, where tensors have no values, by which "
+            f"its cost is counted: {str(e).splitlines()[0]}"
+        ) from e
 
 
 def _refuse_idle_weights(model: Denoiser) -> None:

@@ -131,7 +131,7 @@ class Denoiser(nn.Module):
             layer.register_forward_hook(
                 lambda _, *tensors: numbers.extend(t.numel() for t in tree_leaves(tensors))
             )
-        hu = torch.empty(1, 1, *(4 * s for s in self.stride), device="meta")
+        hu = torch.empty(1, 1, *(8 * s for s in self.stride), device="meta")
         model(hu)
         return max(numbers) / hu.numel()
 

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.locality import refuse_misstated
+from ldct_dist.models.losses import LossConfig, refuse_unfit
 from ldct_dist.models.registry import NETWORKS, ModelConfig
+from on_gpu import on_gpu
 from your_own import NAME
 
 
@@ -88,7 +90,7 @@ def comb(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def places(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return x + torch.linspace(-1, 1, x.shape[-1], device=x.device)
+    return x + 0.1 * torch.linspace(-1, 1, x.shape[-1], device=x.device)
 
 
 class Reentrant(Plain):
@@ -103,6 +105,19 @@ class Recomputing(Plain):
 
 def spaced(x: torch.Tensor) -> torch.Tensor:
     return x.mean((2, 3, 4), keepdim=True)
+
+
+class Positive(Plain):
+    """Divided by a root of what has to be positive, as in GDN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta, self.gamma = nn.Parameter(torch.ones(4)), nn.Parameter(0.1 * torch.eye(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        norm = F.conv3d(x.square(), self.gamma[:, :, None, None, None], self.beta).sqrt()
+        return self.last(self.second(x / norm))
 
 
 @pytest.fixture
@@ -131,8 +146,9 @@ def test_the_networks_that_come_with_the_package_pass(name):
         changed(lambda self, x: F.dropout(x, training=self.training)),
         changed(lambda self, x: F.pad(x, (1,) * 6, mode="reflect")[..., 1:-1, 1:-1, 1:-1]),
         Recomputing,
+        Positive,
     ],
-    ids=["plain", "strided", "modest", "dropout", "reflect", "recomputing"],
+    ids=["plain", "strided", "modest", "dropout", "reflect", "recomputing", "positive"],
 )
 def test_what_sees_no_further_than_it_says_passes(check, make):
     for _ in range(3):  # whatever its weights
@@ -166,6 +182,7 @@ def test_what_sees_no_further_than_it_says_passes(check, make):
         (changed(lambda self, x: x / 0, after=True), "not finite"),
         (Idle, "extra.weight learns nothing"),
         (Reentrant, "first.weight learns nothing"),
+        (changed(lambda self, x: x * (x.sum().item() != 0)), "fails on torch's meta device"),
         (Wired, "made twice, it gives two outputs with the same weights"),
     ],
 )
@@ -173,3 +190,12 @@ def test_what_it_misstates_is_named(check, make, words):
     for _ in range(3):
         with pytest.raises(UserError, match=f"model.name={NAME}: .*{words}"):
             check(make)
+
+
+def _checked_there() -> None:
+    refuse_misstated(ModelConfig(size="xs"), channels_last=True, device="cuda:0")
+    refuse_unfit(LossConfig(), (4, 8, 8), "cuda:0")
+
+
+def test_on_a_gpu_the_same_is_checked():
+    on_gpu(_checked_there)
