@@ -37,6 +37,11 @@ def memory_for(what: str, remedy: str = "give it more memory (under Slurm: --mem
         raise UserError(f"{what}: {said}; {remedy}") from e
 
 
+def lacks_memory(e: Exception) -> bool:
+    """Whether the error says that memory ran out, and nothing of what was asked for."""
+    return isinstance(e, (MemoryError, RuntimeError)) and _lack(e) is not None
+
+
 def _lack(e: MemoryError | RuntimeError) -> str | None:
     """What is said of memory that ran out; None if something else is wrong. Torch raises RuntimeErrors, and knows no
     MemoryError."""

@@ -25,7 +25,7 @@ def my_nets(tmp_path, monkeypatch) -> Path:
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, project: str) -> Path:
     """What pip leaves of a package with one module, `my_nets`."""
     described = tomllib.loads(project)["project"]
-    facts = folder / f"my_nets-{described['version']}.dist-info"
+    facts = folder / f"{described['name'].replace('-', '_')}-{described['version']}.dist-info"
     facts.mkdir(parents=True)
     (folder / "my_nets.py").write_text(source)
     (facts / "METADATA").write_text(f"Name: {described['name']}\nVersion: {described['version']}\n")

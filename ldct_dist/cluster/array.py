@@ -21,8 +21,7 @@ from ldct_dist.cluster.sweep import Point, Sweep, write_hparams
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.files import real, replace
-from ldct_dist.models.registry import outline
-from ldct_dist.train.preflight import refuse_mistakes
+from ldct_dist.train.preflight import refuse_early
 
 
 def dry_run(sweep: Sweep, options: Options, site: str | None) -> str | None:
@@ -33,7 +32,7 @@ def dry_run(sweep: Sweep, options: Options, site: str | None) -> str | None:
     points = [point for point in sweep.points if not point.done]
     script = _script(real(sweep.folder) / JOB.parent, points, options, site)
     for point in points:
-        refuse_mistakes(point.config, outline(point.config.model), ranks(script.options))
+        refuse_early(point.config, ranks(script.options), waits="dependency" in script.options)
     return render(script) if points else None
 
 

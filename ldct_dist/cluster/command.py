@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -199,5 +200,5 @@ def announce(request: Request, job: Job[int], cluster: str) -> Iterator[str]:
     yield f"status   ldct-dist status {shlex.quote(str(request.run))}"
     yield f"figures  tensorboard --logdir {shlex.quote(str(request.run.parent))}"
     for path in (request.config.store, request.config.init_from):
-        if path is not None and not path.exists():
+        if path is not None and not os.path.exists(path):  # Path.exists would raise PermissionError
             yield f"note     {path} is not there, as seen from this machine; without it the job ends as it starts"

@@ -32,9 +32,8 @@ from ldct_dist.cluster.status import in_queue
 from ldct_dist.config import to_yaml
 from ldct_dist.errors import UserError
 from ldct_dist.files import real, replace
-from ldct_dist.models.registry import outline
-from ldct_dist.train import preflight
 from ldct_dist.train.config import RunConfig
+from ldct_dist.train.preflight import refuse_early
 from ldct_dist.train.run import RunFolder
 
 CLUSTERS = ("slurm", "local", "debug")
@@ -119,9 +118,7 @@ def dry_run(request: Request) -> str:
 
     Raises UserError as `submit` does for what the ranks would refuse once the job has waited in the queue.
     """
-    preflight.refuse_mistakes(request.config, outline(request.config.model), request.tasks)
-    if "dependency" not in request.shape:  # on the ingest, for one
-        preflight.refuse_unfit_store(request.config, request.tasks)
+    refuse_early(request.config, request.tasks, waits="dependency" in request.shape)
     return render(request.script(snapshot_place(request.folder)))
 
 

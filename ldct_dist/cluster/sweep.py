@@ -20,7 +20,7 @@ from ldct_dist.cluster.local import LocalRanks
 from ldct_dist.cluster.progress import read_progress
 from ldct_dist.errors import UserError
 from ldct_dist.models import installed
-from ldct_dist.models.registry import ModelConfig
+from ldct_dist.models.registry import ModelConfig, outline
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 
@@ -78,6 +78,7 @@ def plan(config: Path, arguments: Sequence[str]) -> Sweep:
             o for (key, _), value in zip(given, values, strict=True) for o in overrides_of(key, value)
         ]
         point = configs.read(RunConfig, config, [*overrides, f"runs={folder}"])
+        outline(point.model)  # options that the network does not take are refused now, not in the last run
         place = {key: _value(point, key) for key in keys}
         name = "_".join(f"{key.rpartition('.')[2]}-{_plain(value)}" for key, value in place.items())
         if name in points:

@@ -83,6 +83,7 @@ class Evaluation:
         if self.baselines:
             _to_tune_on(self.store, config)
         self.hashes = {name: weights_hash(path) for name, path in self.weights.items()}
+        self.origins = {name: origin for name, path in self.weights.items() if (origin := origin_of(path))}
         self.kept: Kept | None = None
         if out is not None:
             self.kept = Kept(out / FOLDER, self._made_of(shown))
@@ -136,7 +137,7 @@ class Evaluation:
             "store": self.store.fingerprint,
             "config": self.examination.config.model_dump(),
             "weights": self.hashes,
-            "networks": {name: origin_of(path) for name, path in self.weights.items()},
+            "code_of_others": self.origins,
             "baselines": list(self.baselines),
             "peers": {name: source_hash(peer) for name, peer in self.peers.items()},
             "shown": shown,

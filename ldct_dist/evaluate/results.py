@@ -115,6 +115,7 @@ def to_json(study: Study, classification: dict[str, Any] | None = None) -> str:
         "fingerprint": study.fingerprint,
         "dose": study.dose,
         "weights": study.weights,
+        "code_of_others": study.code_of_others,
         "scans": study.scans,
         "protocols": [asdict(protocol) for protocol in study.protocols],
         "summary": {p.name: _plain(summary(study, p.name)) for p in study.protocols},

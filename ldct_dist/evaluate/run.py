@@ -34,7 +34,7 @@ def evaluate(request: Evaluation, part: tuple[int, int] | None, console: Console
             )
             return
         study = request.examination.gather(found)
-        study.weights = request.hashes
+        study.weights, study.code_of_others = request.hashes, request.origins
         lost, bare = _unmatched(request.store, request.cohort) if request.cohort else ([], [])
         if lost:
             study.note(f"labels without a case in {request.store.path.name}: {len(lost)}")

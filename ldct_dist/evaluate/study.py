@@ -64,6 +64,8 @@ class Study:
     config: StudyConfig
     scans: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    code_of_others: dict[str, str] = field(default_factory=dict)
+    """by network, where it is another package's: see `ModelConfig.origin`"""
     rows: list[Row] = field(default_factory=list)
     nps: dict[str, NoisePower] = field(default_factory=dict)
     nps_case: str | None = None

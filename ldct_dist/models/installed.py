@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isclass, isfunction, signature
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ldct_dist.errors import UserError
+from ldct_dist.errors import UserError, lacks_memory
 from ldct_dist.files import file_sha256
 
 NETWORKS, LOSSES = "ldct_dist.networks", "ldct_dist.losses"
@@ -29,7 +30,7 @@ _SECTIONS = {NETWORKS: "model", LOSSES: "loss"}  # of a run's config
 
 def names(group: str) -> list[str]:
     """Of all that is installed of the group, sorted."""
-    return sorted(entry_points(group=group).names)
+    return sorted(set(entry_points(group=group).names))
 
 
 def known(group: str, name: str, own: Collection[str]) -> str:
@@ -48,12 +49,22 @@ def make(group: str, name: str, options: Mapping[str, Any]) -> Any:
     function, given = _load(group, name), f"{_SECTIONS[group]}.options={dict(options)}"
     try:
         signature(function).bind(**options)
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise UserError(f"{given}: {name} takes others ({e})") from e
-    try:
+    with told(f"{given}: {name} cannot be made with them", ValueError, RuntimeError):
         return function(**options)
-    except (ValueError, RuntimeError) as e:  # RuntimeError: also what the meta device cannot do
-        raise UserError(f"{given}: {name} cannot be made with them: {e}") from e
+
+
+@contextmanager
+def told(what: str, *faults: type[Exception]) -> Iterator[None]:
+    """Raises UserError, of `what` and the first line, where another package's code raises one of `faults`; memory that runs
+    out is left to whoever knows a remedy."""
+    try:
+        yield
+    except faults as e:
+        if lacks_memory(e):
+            raise
+        raise UserError(f"{what}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
 
 def make_network(name: str, options: Mapping[str, Any]) -> Any:
@@ -95,8 +106,7 @@ def _fault(network: Any) -> str | None:
             )
     if not names_of:
         return "it has no weights"
-    if hasattr(network, "last"):
-        last = network.last
+    if (last := getattr(network, "last", None)) is not None:
         own = dict(last.named_parameters(recurse=False)) if isinstance(last, nn.Module) else {}
         if not {"weight", "bias"} <= own.keys():
             return f"its last has {', '.join(own) or 'no weights'}; it has to have weight and bias, which start at zero"
@@ -105,26 +115,39 @@ def _fault(network: Any) -> str | None:
 
 @lru_cache
 def origin(group: str, name: str) -> str:
-    """Which code it is: its package with the version, and the beginning of the sha256 of the sources that it is among.
+    """Which code it is: its package with the version, and the beginning of a sha256 of sources.
 
-    That is its module's file, or all of the package's that it is in; as they were when this process first asked.
+    These are all of the package that the entry point names, and of the one that the class or function comes from; as they
+    were when this process first asked.
     """
     entry, function = _entry(group, name), _load(group, name)
     package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else name
-    # A function or class may come from elsewhere; other objects, such as partial functions, do not say.
+    # Other objects, such as partial functions, do not say where they come from.
     says = isclass(function) or isfunction(function)
-    module = sys.modules[function.__module__ if says else entry.module]
-    top = sys.modules[module.__name__.partition(".")[0]]
-    folders = [Path(folder) for folder in getattr(top, "__path__", [])]
-    files = [f for folder in folders for f in sorted(folder.rglob("*.py"))] or [Path(str(module.__file__))]
+    modules = {entry.module, function.__module__ if says else entry.module}
+    files = [file for module in sorted(modules) for file in _sources(module)]
     digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
     return f"{package}, source sha256 {digest[:16]}"
+
+
+def _sources(module: str) -> list[Path]:
+    """The Python files of the package that an imported module is in, or the module's own, if it is in none."""
+    top = sys.modules.get(module.partition(".")[0])
+    folders = [Path(folder) for folder in getattr(top, "__path__", [])]
+    inside = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    alone = getattr(top, "__file__", None)
+    return inside or ([Path(alone)] if alone is not None else [])
 
 
 def _entry(group: str, name: str) -> EntryPoint:
     found = entry_points(group=group, name=name)
     if not found:
         raise UserError(f"{_SECTIONS[group]}.name={name}: not installed; install the package that has it")
+    if len(found) > 1:
+        packages = ", ".join(sorted(entry.dist.name for entry in found if entry.dist is not None))
+        raise UserError(
+            f"{_SECTIONS[group]}.name={name}: several packages have one ({packages}); uninstall all but one"
+        )
     return next(iter(found))
 
 

@@ -11,11 +11,12 @@ import torch
 from ldct_dist.errors import UserError
 from ldct_dist.models.blocks import detail_and_mean
 from ldct_dist.models.execution import lay_out
-from ldct_dist.models.registry import Denoiser, ModelConfig, build
+from ldct_dist.models.installed import told
+from ldct_dist.models.registry import Denoiser, ModelConfig, build, outline
 
 AXES = ("z", "y", "x")
 _THIN = 6  # voxels, at least, along the other axes: enough for most kernels to mirror a border
-_AHEAD = 7  # strides by which input is moved: of no network's stride a multiple that it might have left out
+_AHEAD = 7  # strides by which input is moved: prime, so that a stride that was left out does not divide it
 _ROUNDING = 1e-3  # of the largest value, for sums in another order
 _AIR_HU = -1000.0
 
@@ -26,25 +27,29 @@ def refuse_misstated(config: ModelConfig, channels_last: bool, device: torch.dev
 
     Gradients of single voxels tell the radius exactly; outputs tell what gradients do not show.
     """
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        _refuse_misstated(config, channels_last, device)
-
-
-def _refuse_misstated(config: ModelConfig, channels_last: bool, device: torch.device | str) -> None:
-    model, other = (build(config).to(device) for _ in range(2))
-    for each in (model, other):
-        lay_out(each, channels_last)
-    _perturb(model)
-    other.load_state_dict(model.state_dict())
-    _refuse_idle_weights(model)
-    _refuse_what_needs_values(model)
-    for training in (True, False):
-        model.train(training)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, told(f"model.name={config.name}: its gradient cannot be taken", RuntimeError):
+        model = build(config).to(device)
+        lay_out(model, channels_last)
+        _perturb(model)
+        _refuse_idle_weights(model)
+        refuse_what_needs_values(config)
+        for training in (True, False):
+            model.train(training)
+            for axis in range(3):
+                _refuse_far_sight(model, axis)
         for axis in range(3):
-            _refuse_far_sight(model, axis)
-    for axis in range(3):
-        _refuse_what_does_not_move(model, axis)
-    _refuse_own_state(model, other.eval())
+            _refuse_what_does_not_move(model, axis)
+        _refuse_own_state(model, channels_last)
+
+
+def refuse_what_needs_values(config: ModelConfig) -> None:
+    """Raises UserError for a network whose forward fails on tensors without values, by which its cost is counted."""
+    with told(
+        f"model.name={config.name}: forward fails on torch's meta device, where tensors have no values",
+        RuntimeError,
+    ):
+        _ = outline(config).widest
 
 
 @torch.no_grad()
@@ -54,20 +59,11 @@ def _perturb(model: Denoiser) -> None:
         p.add_(torch.rand_like(p), alpha=0.1 * (p[0].numel() ** -0.5 if p.ndim > 1 else 1.0))
 
 
-def _refuse_what_needs_values(model: Denoiser) -> None:
-    try:
-        _ = model.widest
-    except RuntimeError as e:
-        raise UserError(
-            f"model.name={model.config.name}: forward fails on torch's meta device, where tensors have no values, by which "
-            f"its cost is counted: {str(e).splitlines()[0]}"
-        ) from e
-
-
 def _refuse_idle_weights(model: Denoiser) -> None:
     """On input without gradients, as in training."""
     _answer(model, _noise(model, 0, model.stride[0] * _THIN)).square().sum().backward()
     idle = [key for key, p in model.network.named_parameters() if p.grad is None]
+    model.zero_grad()
     if idle:
         raise UserError(
             f"model.name={model.config.name}: {idle[0]} learns nothing: leave it out, or have forward use it (checkpoint with "
@@ -88,7 +84,9 @@ def _refuse_far_sight(model: Denoiser, axis: int) -> None:
                 "statistics, or attention, over the batch"
             )
         seen = gradient[0].movedim(1 + axis, -1).flatten(0, 2).any(0).nonzero()
-        if len(seen) and int((seen - place).abs().max()) > radius:
+        if not len(seen):
+            raise UserError(f"model.name={model.config.name}: its output does not depend on its input")
+        if int((seen - place).abs().max()) > radius:
             raise UserError(
                 f"model.name={model.config.name}: it sees further along {AXES[axis]} than its radius {model.network.radius} "
                 "says: state all that it sees, and do without statistics over space, such as instance or group norm"
@@ -115,9 +113,12 @@ def _refuse_what_does_not_move(model: Denoiser, axis: int) -> None:
 
 
 @torch.no_grad()
-def _refuse_own_state(model: Denoiser, other: Denoiser) -> None:
-    """Of two that were made one after the other, with the same weights."""
+def _refuse_own_state(model: Denoiser, channels_last: bool) -> None:
+    """Made once more, as for training, and with the same weights, it gives the same."""
     hu = _noise(model, 0, model.stride[0] * _THIN)
+    other = outline(model.config).to_empty(device=hu.device).eval()
+    lay_out(other, channels_last)
+    other.load_state_dict(model.state_dict())
     first, second = _answer(model, hu), _answer(other, hu)
     if (first - second).abs().max() > _ROUNDING * first.abs().max():
         raise UserError(
@@ -130,13 +131,11 @@ def _answer(model: Denoiser, hu: torch.Tensor) -> torch.Tensor:
     """What the network gives for these HU: the residual (b, 1, z, y, x), in its own units."""
     given = detail_and_mean(hu)
     name, shape = f"model.name={model.config.name}", tuple(given.shape)
-    try:
+    fails = (
+        f"{name}: forward fails on {shape}, whose sides are multiples of its stride {model.network.stride}"
+    )
+    with told(fails, RuntimeError, ValueError):
         answer = model.network(given)
-    except (RuntimeError, ValueError) as e:  # how torch says that shapes do not fit
-        raise UserError(
-            f"{name}: forward fails on {shape}, whose sides are multiples of its stride {model.network.stride}: "
-            f"{str(e).splitlines()[0]}"
-        ) from e
     if not (isinstance(answer, torch.Tensor) and answer.shape == hu.shape):
         got = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
         raise UserError(f"{name}: forward gives {got} for {shape}; it has to give {tuple(hu.shape)}")

@@ -16,6 +16,7 @@ from torch import nn
 from ldct_dist.config import Config
 from ldct_dist.errors import UserError
 from ldct_dist.models import installed
+from ldct_dist.models.installed import told
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Triple = tuple[int, int, int]
@@ -106,50 +107,46 @@ def build_loss(config: LossConfig, device: torch.device | str = "cpu") -> Loss:
 
 def refuse_unfit(config: LossConfig, crop: Triple, device: torch.device | str = "cpu") -> None:
     """Raises UserError unless the loss keeps what `build_loss` promises, on crops (z, y, x) of noise."""
-    loss = build_loss(config, device)
-    mask = torch.rand(2, 1, *crop, device=device) < torch.tensor([0.3, 0.8], device=device).view(
-        2, 1, 1, 1, 1
-    )
+    box = torch.tensor([[(0, n) for n in crop], [(-1, n // 2 + 1) for n in crop]], device=device)
+    mask = mask_from_box(box, torch.Size(crop), (0, 0, 0))
     lesions = torch.where(torch.rand(mask.shape, device=device) < 0.1, 100.0, 1.0)
+    loss, again = build_loss(config, device), build_loss(config, device)
     for weights in (mask, mask * lesions):
-        if fault := _fault(loss, weights):
-            raise UserError(f"loss.name={config.name}: {fault}")
+        with told(
+            f"loss.name={config.name}: fails on weights of {weights.dtype}",
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):
+            if fault := _fault(loss, again, weights):
+                raise UserError(f"loss.name={config.name}: {fault}")
 
 
-def _fault(loss: Loss, weights: torch.Tensor) -> str | None:
-    """The first promise that the loss breaks, with these weights of two crops."""
+def _fault(loss: Loss, again: Loss, weights: torch.Tensor) -> str | None:
+    """The first promise that the loss breaks, with these weights of two crops; `again`: the loss, made once more."""
     unlike = torch.tensor([1.0, 4.0], device=weights.device).view(2, 1, 1, 1, 1)
     full = 50 * unlike * torch.randn(weights.shape, device=weights.device)
-    denoised = full + 20 * unlike * torch.randn_like(full)
-    counted = weights != 0
-
-    def of(d: torch.Tensor, f: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return loss(d.detach().requires_grad_(), f, w).detach()
-
-    try:
-        each = loss(denoised.requires_grad_(), full, weights)
-        if not (isinstance(each, torch.Tensor) and each.shape == (2,) and each.requires_grad):
-            got = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__
-            return f"gives {got} for two crops; it has to give a number with a gradient for each, (2,)"
-        each = each.detach()
-        if not _same(of(denoised, full, weights), each):
-            return "gives two results for the same crops; random numbers are not drawn there"
-        if not _same(of(denoised[:1], full[:1], weights[:1]), each[:1]):
-            return "a crop's number depends on the other crops, and so on how many ranks share a batch"
-        if not _same(of(denoised.where(counted, 3000.0), full.where(counted, -3000.0), weights), each):
-            return "voxels of weight 0 count: they are padding, or lack a part of what the network sees"
-        nothing = torch.zeros_like(weights)
-        if of(denoised, full, nothing).ne(0).any():
-            return "gives no 0 for a crop without a voxel that counts"
-        if (each < 0).any():
-            return "gives negative numbers, of which a leap cannot be told: add a constant"
-        for d, w in ((denoised, weights), (full, weights), (denoised, nothing)):
-            at = d.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(at, full, w).sum(), at)
-            if not gradient.isfinite().all():
-                return "its gradient is not finite where the network is right, or where nothing counts: sqrt(0) has none"
-    except (RuntimeError, TypeError) as e:  # how torch says that types or shapes do not fit
-        return f"fails on weights of {weights.dtype}: {str(e).splitlines()[0]}"
+    denoised = (full + 20 * unlike * torch.randn_like(full)).requires_grad_()
+    counted, nothing = weights != 0, torch.zeros_like(weights)
+    each = loss(denoised, full, weights)
+    if not (isinstance(each, torch.Tensor) and each.shape == (2,) and each.requires_grad):
+        got = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__
+        return f"gives {got} for two crops; it has to give a number with a gradient for each, (2,)"
+    if not (each > 0).all():
+        return "gives 0, or less, for images that differ; let it begin at 0, or a leap of it cannot be told"
+    if not _same(again(denoised, full, weights), each):
+        return "gives two results for the same crops: whatever it draws or reads has to be the same each time"
+    if not _same(loss(denoised[:1], full[:1], weights[:1]), each[:1]):
+        return "a crop's number depends on the other crops, and so on how many ranks share a batch"
+    if not _same(loss(denoised.where(counted, 3000.0), full.where(counted, -3000.0), weights), each):
+        return "voxels of weight 0 count: they are padding, or lack a part of what the network sees"
+    if loss(denoised, full, nothing).ne(0).any():
+        return "gives no 0 for a crop without a voxel that counts"
+    for d, w in ((denoised, weights), (full, weights), (denoised, nothing)):
+        at = d.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(at, full, w).sum(), at)
+        if not gradient.isfinite().all():
+            return "its gradient is not finite where the network is right, or where nothing counts: sqrt(0) has none"
     return None
 
 

@@ -129,7 +129,9 @@ class Denoiser(nn.Module):
         numbers: list[int] = []
         for layer in model.network.modules():
             layer.register_forward_hook(
-                lambda _, *tensors: numbers.extend(t.numel() for t in tree_leaves(tensors))
+                lambda _, *given: numbers.extend(
+                    t.numel() for t in tree_leaves(given) if isinstance(t, torch.Tensor)
+                )
             )
         hu = torch.empty(1, 1, *(8 * s for s in self.stride), device="meta")
         model(hu)

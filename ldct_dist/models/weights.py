@@ -97,12 +97,15 @@ def _fitting(path: Path, facts: dict[str, str]) -> Iterator[ModelConfig]:
     try:
         yield ModelConfig.model_validate_json(facts["model"])
     except (KeyError, ValidationError, UserError, RuntimeError) as e:
-        maker = f"version {facts.get('version')}"
+        made = f"written by version {facts.get('version')}"
         if "network" in facts:
-            maker += f" for a network of {facts['network']}"
+            raise UserError(
+                f"{path}: {made} for a network of {facts['network']}, it does not fit what is installed here "
+                f"({_reason(e)}); install that package"
+            ) from e
         raise UserError(
-            f"{path}: written by {maker}, it does not fit the networks of version {ldct_dist.__version__} and those "
-            f"installed here ({_reason(e)}); use what wrote it"
+            f"{path}: {made}, it does not fit the networks of version {ldct_dist.__version__} ({_reason(e)}); use the "
+            "version that wrote it"
         ) from e
 
 

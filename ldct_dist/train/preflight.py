@@ -14,7 +14,7 @@ from ldct_dist.errors import UserError, few
 from ldct_dist.evaluate.protocols import protocol_named
 from ldct_dist.models.locality import refuse_misstated
 from ldct_dist.models.losses import refuse_unfit, share_counted
-from ldct_dist.models.registry import Denoiser
+from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.store.reader import Store
 from ldct_dist.train.checkpoints import first_weights
 from ldct_dist.train.config import RunConfig
@@ -36,14 +36,23 @@ def refuse_conflicts(
     refuse_deepspeed(config, world)
     if world.is_main and config.init_from is not None and not folder.has_saved:
         first_weights(config)
-    if world.is_main and config.model.origin is not None:
-        refuse_misstated(config.model, config.channels_last, world.device)
-    if world.is_main and config.loss.origin is not None:
-        refuse_unfit(config.loss, config.data.crop, world.device)
     if config.compile:
         refuse_without_compiler(world.device)
     if config.precision == "bf16":
         refuse_emulated_bf16(world.device)
+    if world.is_main:
+        # Under ZeRO 3 the network may be larger than a GPU.
+        refuse_unfit_code(config, world.device if config.zero < 3 else torch.device("cpu"))
+
+
+def refuse_unfit_code(config: RunConfig, device: torch.device) -> None:
+    """Raises UserError where another package's network or loss, tried on the device, is not what it has to be."""
+    if config.model.origin is not None:
+        refuse_misstated(config.model, config.channels_last, device)
+    if config.loss.origin is not None:
+        refuse_unfit(config.loss, config.data.crop, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def refuse_mistakes(config: RunConfig, model: Denoiser, ranks: int) -> None:
@@ -54,9 +63,13 @@ def refuse_mistakes(config: RunConfig, model: Denoiser, ranks: int) -> None:
     refuse_contradictions(config)
 
 
-def refuse_unfit_store(config: RunConfig, ranks: int) -> None:
-    """Raises UserError if the store is visible here and lacks what the config asks for. Elsewhere it may be visible."""
-    if not config.store.exists():
+def refuse_early(config: RunConfig, ranks: int, waits: bool) -> None:
+    """Raises UserError for what the ranks of a job would refuse, before it waits in a queue.
+
+    waits: for another job, which may be the one that makes the store. Nodes may see a store that this machine does not.
+    """
+    refuse_mistakes(config, outline(config.model), ranks)
+    if waits or not os.path.exists(config.store / "zarr.json"):  # Path.exists would raise PermissionError
         return
     store = Store(config.store)
     Loader(Plan(store, config.data, config.seed), 0, ranks).close()
@@ -93,17 +106,24 @@ def refuse_disagreement(config: RunConfig, store: Store, world: World) -> None:
     otherwise train something else than the others, and nobody would notice.
     """
     mine = flat(config.model_dump(mode="json", exclude=OWN))
-    mine |= {"store's fingerprint": store.fingerprint, "code": config.origins}
+    mine |= {"store's fingerprint": store.fingerprint, **world.on_each(lambda: _code_of_others(config))}
     (_, first), *others = world.gather((world.name, mine))
     for name, given in others:
+        keys = dict.fromkeys((*first, *given))
         unlike = [
-            f"{key} {given.get(key)}, not {value}" for key, value in first.items() if given.get(key) != value
+            f"{key} {given.get(key)}, not {first.get(key)}"
+            for key in keys
+            if given.get(key) != first.get(key)
         ]
         if unlike:
             world.refuse(
                 f"{name} was given other settings than rank 0: {few(unlike)}; start all ranks with one config and "
                 "one store, once every node sees both as they are"
             )
+
+
+def _code_of_others(config: RunConfig) -> dict[str, str]:
+    return {f"code of {key}": origin for key, origin in config.origins.items()}
 
 
 def note_on_margin(config: RunConfig, model: Denoiser, store: Store) -> str | None:

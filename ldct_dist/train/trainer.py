@@ -63,7 +63,7 @@ class Trainer:
         self.loader = world.on_each(lambda: Loader(self.plan, world.rank, world.size, world.device))
         # Its weights get their values in `take_up`, so that no rank holds a second network for longer than it must.
         self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)
-        self.loss = build_loss(config.loss, world.device)
+        self.loss = world.on_each(lambda: build_loss(config.loss, world.device))
         self.margin = config.loss.margin_for(model.radius, config.data.crop)
         self.state = TrainState(self.store.fingerprint)
         # The first thing that is written: a mistake found above leaves no trace.

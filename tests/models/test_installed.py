@@ -76,90 +76,65 @@ def test_weights_lead_to_no_code_but_what_is_installed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "place", "options", "words"),
+    ("source", "words"),
     [
-        (HEAD, "my_nets:Net", {}, "model.name=net: its package has no my_nets:Net"),
-        ("import no_such_module", "my_nets:Net", {}, "no_such_module"),
-        (
-            CLASS + INIT + "pass\n",
-            "my_nets:Net",
-            {"wide": 3},
-            r"model.options=\{'wide': 3\}: net takes others",
-        ),
-        (
-            CLASS + INIT + "raise ValueError('too wide')\n",
-            "my_nets:Net",
-            {},
-            "net cannot be made with them: too wide",
-        ),
-        (HEAD + "def Net(): return 3\n", "my_nets:Net", {}, "gives int, and no torch.nn.Module"),
-        (HEAD + "def Net(): return nn.Conv3d(2, 1, 3, padding=1)\n", "my_nets:Net", {}, "its radius is None"),
-        (CLASS.replace("(1, 1, 1)\n", "2\n"), "my_nets:Net", {}, "its stride is 2; it has to be a tuple"),
-        (
-            CLASS + INIT + "self.n = nn.BatchNorm3d(2)\n",
-            "my_nets:Net",
-            {},
-            "n.running_mean is a tensor that nothing saves",
-        ),
-        (CLASS, "my_nets:Net", {}, "it has no weights"),
-        (
-            CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1).requires_grad_(False)\n",
-            "my_nets:Net",
-            {},
-            "c.weight cannot be trained as it is",
-        ),
-        (CLASS + INIT + "self.c = nn.LazyConv3d(1, 1)\n", "my_nets:Net", {}, "c.weight cannot be trained"),
-        (
-            CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1).bfloat16()\n",
-            "my_nets:Net",
-            {},
-            "weights have a shape, are float32",
-        ),
-        (CLASS + INIT + "self.k = torch.ones(3)\n", "my_nets:Net", {}, "k is a tensor that nothing saves"),
+        (HEAD, "model.name=net: its package has no my_nets:Net"),
+        ("import no_such_module", "no_such_module"),
+        (CLASS + INIT + "raise ValueError('too wide')\n", "net cannot be made with them: too wide"),
+        (CLASS + INIT + "torch.ones(1).item()\n", "net cannot be made with them: .*meta"),
+        (HEAD + "def Net(): return 3\n", "gives int, and no torch.nn.Module"),
+        (HEAD + "def Net(): return nn.Conv3d(2, 1, 3, padding=1)\n", "its radius is None"),
+        (CLASS.replace("(1, 1, 1)\n", "2\n"), "its stride is 2; it has to be a tuple"),
+        (CLASS, "it has no weights"),
+        (CLASS + INIT + "self.n = nn.BatchNorm3d(2)\n", "n.running_mean is a tensor that nothing saves"),
+        (CLASS + INIT + "self.k = torch.ones(3)\n", "k is a tensor that nothing saves"),
         (
             CLASS + INIT + "self.k = nn.utils.weight_norm(nn.Conv3d(2, 1, 1))\n",
-            "my_nets:Net",
-            {},
-            "k.weight is a tensor that nothing saves",
+            "k.weight is a tensor that nothing",
         ),
         (
-            CLASS + INIT + "self.a = nn.Conv3d(2, 2, 1); self.b = nn.Sequential(self.a)\n",
-            "my_nets:Net",
-            {},
-            "a.weight and b.0.weight are one weight",
+            CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1).requires_grad_(False)\n",
+            "c.weight cannot be trained as it is",
+        ),
+        (CLASS + INIT + "self.c = nn.LazyConv3d(1, 1)\n", "c.weight cannot be trained as it is"),
+        (CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1).bfloat16()\n", "weights have a shape, are float32"),
+        (
+            CLASS + INIT + "self.a = nn.Linear(2, 2); self.b = nn.Sequential(self.a)\n",
+            "a.weight and b.0.weight are one",
         ),
         (
             CLASS
             + INIT
             + "self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2); self.b.weight = self.a.weight\n",
-            "my_nets:Net",
-            {},
-            "a.weight and b.weight are one weight",
+            "a.weight and b.weight are one",
         ),
         (
             CLASS + INIT + "self.last = nn.Conv3d(2, 1, 1, bias=False)\n",
-            "my_nets:Net",
-            {},
-            "its last has weight; it has to have weight and bias",
+            "its last has weight; it has to have weight and",
         ),
-        (
-            CLASS + INIT + "self.last = nn.Sequential(nn.Conv3d(2, 1, 1))\n",
-            "my_nets:Net",
-            {},
-            "its last has no weights",
-        ),
-        (
-            CLASS + INIT + "self.c = nn.Conv3d(2, 1, 1); self.d = torch.linspace(0, 1, 3)[1].item()\n",
-            "my_nets:Net",
-            {},
-            "cannot be made with them: .*meta",
-        ),
+        (CLASS + INIT + "self.last = nn.Sequential(nn.Conv3d(2, 1, 1))\n", "its last has no weights"),
     ],
 )
-def test_what_is_no_network_is_refused_in_one_line(tmp_path, monkeypatch, source, place, options, words):
-    install(tmp_path, monkeypatch, source, PROJECT + f'net = "{place}"\n')
+def test_what_is_no_network_is_refused_in_one_line(tmp_path, monkeypatch, source, words):
+    install(tmp_path, monkeypatch, source, PROJECT + 'net = "my_nets:Net"\n')
     with pytest.raises(UserError, match=words):
-        outline(ModelConfig(name="net", options=options))
+        outline(ModelConfig(name="net"))
+
+
+def test_options_that_it_does_not_take_are_named(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, CLASS + INIT + "pass\n", PROJECT + 'net = "my_nets:Net"\n')
+    with pytest.raises(UserError, match=r"model.options=\{'wide': 3\}: net takes others .*'wide'"):
+        outline(ModelConfig(name="net", options={"wide": 3}))
+
+
+def test_a_name_that_two_packages_offer_is_refused(tmp_path, monkeypatch):
+    for name in ("my-nets", "your-nets"):
+        project = PROJECT.replace("my-nets", name) + 'net = "my_nets:Net"\n'
+        install(tmp_path / name, monkeypatch, CLASS, project)
+    with pytest.raises(
+        UserError, match=r"model.name=net: several packages have one \(my-nets, your-nets\); uninstall"
+    ):
+        outline(ModelConfig(name="net"))
 
 
 def test_a_fault_in_the_other_package_is_left_for_whoever_writes_it(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -66,9 +67,11 @@ class Idle(Plain):
 class Wired(Plain):
     """What it draws is no weight."""
 
+    made = itertools.count()
+
     def __init__(self) -> None:
         super().__init__()
-        self.order = np.random.permutation(4)
+        self.order = np.roll(np.arange(4), next(self.made))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.second(self.first(x)[:, torch.from_numpy(self.order)]))
@@ -105,6 +108,38 @@ class Recomputing(Plain):
 
 def spaced(x: torch.Tensor) -> torch.Tensor:
     return x.mean((2, 3, 4), keepdim=True)
+
+
+class ReentrantLater(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(checkpoint(self.second, self.first(x), use_reentrant=True))
+
+
+class Listed(Plain):
+    """A tensor in a list is on the meta device for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = [torch.ones(1)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.filters[0])
+
+
+class Flagged(Plain):
+    """Layers may be given, and give, what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scaled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.inner(x, 2)[0])
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, factor: int) -> tuple[torch.Tensor, None]:
+        return x * factor, None
 
 
 class Positive(Plain):
@@ -147,8 +182,9 @@ def test_the_networks_that_come_with_the_package_pass(name):
         changed(lambda self, x: F.pad(x, (1,) * 6, mode="reflect")[..., 1:-1, 1:-1, 1:-1]),
         Recomputing,
         Positive,
+        Flagged,
     ],
-    ids=["plain", "strided", "modest", "dropout", "reflect", "recomputing", "positive"],
+    ids=["plain", "strided", "modest", "dropout", "reflect", "recomputing", "positive", "flagged"],
 )
 def test_what_sees_no_further_than_it_says_passes(check, make):
     for _ in range(3):  # whatever its weights
@@ -183,6 +219,10 @@ def test_what_sees_no_further_than_it_says_passes(check, make):
         (Idle, "extra.weight learns nothing"),
         (Reentrant, "first.weight learns nothing"),
         (changed(lambda self, x: x * (x.sum().item() != 0)), "fails on torch's meta device"),
+        (changed(lambda self, x: x.sigmoid_().mul_(2).sigmoid_()), "its gradient cannot be taken"),
+        (ReentrantLater, "its gradient cannot be taken"),
+        (changed(lambda self, x: x * 0), "does not depend on its input"),
+        (Listed, "forward fails on"),
         (Wired, "made twice, it gives two outputs with the same weights"),
     ],
 )

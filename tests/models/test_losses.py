@@ -140,11 +140,13 @@ UNFIT = {
         lambda d, f, w: each((d - f).abs(), w) / (f.flatten(1).amax(1) - f.flatten(1).amin(1)),
         "voxels of weight 0 count",
     ),
+    "nothing": (lambda d, f, w: each((d - f).abs() * 0, w), "gives 0, or less"),
+    "value": (lambda d, f, w: each((d - f).abs(), w) * int("no number"), "fails on weights"),
     "ratio": (
         lambda d, f, w: ((d - f).abs() * w).flatten(1).sum(1) / w.flatten(1).sum(1),
         "gives no 0 for a crop without",
     ),
-    "negative": (lambda d, f, w: -each((-(d - f).abs()).exp(), w), "gives negative numbers"),
+    "negative": (lambda d, f, w: -each((-(d - f).abs()).exp(), w), "gives 0, or less"),
     "root": (lambda d, f, w: each((d - f).square(), w).sqrt(), "gradient is not finite where"),
     "bool alone": (lambda d, f, w: each((d - f).abs().where(w, 0), w), "fails on weights of torch.float32"),
     "float alone": (

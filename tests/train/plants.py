@@ -36,6 +36,18 @@ def random_loss(rank: int) -> None:
     trainer.build_loss = built
 
 
+def lacks_what_its_loss_reads(rank: int) -> None:
+    """A file of features that is not on one rank's node."""
+    build = trainer.build_loss
+
+    def built(*given):
+        if rank == RANK:
+            raise FileNotFoundError("features.pt")
+        return build(*given)
+
+    trainer.build_loss = built
+
+
 def given_otherwise(overrides: list[str], rank: int) -> None:
     """One rank is started with these settings besides, or has read the file before it was changed."""
     whole = config.read

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from plants import given_otherwise, lacks_what_its_loss_reads
 
 from commands import command
 from forked import fork
@@ -62,9 +66,25 @@ def test_a_plan_knows_it_and_a_start_refuses_what_it_misstates(store, tmp_path, 
     planned = command("plan", config)
     assert (planned.returncode, planned.stdout.split()[0]) == (0, NAME), planned.stderr
     my_nets.write_text(my_nets.read_text().replace("(depth, depth, depth)", "(depth, depth, depth - 2)"))
-    refused = command("train", config)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(
+    assert told(config).startswith(
         f"error: model.name={NAME}: it sees further along x than its radius (3, 3, 1)"
     )
+    assert not (tmp_path / "runs").exists()
+
+
+def told(config: Path, **given: Any) -> str:
+    """The one line with which both ranks of a start end."""
+    assert fork(config, **given) == [2, 2]
+    log = config.with_suffix(".log")
+    (line,) = [line for line in log.read_text().splitlines() if "rror" in line]
+    log.unlink()
+    return line
+
+
+@pytest.mark.usefixtures("my_nets")
+def test_what_is_wrong_on_one_rank_ends_both_with_one_line(store, tmp_path):
+    config = write_config(tmp_path, store, model={"name": NAME, "size": "s"}, loss=LOSS)
+    other = partial(given_otherwise, ["model.options.width=4"])
+    assert "was given other settings than rank 0: model.options" in told(config, plant=other)
+    assert "rank 1 on " in told(config, plant=lacks_what_its_loss_reads)
     assert not (tmp_path / "runs").exists()

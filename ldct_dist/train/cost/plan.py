@@ -9,6 +9,7 @@ from typing import Any
 
 from ldct_dist.errors import UserError
 from ldct_dist.files import GIB
+from ldct_dist.models.locality import refuse_what_needs_values
 from ldct_dist.models.losses import share_counted
 from ldct_dist.models.registry import Denoiser, outline
 from ldct_dist.train.config import RunConfig
@@ -108,6 +109,8 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
         raise UserError(f"--gpus: give numbers of GPUs from 1 to {MOST}, such as 8,64,512")
     model = outline(config.model)
     refuse_crop(config, model)
+    if config.model.origin is not None:
+        refuse_what_needs_values(config.model)
     crop = config.data.crop
     activations = Activations.of(config)
     parameters = activations.few.parameters
