@@ -47,11 +47,14 @@ def refuse_conflicts(
 
 def refuse_unfit_code(config: RunConfig, device: torch.device) -> None:
     """Raises UserError where another package's network or loss, tried on the device, is not what it has to be."""
-    if config.model.origin is not None:
-        refuse_misstated(config.model, config.channels_last, device)
-    if config.loss.origin is not None:
-        refuse_unfit(config.loss, config.data.crop, device)
-    if device.type == "cuda":
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(0)  # what passes at the first start passes at the next
+        if config.model.origin is not None:
+            refuse_misstated(config.model, config.channels_last, device)
+        if config.loss.origin is not None:
+            refuse_unfit(config.loss, config.data.crop, device)
+    if gpus:
         torch.cuda.empty_cache()
 
 
