@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -95,17 +96,18 @@ def test_a_sweep_is_watched_cancelled_and_goes_on(ldct, run, config, tmp_path):
 
 def test_pending_and_failed_runs_say_why(ldct, run, config, tmp_path):
     folder = tmp_path / "runs" / "run-sweep"
-    assert ldct("sweep", config, "data.split=nowhere,train", "--hold").returncode == 0
+    assert ldct("sweep", config, "seed=1,2", "--hold").returncode == 0
     table = rows(ldct, folder)
     assert {row["state"] for row in table.values()} == {"pending"}
-    assert "waits for: JobHeldUser" in table["split-train"]["notes"][0]
-    cancelled = ldct("cancel", folder / "split-train")
+    assert "waits for: JobHeldUser" in table["seed-2"]["notes"][0]
+    cancelled = ldct("cancel", folder / "seed-2")
     assert "no checkpoint" in cancelled.stdout
-    run("scontrol", "release", table["split-nowhere"]["job"]["id"])
-    wait_for("failed", lambda: rows(ldct, folder)["split-nowhere"]["state"] == "failed")
+    shutil.rmtree(tmp_path / "ct.zarr")
+    run("scontrol", "release", table["seed-1"]["job"]["id"])
+    wait_for("failed", lambda: rows(ldct, folder)["seed-1"]["state"] == "failed")
     table = rows(ldct, folder)
-    assert any("no case in split 'nowhere'" in note for note in table["split-nowhere"]["notes"])
-    assert table["split-train"]["state"] == "cancelled"
+    assert any(f"{tmp_path}/ct.zarr: " in note for note in table["seed-1"]["notes"])
+    assert table["seed-2"]["state"] == "cancelled"
 
 
 FAULTS = """\
