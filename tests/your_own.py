@@ -1,4 +1,4 @@
-"""The network of docs/your_own.md, installed as its readers would have it."""
+"""The network and the loss of docs/your_own.md, installed as its readers would have it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def refuse_misstated(config: ModelConfig, channels_last: bool, device: torch.dev
         lay_out(model, channels_last)
         _perturb(model)
         _refuse_idle_weights(model)
-        refuse_what_needs_values(config)
+        refuse_what_needs_values(model)
         for training in (True, False):
             model.train(training)
             for axis in range(3):
@@ -43,13 +43,11 @@ def refuse_misstated(config: ModelConfig, channels_last: bool, device: torch.dev
         _refuse_own_state(model, channels_last)
 
 
-def refuse_what_needs_values(config: ModelConfig) -> None:
+def refuse_what_needs_values(model: Denoiser) -> None:
     """Raises UserError for a network whose forward fails on tensors without values, by which its cost is counted."""
-    with told(
-        f"model.name={config.name}: forward fails on torch's meta device, where tensors have no values",
-        RuntimeError,
-    ):
-        _ = outline(config).widest
+    name = f"model.name={model.config.name}"
+    with told(f"{name}: forward fails on torch's meta device, where tensors have no values", RuntimeError):
+        _ = model.widest
 
 
 @torch.no_grad()

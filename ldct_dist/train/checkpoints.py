@@ -85,7 +85,7 @@ class Checkpoints:
         self._say(f"resumed at step {state.step} from {found.path}")
         if warning := _other_arithmetic(counters["arithmetic"], _arithmetic(self.config, self.world)):
             self._say(warning)
-        before = counters.get("other_code", {})  # which older checkpoints lack
+        before = counters.get("code_of_others", {})  # which older checkpoints lack
         for key, now in self.config.origins.items():
             if before.get(key) != now:
                 self._say(f"note: the code of {key} has changed: {before.get(key)}, now {now}")
@@ -127,7 +127,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Start saving, and return at once, unless an earlier save is still under way."""
         facts = {"updates": self.strategy.updates, "arithmetic": _arithmetic(self.config, self.world)}
-        facts |= {"other_code": self.config.origins}
+        facts |= {"code_of_others": self.config.origins}
         self.saver.save(state.step, self.strategy.parts(state.step), state.counters() | facts)
         self.saved = state.step
 

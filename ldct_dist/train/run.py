@@ -96,7 +96,7 @@ class RunFolder:
             "pid": os.getpid(),
             "packages": versions(CODE_PACKAGES),
             "commit": commit(),
-            "other_code": config.origins,
+            "code_of_others": config.origins,
             "world_size": world.size,
             "device": str(world.device),
             "threads": torch.get_num_threads(),

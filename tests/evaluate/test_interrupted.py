@@ -164,7 +164,7 @@ def test_findings_of_another_version_are_not_used(place, monkeypatch):
     assert [line for line in evaluated("older", "--part", "0/12") if line.startswith("going on")] == []
 
 
-def test_findings_of_another_code_of_a_network_are_not_used(place, my_nets):
+def test_findings_of_ancode_of_others_of_a_network_are_not_used(place, my_nets):
     save_weights(place / "own.safetensors", build(ModelConfig(name=NAME, options={"width": 4, "depth": 3})))
     command = ["evaluate", "own.safetensors", "ct.zarr", "--out", "own", "--baselines=", "--part=0/12"]
 

@@ -16,7 +16,7 @@ from forked import fork
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.models.weights import load_weights
 from ldct_dist.store.reader import Store
-from runs import losses, write_config
+from runs import equal, final_state, losses, write_config
 from stores import make_store
 from your_own import NAME
 
@@ -31,7 +31,9 @@ def store(tmp_path_factory):
 
 
 def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_nets):
-    config, runs = write_config(tmp_path, store, model=MODEL, loss=LOSS), tmp_path / "runs"
+    # One learning rate throughout, which does not depend on how many steps a start is given.
+    steady = {"warmup": 0, "final_lr": 1.0}
+    config, runs = write_config(tmp_path, store, model=MODEL, loss=LOSS, optim=steady), tmp_path / "runs"
     assert fork(config, "name=whole") == [0, 0]
     assert fork(config, "name=parts", "steps=3") == [0, 0]
     with open(my_nets, "a") as f:
@@ -41,7 +43,8 @@ def test_it_trains_resumes_and_denoises_in_tiles_as_whole(store, tmp_path, my_ne
     for setting in ("model.name", "loss.name"):
         assert f"note: the code of {setting} has changed: my-nets 0.1, " in said
     run = runs / "parts"
-    first, second = (start["other_code"] for start in json.loads((run / "environment.json").read_text()))
+    assert equal(final_state(run), final_state(runs / "whole"))
+    first, second = (start["code_of_others"] for start in json.loads((run / "environment.json").read_text()))
     assert first.keys() == second.keys() == {"model.name", "loss.name"}
     assert first != second
 

@@ -110,7 +110,7 @@ def plan(config: RunConfig, gpu: str, gpus: list[int]) -> Plan:
     model = outline(config.model)
     refuse_crop(config, model)
     if config.model.origin is not None:
-        refuse_what_needs_values(config.model)
+        refuse_what_needs_values(model)
     crop = config.data.crop
     activations = Activations.of(config)
     parameters = activations.few.parameters
