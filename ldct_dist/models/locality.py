@@ -54,7 +54,7 @@ def refuse_what_needs_values(model: Denoiser) -> None:
 def _perturb(model: Denoiser) -> None:
     """So that no weight that starts at zero hides what is behind it. Weights that have to be positive stay so."""
     for p in model.parameters():
-        p.add_(torch.rand_like(p), alpha=0.1 * (p[0].numel() ** -0.5 if p.ndim > 1 else 1.0))
+        p.add_(torch.rand(p.shape).to(p.device), alpha=0.1 * (p[0].numel() ** -0.5 if p.ndim > 1 else 1.0))
 
 
 def _refuse_idle_weights(model: Denoiser) -> None:
@@ -148,4 +148,4 @@ def _noise(model: Denoiser, axis: int, length: int) -> torch.Tensor:
     """HU (2, 1, z, y, x) of a scan's noise, long along one axis and thin along the others."""
     shape = [-(-_THIN // s) * s for s in model.stride]
     shape[axis] = length
-    return 30 * torch.randn(2, 1, *shape, device=next(model.parameters()).device)
+    return 30 * torch.randn(2, 1, *shape).to(next(model.parameters()).device)

@@ -109,7 +109,7 @@ def refuse_unfit(config: LossConfig, crop: Triple, device: torch.device | str = 
     """Raises UserError unless the loss keeps what `build_loss` promises, on crops (z, y, x) of noise."""
     box = torch.tensor([[(0, n) for n in crop], [(-1, n // 2 + 1) for n in crop]], device=device)
     mask = mask_from_box(box, torch.Size(crop), (0, 0, 0))
-    lesions = torch.where(torch.rand(mask.shape, device=device) < 0.1, 100.0, 1.0)
+    lesions = torch.where(torch.rand(mask.shape) < 0.1, 100.0, 1.0).to(device)
     loss, again = build_loss(config, device), build_loss(config, device)
     for weights in (mask, mask * lesions):
         with told(
@@ -125,8 +125,8 @@ def refuse_unfit(config: LossConfig, crop: Triple, device: torch.device | str = 
 def _fault(loss: Loss, again: Loss, weights: torch.Tensor) -> str | None:
     """The first promise that the loss breaks, with these weights of two crops; `again`: the loss, made once more."""
     unlike = torch.tensor([1.0, 4.0], device=weights.device).view(2, 1, 1, 1, 1)
-    full = 50 * unlike * torch.randn(weights.shape, device=weights.device)
-    denoised = (full + 20 * unlike * torch.randn_like(full)).requires_grad_()
+    full, off = (hu * unlike * torch.randn(weights.shape).to(weights.device) for hu in (50, 20))
+    denoised = (full + off).requires_grad_()
     counted, nothing = weights != 0, torch.zeros_like(weights)
     each = loss(denoised, full, weights)
     if not (isinstance(each, torch.Tensor) and each.shape == (2,) and each.requires_grad):

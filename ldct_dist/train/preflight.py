@@ -40,21 +40,20 @@ def refuse_conflicts(
         refuse_without_compiler(world.device)
     if config.precision == "bf16":
         refuse_emulated_bf16(world.device)
-    if world.is_main:
+    if world.is_main and config.origins:
         # Under ZeRO 3 the network may be larger than a GPU.
         refuse_unfit_code(config, world.device if config.zero < 3 else torch.device("cpu"))
 
 
 def refuse_unfit_code(config: RunConfig, device: torch.device) -> None:
     """Raises UserError where another package's network or loss, tried on the device, is not what it has to be."""
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what passes at the first start passes at the next
         if config.model.origin is not None:
             refuse_misstated(config.model, config.channels_last, device)
         if config.loss.origin is not None:
             refuse_unfit(config.loss, config.data.crop, device)
-    if gpus:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 

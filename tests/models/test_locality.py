@@ -14,9 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.locality import refuse_misstated
-from ldct_dist.models.losses import LossConfig, refuse_unfit
 from ldct_dist.models.registry import NETWORKS, ModelConfig
-from on_gpu import on_gpu
 from your_own import NAME
 
 
@@ -230,12 +228,3 @@ def test_what_it_misstates_is_named(check, make, words):
     for _ in range(3):
         with pytest.raises(UserError, match=f"model.name={NAME}: .*{words}"):
             check(make)
-
-
-def _checked_there() -> None:
-    refuse_misstated(ModelConfig(size="xs"), channels_last=True, device="cuda:0")
-    refuse_unfit(LossConfig(), (4, 8, 8), "cuda:0")
-
-
-def test_on_a_gpu_the_same_is_checked():
-    on_gpu(_checked_there)

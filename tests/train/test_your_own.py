@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from plants import given_otherwise, lacks_what_its_loss_reads
 
 from commands import command
 from forked import fork
+from ldct_dist.config import read
 from ldct_dist.denoise.tiles import denoise_volume
 from ldct_dist.models.weights import load_weights
 from ldct_dist.store.reader import Store
+from ldct_dist.train.config import RunConfig
+from ldct_dist.train.preflight import refuse_unfit_code
+from on_gpu import on_gpu
 from runs import equal, final_state, losses, write_config
 from stores import make_store
 from your_own import NAME
@@ -91,3 +96,12 @@ def test_what_is_wrong_on_one_rank_ends_both_with_one_line(store, tmp_path):
     assert "was given other settings than rank 0: model.options" in told(config, plant=other)
     assert "rank 1 on " in told(config, plant=lacks_what_its_loss_reads)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("my_nets")
+def test_on_a_gpu_they_are_checked_there(tmp_path):
+    on_gpu(_checked_there, write_config(tmp_path, tmp_path / "ct.zarr", model=MODEL, loss=LOSS))
+
+
+def _checked_there(config: str) -> None:
+    refuse_unfit_code(read(RunConfig, Path(config)), torch.device("cuda:0"))
