@@ -17,7 +17,7 @@ import numpy as np
 from pydicom import Dataset
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 import ldct_dist
 from ldct_dist.ct.dicom import Series, read_slices
@@ -95,7 +95,7 @@ def write_derived(
                 derived = presentable(ds)
                 if dose != 1:
                     scale_dose(derived, dose)
-                mark_derived(derived, series_uid, instance_uid, description, label)
+                mark_derived(derived, series_uid, instance_uid, description, label, source.frame)
                 set_pixels(derived, source, _stored(source, slice_hu))
                 encoded = _encoded(derived)
             (partial / name).write_bytes(encoded)
@@ -187,10 +187,20 @@ def scale_dose(ds: Dataset, dose: float) -> None:
                 setattr(ds, element.keyword, value)
 
 
-def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: str, label: str) -> None:
-    """Turn the header of an image into that of one derived from it, as `description` and `label` say (ASCII)."""
+def mark_derived(
+    ds: Dataset,
+    series_uid: str,
+    instance_uid: str,
+    description: str,
+    label: str,
+    frame: int | None = None,
+) -> None:
+    """Turn the header of an image into that of one derived from it, as `description` and `label` say (ASCII).
+
+    frame: as in Slice, if the image is a frame of a larger one.
+    """
     new = Dataset()  # a new one, so that each element gets the right VR, if the source's was wrong
-    new.SOPInstanceUID, new.SeriesInstanceUID = instance_uid, series_uid
+    new.SOPClassUID, new.SOPInstanceUID, new.SeriesInstanceUID = CTImageStorage, instance_uid, series_uid
     new.ImageType = ["DERIVED", "SECONDARY", *((text(ds, "ImageType") or "").split("\\")[2:] or ["AXIAL"])]
     # The source's text may name phase and kernel. It is cut at its end to make room for the label.
     own = (text(ds, "SeriesDescription") or "")[: LONGEST_NAME - len(label) - 1].strip()
@@ -198,7 +208,7 @@ def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: s
     new.SeriesNumber = int(number(ds, "SeriesNumber") or 0) % 1_000_000 + 1000
     history = [text(ds, "DerivationDescription"), description]
     new.DerivationDescription = "; ".join(filter(None, history))[-LONGEST_TEXT:]
-    new.SourceImageSequence = [_source_image(ds.SOPClassUID, ds.SOPInstanceUID)]
+    new.SourceImageSequence = [_source_image(ds.SOPClassUID, ds.SOPInstanceUID, frame)]
     new.RescaleType = "HU"  # without it, only the values of an original image count as HU
     equipment = Dataset()
     equipment.PurposeOfReferenceCodeSequence = [_code("109103", "Modifying Equipment")]
@@ -213,10 +223,12 @@ def mark_derived(ds: Dataset, series_uid: str, instance_uid: str, description: s
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
 
-def _source_image(sop_class: str, sop_instance: str) -> Dataset:
+def _source_image(sop_class: str, sop_instance: str, frame: int | None) -> Dataset:
     item = Dataset()
     item.ReferencedSOPClassUID = sop_class
     item.ReferencedSOPInstanceUID = sop_instance
+    if frame is not None:
+        item.ReferencedFrameNumber = frame + 1
     item.PurposeOfReferenceCodeSequence = [_code("121322", "Source image for image processing operation")]
     item.SpatialLocationsPreserved = "YES"
     return item

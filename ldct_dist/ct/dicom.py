@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Series:
     """A CT series whose headers make a regular stack; its pixels are not read yet.
 
-    slices: one file each, in the order of the Volume: positions (mm along the slice normal) ascend, towards the head for
+    slices: one file each, or one frame of a file, in the order of the Volume: positions (mm along the slice normal) ascend, towards the head for
     axial series. patient_id is the patient's real one: hash it before storing it. derivation: how the series was made, if
     not by a scanner. spacing, origin and direction: as in Volume.
     """
@@ -63,7 +63,7 @@ class Series:
         return "ldct_dist" in (self.derivation or "")
 
 
-ReadHeaders = Callable[[Sequence[Path]], Iterable[Header | UserError | None]]
+ReadHeaders = Callable[[Sequence[Path]], Iterable[Header | UserError]]
 
 
 def find_series(
@@ -87,7 +87,7 @@ def find_series(
     for outcome in read_headers(list(_files_below(folder, refused.append, skip))):
         if isinstance(outcome, UserError):
             refused.append(outcome)
-        elif outcome is not None:
+        else:
             groups.setdefault(outcome.series_uid, []).append(outcome)
     found: list[Series] = []
     for headers in groups.values():
@@ -154,7 +154,7 @@ def read_slices(series: Series) -> Iterator[tuple[Dataset, Slice]]:
     """Each slice's dataset and values, in the order of the Volume. Raises as read_series does."""
     for stored in series.slices:
         slice_ = _slice(series, stored)
-        yield read_dataset(stored.path), slice_
+        yield read_dataset(stored), slice_
 
 
 def _slice(series: Series, stored: Stored) -> Slice:
@@ -219,7 +219,7 @@ def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> st
 def _series(headers: Sequence[Header]) -> Series:
     refuse_other_than_ct(headers)
     folder = os.path.join(os.path.commonpath([h.path.parent for h in headers]), "")
-    names = [str(h.path).removeprefix(folder) for h in headers]  # files of two folders often share their own
+    names = [_slice_name(h.stored, folder) for h in headers]
     _refuse_mixed(headers, names)
     first = headers[0]
     for h in headers:
@@ -247,6 +247,11 @@ def _series(headers: Sequence[Header]) -> Series:
         origin=grid.origin,
         direction=grid.direction,
     )
+
+
+def _slice_name(stored: Stored, folder: str) -> str:
+    name = str(stored.path).removeprefix(folder)  # not the file's own, which files of two folders often share
+    return name if stored.frame is None else f"{name} frame {stored.frame + 1}"
 
 
 def _refuse_mixed(headers: Sequence[Header], names: Sequence[str]) -> None:

@@ -29,8 +29,8 @@ _PREAMBLE = 132
 _EXPLICIT, _IMPLICIT, _LENGTH = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
 _SHORT, _LONG = frozenset(EXPLICIT_VR_LENGTH_16), frozenset(EXPLICIT_VR_LENGTH_32)
 _UNDEFINED = 0xFFFFFFFF
-_NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
-_WALKED = {*_NATIVE, *(syntax for syntax in uid.AllTransferSyntaxes if syntax.is_encapsulated)}
+NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
+_WALKED = {*NATIVE, *(syntax for syntax in uid.AllTransferSyntaxes if syntax.is_encapsulated)}
 _META, _DELIMITERS = 0x0002, 0xFFFE  # groups
 _STORAGE_CLASS, _SYNTAX = 0x00020002, 0x00020010
 _CHARACTER_SET, _SIGN, _PIXELS = 0x00080005, 0x00280103, 0x7FE00010
@@ -101,7 +101,7 @@ def _head(head: bytes, wanted: Set[int]) -> Head:
         raise _Irregular  # the meta header is wrong about it
     *others, (_, _, start, length) = _wanted_elements(head, at, not implicit, wanted)
     found = {tag: _raw(head, vr, at + start, length) for tag, vr, start, length in others}
-    native = syntax in _NATIVE and length != _UNDEFINED
+    native = syntax in NATIVE and length != _UNDEFINED
     storage_class = meta.get(_STORAGE_CLASS, b"").rstrip(b"\0 ").decode("ascii", "replace")
     return Head(
         found,

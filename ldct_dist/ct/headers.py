@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom import Dataset
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from ldct_dist.ct.bounds import Bounded
-from ldct_dist.ct.elements import HEAD, Head, Raw, read_head
+from ldct_dist.ct.elements import HEAD, NATIVE, Head, Raw, read_head
+from ldct_dist.ct.multiframe import MULTI_FRAME, read_multi_frame
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, as_numbers, as_text, pydicom_faults_as_user_errors, text
 from ldct_dist.errors import UserError
@@ -81,6 +83,7 @@ _KEYWORDS = [
 ]
 _TAGS = {keyword: int(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
 _WANTED = frozenset(_TAGS.values())
+_NO_TEXTS: dict[str, str | None] = dict.fromkeys(_KEYWORDS)
 _PLAIN = {
     "DS": re.compile(rb"[-+0-9.eE \\]*"),
     "IS": re.compile(rb" *[-+]?[0-9]+ *"),
@@ -95,8 +98,9 @@ _APPLE_DOUBLE = b"\0\5\x16\7"
 """the first bytes of the ._NAME that macOS writes beside each NAME on foreign file systems"""
 
 
-def read_header(path: Path) -> Header | None:
-    """The header of the DICOM file at `path`; None for anything else, a DICOMDIR included.
+def read_header(path: Path) -> list[Header]:
+    """The headers of the slices in the DICOM file at `path`: one, or one for each frame of an enhanced CT; none for
+    anything else, a DICOMDIR included.
 
     Raises UserError when the file calls itself DICOM, by its name or its first bytes, and cannot be read, is
     compressed or belongs to no series: passing over it could quietly shorten a series by its last slice.
@@ -107,24 +111,27 @@ def read_header(path: Path) -> Header | None:
             state = os.fstat(f.fileno())
         if not _looks_like_dicom(start):
             if start.startswith(_APPLE_DOUBLE):
-                return None
+                return []
             if path.suffix.lower() in _SUFFIXES:
                 raise UserError(f"{path}: named as DICOM but is not; copy it again or remove it")
             if path.suffix.lower() in _PACKED and Path(path.stem).suffix.lower() in _SUFFIXES:
                 raise UserError(f"{path}: compressed; unpack it, or remove it")
-            return None
+            return []
         head = read_head(start, _WANTED) or _head_by_pydicom(path)
         if head.storage_class == MediaStorageDirectoryStorage:
-            return None
-        return _header(path, state, head)
+            return []
+        texts = _texts(head)
+        if texts["SOPClassUID"] in MULTI_FRAME:
+            return _headers_of_frames(path, state, head.syntax)
+        return [_header(path, state, texts, head.syntax, head.pixels)]
 
 
-def read_headers(paths: Iterable[Path]) -> list[Header | UserError | None]:
-    """`read_header` of each path; an UnknownSeries where it raised UserError."""
-    outcomes: list[Header | UserError | None] = []
+def read_headers(paths: Iterable[Path]) -> list[Header | UserError]:
+    """The outcome of `read_header` for each path; an UnknownSeries where it raised UserError."""
+    outcomes: list[Header | UserError] = []
     for path in paths:
         try:
-            outcomes.append(read_header(path))
+            outcomes += read_header(path)
         except UserError as e:
             outcomes.append(UnknownSeries(*e.args))
     return outcomes
@@ -181,9 +188,30 @@ _kept_text = lru_cache(1 << 13)(_text)
 """Most values are the same in all slices of a series, and pydicom's conversion takes long."""
 
 
-def _header(path: Path, state: os.stat_result, head: Head) -> Header:
-    texts = _texts(head)
+def _headers_of_frames(path: Path, state: os.stat_result, syntax: str) -> list[Header]:
+    whole = read_multi_frame(path, state.st_mtime_ns)
+    shared = _texts_of(whole.shared)
+    native = whole.length if syntax in NATIVE else None
+    headers = []
+    for i, own in enumerate(whole.own):
+        pixels = None if native is None else (whole.start + i * native, native)
+        headers.append(_header(path, state, _NO_TEXTS | shared | _texts_of(own), syntax, pixels, i))
+    return headers
 
+
+def _texts_of(ds: Dataset) -> dict[str, str | None]:
+    """The texts of those of _KEYWORDS that `ds` has."""
+    return {keyword: text(ds, keyword) for keyword, tag in _TAGS.items() if tag in ds}
+
+
+def _header(
+    path: Path,
+    state: os.stat_result,
+    texts: dict[str, str | None],
+    syntax: str,
+    pixels: tuple[int, int] | None,
+    frame: int | None = None,
+) -> Header:
     def number(keyword: str) -> float | None:
         return as_number(texts[keyword])
 
@@ -194,13 +222,13 @@ def _header(path: Path, state: os.stat_result, head: Head) -> Header:
         )
     matrix = _matrix(number("Rows") or 0.0, number("Columns") or 0.0)
     form = _form(
-        *(head.syntax, matrix, texts["BitsAllocated"], texts["BitsStored"], texts["HighBit"]),
+        *(syntax, matrix, texts["BitsAllocated"], texts["BitsStored"], texts["HighBit"]),
         *(texts["PixelRepresentation"], texts["SamplesPerPixel"], texts["PhotometricInterpretation"]),
         *(texts["PixelPaddingValue"], texts["PixelPaddingRangeLimit"]),
         *(number("RescaleSlope"), number("RescaleIntercept")),
     )
     return Header(
-        stored=Stored(path, state.st_size, state.st_mtime_ns, head.pixels, form),
+        stored=Stored(path, state.st_size, state.st_mtime_ns, pixels, form, frame),
         series_uid=series_uid,
         instance_uid=texts["SOPInstanceUID"],
         sop_class=texts["SOPClassUID"],

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pydicom.uid import CTImageStorage, UID_dictionary
 
 from ldct_dist.ct.headers import Header
+from ldct_dist.ct.multiframe import MULTI_FRAME
 from ldct_dist.ct.pixels import rescale
 from ldct_dist.errors import UserError
 
 _IMAGE_TYPES = {
     "LOCALIZER": "a localizer (scout view)",
-    "MIP|MINIP|MIN_IP": "a maximum or minimum intensity projection",
+    "MIP|MINIP|MAX_IP|MIN_IP|MAXIMUM|MINIMUM": "a maximum or minimum intensity projection",
+    "(VOLUME|SURFACE)_RENDER|CURVED_MPR": "a rendering or a curved reformat",
+    "SUBTRACTION|DIVISION|MULTIPLICATION|STD_DEVIATION|MTT|TTP|RCB[FV]|[TZ]_(TEST|SCORE)": "calculated from images",
     "MAT(ERIAL)?_(SPECIFIC|FRACTION(AL)?)|EFF_ATOMIC_NUM|ELECTRON_DENSITY": "a map of a material, not of HU",
 }
 """Words in ImageType, such as the MIP of "CT_SOM5 MIP", and what such an image is. For multi-energy CT: DICOM PS3.3
@@ -36,9 +39,9 @@ def refuse_other_than_ct(headers: Sequence[Header]) -> None:
     for h in headers:
         if h.modality is None:
             raise UserError(f"{h.path.name}: not CT (Modality missing); export the original CT images")
-        if (h.frames or 1) > 1 or "Enhanced" in _sop_class_name(h):
+        if (h.frames or 1) > 1:
             raise UserError(
-                "enhanced (multi-frame) CT is not supported; convert it to one file a slice, for example by emf2sf of dcm4che"
+                f"{h.path.name}: several frames in what says it is a single one; export the original CT images"
             )
         if h.tilt and abs(h.tilt) > 0.1:
             raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
@@ -49,10 +52,10 @@ def refuse_other_than_ct(headers: Sequence[Header]) -> None:
 
 
 def _other_nature(header: Header) -> str | None:
-    """What the file is instead of a CT slice; None if it is one, or a multi-frame CT."""
+    """What the file is instead of a CT slice; None if it is one."""
     if header.modality not in ("CT", None):
         return f"not CT (Modality {header.modality}); correct its header if it should be"
-    if header.sop_class != CTImageStorage and "Enhanced" not in _sop_class_name(header):
+    if header.sop_class not in (CTImageStorage, *MULTI_FRAME):
         return f"{header.path.name} is no CT image ({_sop_class_name(header)}); export the original CT images"
     if header.rescale_type not in (None, "HU"):
         return f"RescaleType {header.rescale_type}: its values are not HU; give the HU reconstruction"

@@ -19,6 +19,7 @@ from pydicom.pixels import pixel_array
 
 from ldct_dist.ct.bounds import refuse_bloated
 from ldct_dist.ct.codestream import refuse_unlike
+from ldct_dist.ct.multiframe import read_multi_frame
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.volume import AIR_HU
@@ -80,10 +81,12 @@ class Meaning:
 class Slice:
     """One slice: the values stored in the file at `path`, and what they mean.
 
-    patterns: (y, x) uint16, the bits as stored. lossy: whether the file's compression may have changed values.
+    frame: as in Stored. patterns: (y, x) uint16, the bits as stored. lossy: whether the file's compression may have
+    changed values.
     """
 
     path: Path
+    frame: int | None
     patterns: np.ndarray
     meaning: Meaning
     lossy: bool
@@ -119,14 +122,17 @@ def read_slice(stored: Stored) -> Slice:
         raise UserError(f"{path}: {e}") from e
     with pydicom_faults_as_user_errors(path):
         patterns = _decoded(stored) if stored.pixels is None else _native(stored, *stored.pixels)
-    slice_ = Slice(path, patterns, meaning, form.syntax in _LOSSY)
+    slice_ = Slice(path, stored.frame, patterns, meaning, form.syntax in _LOSSY)
     _refuse_unsound(slice_)
     return slice_
 
 
-def read_dataset(path: Path) -> Dataset:
-    """The whole dataset of the file at `path`. Raises UserError if it is not DICOM."""
+def read_dataset(stored: Stored) -> Dataset:
+    """The whole dataset of the slice at `stored`. Raises UserError if it cannot be read as DICOM."""
+    path = stored.path
     with pydicom_faults_as_user_errors(path):
+        if stored.frame is not None:
+            return read_multi_frame(path, stored.changed).frame(stored.frame)
         ds = pydicom.dcmread(path, force=True)
         if "TransferSyntaxUID" not in ds.file_meta:  # a file without preamble and meta header
             implicit, little = ds.original_encoding
@@ -223,7 +229,7 @@ def _decoded(stored: Stored) -> np.ndarray:
     path, (rows, columns) = stored.path, stored.form.matrix or (0, 0)
     _refuse_changed(stored, path.stat())
     refuse_bloated(path, stored.size, 2 * rows * columns)
-    ds = read_dataset(path)
+    ds = read_dataset(stored)
     if "PixelData" not in ds:
         raise UserError(f"{path}: no pixel data, or truncated; export the file again")
     syntax = ds.file_meta.TransferSyntaxUID

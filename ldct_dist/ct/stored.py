@@ -30,7 +30,7 @@ class Stored(NamedTuple):
     """Where the pixels of a slice are, so that they can be read without parsing its header again.
 
     size, changed: the file's, in bytes and ns, when its header was read. pixels: offset and length in bytes of native
-    little-endian ones; None if pydicom has to find or decode them.
+    little-endian ones; None if pydicom has to find or decode them. frame: which one, counted from 0, of a multi-frame file.
     """
 
     path: Path
@@ -38,3 +38,4 @@ class Stored(NamedTuple):
     changed: int
     pixels: tuple[int, int] | None
     form: PixelForm
+    frame: int | None = None

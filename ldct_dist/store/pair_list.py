@@ -15,7 +15,7 @@ from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.store.pairing import Pair, Refusal
 
-FORMAT = 1
+FORMAT = 2
 
 Found = tuple[list[Pair], list[Refusal]]
 What = dict[str, Any]
@@ -71,10 +71,10 @@ def _series_to_plain(series: Series) -> dict[str, Any]:
     folders: dict[str, int] = {}
     forms: dict[PixelForm, int] = {}
     slices = []
-    for path, size, changed, pixels, form in series.slices:
+    for path, size, changed, pixels, form, frame in series.slices:
         folder, name = os.path.split(path)
         in_folder, in_form = folders.setdefault(folder, len(folders)), forms.setdefault(form, len(forms))
-        slices.append((in_folder, name, size, changed, pixels, in_form))
+        slices.append((in_folder, name, size, changed, pixels, in_form, frame))
     shared = {"folders": list(folders), "forms": list(forms)}
     return vars(series) | shared | {"slices": slices, "acquisition": vars(series.acquisition)}
 
@@ -83,8 +83,8 @@ def _series_from_plain(plain: dict[str, Any]) -> Series:
     folders = [Path(folder) for folder in plain.pop("folders")]
     forms = [PixelForm(*map(_as_tuple, form)) for form in plain.pop("forms")]
     slices = [
-        Stored(folders[in_folder] / name, size, changed, _as_tuple(pixels), forms[in_form])
-        for in_folder, name, size, changed, pixels, in_form in plain.pop("slices")
+        Stored(folders[in_folder] / name, size, changed, _as_tuple(pixels), forms[in_form], frame)
+        for in_folder, name, size, changed, pixels, in_form, frame in plain.pop("slices")
     ]
     acquisition = Acquisition(**plain.pop("acquisition"))
     rest = {name: _as_tuple(value) for name, value in plain.items()}

@@ -103,7 +103,7 @@ def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tup
 
 
 def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[list[Pair], list[Refusal]]:
-    def read(paths: Sequence[Path]) -> Iterable[Header | UserError | None]:
+    def read(paths: Sequence[Path]) -> Iterable[Header | UserError]:
         batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
         return chain.from_iterable(share_out(read_headers, batches))
 

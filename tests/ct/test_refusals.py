@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.tag import Tag
 from pydicom.uid import (
-    EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLossless,
@@ -46,8 +45,7 @@ TAGS = {
     "MR": ({"Modality": "MR", "SOPClassUID": MRImageStorage}, "not CT (Modality MR)"),
     "no modality": ({"Modality": None}, "not CT (Modality missing)"),
     "screen capture": ({"SOPClassUID": SecondaryCaptureImageStorage}, "no CT image"),
-    "enhanced": ({"SOPClassUID": EnhancedCTImageStorage}, "emf2sf"),
-    "multi-frame": ({"NumberOfFrames": 2}, "multi-frame"),
+    "multi-frame": ({"NumberOfFrames": 2}, "several frames in what says it is a single one"),
     "localizer": ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
     "MIP": ({"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 MIP"]}, "maximum or minimum intensity"),
     "MinIP": (
