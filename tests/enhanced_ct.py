@@ -29,12 +29,13 @@ def write_enhanced(
     tags: dict[str, Any] | None = None,
     frame_tags: dict[str, Any] | None = None,
     number: int = 1,
+    source_mm: float = 570.0,
 ) -> Path:
     """Write the single-frame files `paths`, a frame each in that order, as the enhanced CT file `out`, in their syntax.
 
     offsets: the table of compressed frames: basic, extended or none. tags: set on the file after all else. frame_tags: set
     in the group CTImageFrameTypeSequence of every frame, but for KVP, which is added to each frame's X-ray details.
-    number: another one gives another SOP instance of the same series.
+    number: another one gives another SOP instance of the same series. source_mm: from source to isocentre.
     """
     slices = [dcmread(path) for path in paths]
     first, n = slices[0], len(slices)
@@ -57,7 +58,7 @@ def write_enhanced(
             FunctionalGroupPointer=0x00209111,
         )
     ]
-    whole.SharedFunctionalGroupsSequence = [_shared(first)]
+    whole.SharedFunctionalGroupsSequence = [_shared(first, source_mm)]
     frame_tags = frame_tags or {}
     whole.PerFrameFunctionalGroupsSequence = [_own(ds, i, n, frame_tags) for i, ds in enumerate(slices)]
     syntax = first.file_meta.TransferSyntaxUID
@@ -94,7 +95,7 @@ def _dataset(**elements: Any) -> Dataset:
     return ds
 
 
-def _shared(ds: Dataset) -> Dataset:
+def _shared(ds: Dataset, source_mm: float) -> Dataset:
     groups = {
         "PixelMeasuresSequence": _dataset(PixelSpacing=ds.PixelSpacing, SliceThickness=ds.SliceThickness),
         "PlaneOrientationSequence": _dataset(ImageOrientationPatient=ds.ImageOrientationPatient),
@@ -105,7 +106,7 @@ def _shared(ds: Dataset) -> Dataset:
             RotationDirection="CW", RevolutionTime=0.5, GantryDetectorTilt=float(ds.GantryDetectorTilt)
         ),
         "CTGeometrySequence": _dataset(
-            DistanceSourceToDetector=1040.0, DistanceSourceToDataCollectionCenter=570.0
+            DistanceSourceToDetector=1040.0, DistanceSourceToDataCollectionCenter=source_mm
         ),
         "FrameAnatomySequence": _dataset(FrameLaterality="U"),
         "FrameVOILUTSequence": _dataset(WindowCenter=40.0, WindowWidth=400.0),

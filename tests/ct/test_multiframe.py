@@ -76,7 +76,9 @@ KINDS = {
         slopes=(1.0, 0.5, 2.0, 0.25, 4.0), intercepts=(-1024.0, 0.0, -1000.0, -8.0, -1024.0)
     ),
     "padding": Options(padding=(CORNER, -2000, True)),
-    "coronal": Options(orientation=(1, 0, 0, 0, 0, -1), tags={"ImagePositionPatient": lambda i: [0, 3 * i, 0]}),
+    "coronal": Options(
+        orientation=(1, 0, 0, 0, 0, -1), tags={"ImagePositionPatient": lambda i: [0, 3 * i, 0]}
+    ),
 }
 
 
@@ -156,7 +158,7 @@ def test_what_is_derived_is_one_file_a_slice(tmp_path):
         assert {k: found.get(k) for k in expected} == expected
         # each frame's own dose, scaled once
         assert (found["CTDIvol"], found["XRayTubeCurrent"]) == (2.0, round((200 + i) / 4))
-        assert not [k for k in found if "Frame" in k and k != "FrameOfReferenceUID" or "Dimension" in k]
+        assert not [k for k in found if ("Frame" in k and k != "FrameOfReferenceUID") or "Dimension" in k]
 
 
 def test_ends_of_a_dual_source_scan_are_said_where_both_agree(tmp_path):
@@ -250,12 +252,14 @@ def test_damage_ends_in_one_line_or_leaves_the_volume(tmp_path_factory, data, sy
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2, len(content) - 9]))])
+    path.write_bytes(
+        content[: data.draw(st.sampled_from([len(content), len(content) // 2, len(content) - 9]))]
+    )
     found, refused = find_series(folder)
-    assert len(found) + len(refused) <= 1
     for series in found:
         try:
             volume = read_series(series)
             write_derived(series, volume.hu, folder / "out", "as it was")
         except UserError as e:
-            assert "\n" not in str(e)
+            refused.append(e)
+    assert [e for e in refused if "\n" in str(e) or ";" not in str(e)] == []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 
+from enhanced_ct import write_enhanced
 from ldct_dist.ct.dicom import one_series
 from ldct_dist.ct.dose import simulate_low_dose
 from ldct_dist.ct.dose_config import DoseConfig, seed_of
@@ -71,6 +72,22 @@ def test_the_measured_noise_is_that_of_the_full_dose(tmp_path, out, threads):
     write_series(tmp_path / "in", anatomy(0, (6, 96, 96), noise=12.0), Options())
     ingest(tmp_path / "in", out, CONFIG)
     assert Store(out).cases[0].noise_hu == pytest.approx(12, rel=0.15)
+
+
+def test_an_enhanced_ct_becomes_the_case_that_its_slices_would_become(tmp_path, threads):
+    config = CONFIG.model_copy(update={"key": tmp_path / "key"})
+    for name in ("single", "whole"):
+        files = write_series(tmp_path / name, anatomy(), Options(patient="P"))
+        if name == "whole":
+            write_enhanced(files, tmp_path / name / "IM0", source_mm=0.0)  # single frames say none
+        report = ingest(tmp_path / name, tmp_path / f"{name}.zarr", config)
+    single, whole = (content(tmp_path / f"{name}.zarr") for name in ("single", "whole"))
+    records = {
+        "zarr.json",
+        "catalogue.parquet",
+        f"cases/{report.written[0]}/zarr.json",
+    }  # of files and their age
+    assert {place for place in single | whole if single.get(place) != whole.get(place)} == records
 
 
 def test_a_second_ingest_writes_nothing(source, out, threads):

@@ -54,6 +54,7 @@ slices = st.builds(
     st.integers(),
     st.none() | st.tuples(st.integers(), st.integers()),
     st.shared(forms) | forms,
+    st.none() | st.integers(),
 )
 all_series = st.builds(
     Series,

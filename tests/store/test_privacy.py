@@ -8,6 +8,7 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.datadict import DicomDictionary
 
+from enhanced_ct import write_enhanced
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
 from ldct_dist.store import privacy
@@ -75,22 +76,35 @@ GEOMETRY = ("RescaleType",)
 """Text that a reader must find as it is."""
 
 
-def test_no_text_element_of_any_kind_reaches_a_store(tmp_path, threads):
+def tell(ds: Dataset, name: str) -> int:
+    """Write `name` into every element that may hold free text, an item and a private element; how many there are."""
+    named = 0
+    for tag, (vr, _, _, retired, keyword) in DicomDictionary.items():
+        if vr in FREE_TEXT and keyword and keyword not in GEOMETRY and not retired and tag >> 16 > 2:
+            ds.add_new(tag, vr, name)
+            named += 1
+    item = Dataset()
+    item.PatientName = item.InstitutionName = name
+    ds.ReferencedPatientSequence = [item]
+    ds.private_block(0x0029, name, create=True).add_new(1, "UT", name)
+    return named
+
+
+@pytest.mark.parametrize("enhanced", [False, True], ids=["single frames", "multi-frame"])
+def test_no_text_element_of_any_kind_reaches_a_store(tmp_path, threads, enhanced):
     """Every element of DICOM that may hold free text holds the patient's name, and so do items and private ones."""
     source = tmp_path / "Zwiebel"
-    named = 0
-    for path in write_series(source, anatomy(), Options(patient="ZWIEBEL")):
+    files = write_series(source, anatomy(), Options(patient="ZWIEBEL"))
+    for path in [write_enhanced(files, source / "IM0")] if enhanced else files:
         ds = dcmread(path)
-        for tag, (vr, _, _, retired, keyword) in DicomDictionary.items():
-            if vr in FREE_TEXT and keyword and keyword not in GEOMETRY and not retired and tag >> 16 > 2:
-                ds.add_new(tag, vr, "Zwiebel")
-                named += 1
-        item = Dataset()
-        item.PatientName = item.InstitutionName = "Zwiebel"
-        ds.ReferencedPatientSequence = [item]
-        ds.private_block(0x0029, "Zwiebel", create=True).add_new(1, "UT", "Zwiebel")
+        assert tell(ds, "Zwiebel") > 600
+        for item in (
+            *ds.get("SharedFunctionalGroupsSequence", ()),
+            *ds.get("PerFrameFunctionalGroupsSequence", ()),
+        ):
+            for group in list(item):
+                tell(group.value[0], "Zwiebel")
         ds.save_as(path)
-    assert named > 3000
     report = ingest(source, tmp_path / "ct.zarr", CONFIG)
     assert len(report.written) == 1
     assert [p for p in (tmp_path / "ct.zarr").rglob("*") if p.is_file() and tells(p, "Zwiebel")] == []
