@@ -183,14 +183,16 @@ def _elements_of(groups: Dataset, whole: Dataset) -> Dataset:
     if frame_type := text(elements, "FrameType"):
         elements.ImageType = _image_type(frame_type, text(elements, "VolumeBasedCalculationTechnique"))
     for enhanced, single in _RENAMED.items():
-        _rename(elements, enhanced, single)
+        if (value := _renamed(elements, enhanced, single)) is not None:
+            setattr(elements, single, value)
     return _without_enhanced(elements)
 
 
 def _like(whole: Dataset) -> Dataset:
     """An empty dataset for elements of `whole` as they are in its file, which are converted when they are asked for."""
     empty = Dataset()
-    empty.set_original_encoding(*whole.original_encoding, whole.original_character_set)
+    implicit, little = whole.original_encoding
+    empty.set_original_encoding(implicit, little, whole.original_character_set)
     return empty
 
 
@@ -214,13 +216,17 @@ def _image_type(frame_type: str, technique: str | None) -> list[str]:
     return [first, second, "LOCALIZER" if flavour == "LOCALIZER" else "AXIAL", *said]
 
 
-def _rename(elements: Dataset, enhanced: str, single: str) -> None:
-    value: str | int | None = text(elements, enhanced)
-    if (vr := dictionary_VR(single)) in ("IS", "DS"):
-        found = number(elements, enhanced) or 0.0
-        value = round(found) if vr == "IS" else found and format_number_as_ds(found)
-    if value:  # whole numbers have no room for a small exposure, which is then not said to be 0
-        setattr(elements, single, value)
+def _renamed(elements: Dataset, enhanced: str, single: str) -> str | int | None:
+    """The value of the element `enhanced` as that of `single`; None if there is none, or if it is 0.
+
+    Whole numbers have no room for a small exposure, which is not to be said to be 0.
+    """
+    value, vr = number(elements, enhanced) or 0.0, dictionary_VR(single)
+    if vr == "IS":
+        return round(value) or None
+    if vr == "DS":
+        return format_number_as_ds(value) if value else None
+    return text(elements, enhanced)
 
 
 def _without_enhanced(elements: Dataset) -> Dataset:
