@@ -84,6 +84,7 @@ def test_weights_lead_to_no_code_but_what_is_installed(tmp_path, monkeypatch):
         (CLASS + INIT + "torch.ones(1).item()\n", "net cannot be made with them: .*meta"),
         (HEAD + "def Net(): return 3\n", "gives int, and no torch.nn.Module"),
         (HEAD + "def Net(): return nn.Conv3d(2, 1, 3, padding=1)\n", "its radius is None"),
+        (HEAD + "def Net(): return torch.compile(nn.Conv3d(2, 1, 3))\n", "is compiled already"),
         (CLASS.replace("(1, 1, 1)\n", "2\n"), "its stride is 2; it has to be a tuple"),
         (CLASS, "it has no weights"),
         (CLASS + INIT + "self.n = nn.BatchNorm3d(2)\n", "n.running_mean is a tensor that nothing saves"),
