@@ -51,28 +51,28 @@ def summary(study: Study, protocol: str, words: str) -> Table:
 
 def tests(study: Study, protocol: str) -> Table:
     found = [(measure, t) for measure, pairs in results.tests(study, protocol).items() for t in pairs]
-    rows = [
-        [
-            Cell(f"{t.a} − {t.b}", f"{t.a} {t.b}"),
-            Cell(LABELS[measure], measure),
-            _estimate(t.difference, _DIGITS[measure], sign=True),
-            _p(t.p),
-            _p(t.p_holm),
-            Cell(str(t.difference.n), t.difference.n),
-        ]
-        for measure, t in found
-    ]
     caption = f"{protocol}: {_means(t.difference for _, t in found)}."
     most = max((t for _, t in found), key=lambda t: t.difference.n, default=None)
-    if most is None or most.least_p is None:
-        caption += " Tests need two patients or more."
-    else:
+    if tested := most is not None and most.least_p is not None:
         caption += (
             " Paired Wilcoxon tests over patients, Holm-corrected for all pairs of a measure. "
             f"With {most.difference.n} patients, p is at least {most.least_p:.2g}, and at least "
             f"{most.least_p_holm:.2g} when corrected."
         )
-    return Table(caption, ["pair", "measure", "mean difference", "p", "p, corrected", "patients"], rows)
+    else:
+        caption += " Tests need two patients or more."
+    rows = [
+        [
+            Cell(f"{t.a} − {t.b}", f"{t.a} {t.b}"),
+            Cell(LABELS[measure], measure),
+            _estimate(t.difference, _DIGITS[measure], sign=True),
+            *((_p(t.p), _p(t.p_holm)) if tested else ()),
+            Cell(str(t.difference.n), t.difference.n),
+        ]
+        for measure, t in found
+    ]
+    columns = ["pair", "measure", "mean difference", *(("p", "p, corrected") if tested else ()), "patients"]
+    return Table(caption, columns, rows)
 
 
 def bias(study: Study) -> Table:

@@ -265,6 +265,7 @@ def test_equal_images_have_no_psnr_and_the_page_says_so(equal_images, tmp_path):
     assert "nothing to note" in page
     assert "padding counted. Of one patient, so without intervals." in page
     assert "Wilcoxon" not in page
+    assert "corrected" not in page
     assert "−0.0" not in page
     assert "inf" not in re.sub(r"<style>.*?</style>|<script.*?</script>", "", page, flags=re.S).lower()
 
