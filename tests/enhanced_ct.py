@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ def write_enhanced(
     offsets: str = "basic",
     tags: dict[str, Any] | None = None,
     frame_tags: dict[str, Any] | None = None,
+    change: Callable[[Dataset], None] = lambda whole: None,
     number: int = 1,
     source_mm: float = 570.0,
 ) -> Path:
     """Write the single-frame files `paths`, a frame each in that order, as the enhanced CT file `out`, in their syntax.
 
-    offsets: the table of compressed frames: basic, extended or none. tags: set on the file after all else. frame_tags: set
+    offsets: the table of compressed frames: basic, extended or none. tags: set on the file after all else, and then `change` is made. frame_tags: set
     in the group CTImageFrameTypeSequence of every frame, but for KVP, which is added to each frame's X-ray details.
     number: another one gives another SOP instance of the same series. source_mm: from source to isocentre.
     """
@@ -77,6 +78,7 @@ def write_enhanced(
             delattr(whole, keyword)
         else:
             setattr(whole, keyword, value)
+    change(whole)
     whole.file_meta = first.file_meta
     whole.file_meta.MediaStorageSOPClassUID = whole.SOPClassUID
     whole.file_meta.MediaStorageSOPInstanceUID = whole.SOPInstanceUID

@@ -12,14 +12,18 @@ from ldct_dist.errors import UserError
 
 _START = b"\xff\x4f\xff\x51"  # of a JPEG 2000 codestream: its markers SOC and SIZ (ISO/IEC 15444-1 A.5.1)
 _SIZ = struct.Struct(">8x2I24xH")  # the right and lower ends of the reference grid, the number of components
+_SEGMENT = struct.Struct(">BBH")  # of a JPEG: 0xff, its marker, and the length of what follows the marker
+_FRAME = struct.Struct(">5xHHB")  # rows, columns, values a pixel
+_STARTS_OF_FRAME = (0xC0, 0xC1, 0xC3)  # SOF of baseline, extended and lossless ones
+_HUFFMAN_TABLES, _SCAN = 0xC4, 0xDA  # DHT, SOS
 
 
 def refuse_unlike(path: Path, frame: bytes, syntax: UID, matrix: tuple[int, int]) -> None:
     """Raises UserError where `frame`, compressed pixels of the file at `path`, is cut off or claims another size than
     `matrix`, (rows, columns). What a codec's parser raises on damaged bytes is passed on.
 
-    Decoders take memory for what a codestream claims, which in a damaged one may be all that the machine has. RLE claims
-    nothing, and GDCM itself compares what a JPEG claims.
+    Decoders take memory for what a codestream claims, which in a damaged one may be all that the machine has, and GDCM ends
+    the process if there is no Huffman table. RLE claims nothing.
     """
     # Codecs fill in what is missing, silently, but every stream of the JPEG family ends with the marker EOI or EOC.
     if syntax != RLELossless and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
@@ -33,9 +37,9 @@ def refuse_unlike(path: Path, frame: bytes, syntax: UID, matrix: tuple[int, int]
 
 
 def _claimed(frame: bytes, syntax: UID) -> tuple[int, int, int] | None:
-    """(rows, columns, values a pixel) that `frame` claims; None for a syntax whose decoder needs no such check.
+    """(rows, columns, values a pixel) that `frame` claims; None for RLE.
 
-    Raises ValueError or struct.error where there is no JPEG 2000 codestream.
+    Raises ValueError or struct.error where there is no such stream.
     """
     if syntax in JPEG2000TransferSyntaxes:
         start = frame.find(_START)  # 0, but for writers who put a JP2 header before it
@@ -46,4 +50,23 @@ def _claimed(frame: bytes, syntax: UID) -> tuple[int, int, int] | None:
     if syntax in JPEGLSTransferSyntaxes:
         header = _CharLS.read_header(frame)
         return header["height"], header["width"], header["components"]
-    return None
+    return None if syntax == RLELossless else _claimed_by_jpeg(frame)
+
+
+def _claimed_by_jpeg(frame: bytes) -> tuple[int, int, int]:
+    """From the marker segments before the scan, which follow each other (ISO/IEC 10918-1 B.1.1.4 and B.2)."""
+    found: dict[int, int] = {}
+    at = 2  # behind the marker SOI
+    while _SCAN not in found:
+        begin, marker, length = _SEGMENT.unpack_from(frame, at)
+        if begin != 0xFF:
+            raise ValueError("damaged JPEG stream")
+        if marker == 0xFF:  # fills up
+            at += 1
+            continue
+        found[marker] = at
+        at += 2 + length
+    start = next((found[marker] for marker in _STARTS_OF_FRAME if marker in found), None)
+    if start is None or _HUFFMAN_TABLES not in found:
+        raise ValueError("no JPEG stream as CT has")
+    return _FRAME.unpack_from(frame, start)

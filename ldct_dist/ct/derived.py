@@ -89,10 +89,14 @@ def write_derived(
         for left in left_unfinished(out):
             shutil.rmtree(left)  # of a start that was killed
         partial.mkdir(parents=True)
-        for name, (ds, source), slice_hu in zip(names, read_slices(series), hu, strict=True):
+        for i, (name, (ds, source), slice_hu) in enumerate(
+            zip(names, read_slices(series), hu, strict=True), start=1
+        ):
             instance_uid = derived_uid(series_uid, name)
             with pydicom_faults_as_user_errors(source.path):
                 derived = presentable(ds)
+                if source.frame is not None:  # frames have no number of their own
+                    derived.InstanceNumber = i
                 if dose != 1:
                     scale_dose(derived, dose)
                 mark_derived(derived, series_uid, instance_uid, description, label, source.frame)

@@ -20,6 +20,7 @@ from ldct_dist.ct.headers import Header, UnknownSeries, read_headers
 from ldct_dist.ct.nature import NotAVolume, refuse_other_than_ct
 from ldct_dist.ct.pixels import Slice, read_dataset, read_slice
 from ldct_dist.ct.stored import Stored
+from ldct_dist.ct.unity import refuse_incomplete, refuse_mixed
 from ldct_dist.ct.volume import Acquisition, Volume, is_axial
 from ldct_dist.errors import UserError
 
@@ -53,6 +54,12 @@ class Series:
         return tuple(stored.path for stored in self.slices)
 
     @property
+    def place(self) -> Path:
+        """The folder of its files; if all of it is in one file, that file."""
+        paths = set(self.paths)
+        return paths.pop() if len(paths) == 1 else self.paths[0].parent
+
+    @property
     def name(self) -> str:
         """How errors call the series: its folder, description and UID."""
         return _name(self.paths, self.description, self.series_uid)
@@ -71,20 +78,22 @@ def find_series(
     read_headers: ReadHeaders = read_headers,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> tuple[list[Series], list[UserError]]:
-    """The usable CT series anywhere below `folder`, and one UserError for each series or file refused.
+    """The usable CT series anywhere below `folder`, or in that one file, and one UserError for each series or file refused.
 
     Only headers are read, by `read_headers` if that is given, such as in several processes. Files that are
     not DICOM are passed over, and so are hidden folders and those whose name `skip` knows. Both lists are in order of
     path.
-    Raises UserError if `folder` is no folder.
+    Raises UserError if `folder` is neither.
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):  # Path.is_dir would raise PermissionError
-        what = "a file" if os.path.exists(folder) else "no such folder, or it may not be read"
-        raise UserError(f"{folder}: {what}; give the folder that holds the DICOM files")
+    if not os.path.exists(folder):  # Path.exists would raise PermissionError
+        raise UserError(
+            f"{folder}: no such folder, or it may not be read; give the folder that holds the DICOM files"
+        )
     groups: dict[str, list[Header]] = {}
     refused: list[UserError] = []
-    for outcome in read_headers(list(_files_below(folder, refused.append, skip))):
+    paths = list(_files_below(folder, refused.append, skip)) if os.path.isdir(folder) else [folder]
+    for outcome in read_headers(paths):
         if isinstance(outcome, UserError):
             refused.append(outcome)
         else:
@@ -219,8 +228,10 @@ def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> st
 def _series(headers: Sequence[Header]) -> Series:
     refuse_other_than_ct(headers)
     folder = os.path.join(os.path.commonpath([h.path.parent for h in headers]), "")
-    names = [_slice_name(h.stored, folder) for h in headers]
-    _refuse_mixed(headers, names)
+    # Not the files' own names, which files of two folders often share.
+    names = [h.stored.called(str(h.path).removeprefix(folder)) for h in headers]
+    refuse_incomplete(headers)
+    refuse_mixed(headers, names)
     first = headers[0]
     for h in headers:
         _required(h.instance_uid, "SOPInstanceUID", h)  # which a series derived from this one refers to
@@ -249,41 +260,9 @@ def _series(headers: Sequence[Header]) -> Series:
     )
 
 
-def _slice_name(stored: Stored, folder: str) -> str:
-    name = str(stored.path).removeprefix(folder)  # not the file's own, which files of two folders often share
-    return name if stored.frame is None else f"{name} frame {stored.frame + 1}"
-
-
-def _refuse_mixed(headers: Sequence[Header], names: Sequence[str]) -> None:
-    """The error names files, not values: lines like these end up in shared logs, and patients must not."""
-    first = headers[0]
-    for h, name in zip(headers, names, strict=True):
-        for what, a, b in (
-            ("patients", first.patient_id, h.patient_id),
-            ("studies", first.study_uid, h.study_uid),
-            ("frames of reference", first.frame_of_reference, h.frame_of_reference),
-            ("matrix sizes", first.matrix, h.matrix),
-            ("pixel spacings", first.pixel_spacing, h.pixel_spacing),
-            ("orientations", first.orientation, h.orientation),
-            ("kernels", first.kernel, h.kernel),  # two reconstructions, or energies, slice by slice in turn
-            ("tube voltages", first.kvp, h.kvp),
-        ):
-            if a != b and not _rounding(a, b):
-                raise UserError(
-                    f"mixed {what}: {names[0]} and {name} differ; separate them into series of their own"
-                )
-
-
-def _rounding(a: object, b: object) -> bool:
-    """Whether two tuples of mm or direction cosines differ only by rounding of their last digits."""
-    if not (isinstance(a, tuple) and isinstance(b, tuple)):
-        return False
-    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < 5e-4
-
-
 def _required(value: T | None, keyword: str, header: Header) -> T:
     if value is None:
-        raise UserError(f"no usable {keyword} in {header.path.name}; export the original CT images")
+        raise UserError(f"no usable {keyword} in {header.name}; export the original CT images")
     return value
 
 

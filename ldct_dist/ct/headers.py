@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from pydicom.uid import MediaStorageDirectoryStorage
 
 from ldct_dist.ct.bounds import Bounded
 from ldct_dist.ct.elements import HEAD, NATIVE, Head, Raw, read_head
-from ldct_dist.ct.multiframe import MULTI_FRAME, read_multi_frame
+from ldct_dist.ct.functional_groups import EXACT
+from ldct_dist.ct.multiframe import MULTI_FRAME, Part, read_multi_frame
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, as_numbers, as_text, pydicom_faults_as_user_errors, text
 from ldct_dist.errors import UserError
@@ -35,7 +36,10 @@ class UnknownSeries(UserError):
 
 @dataclass(frozen=True)
 class Header:
-    """What one slice says of itself. None: absent, unreadable or not finite. Lengths in mm."""
+    """What one slice says of itself. None: absent, unreadable or not finite. Lengths in mm.
+
+    stack, part: of a frame of a multi-frame file, which stack of frames it is in, and which part of a larger whole its file.
+    """
 
     stored: Stored
     series_uid: str
@@ -64,10 +68,17 @@ class Header:
     slope: float | None
     intercept: float | None
     rescale_type: str | None
+    stack: str | None = None
+    part: Part | None = None
 
     @property
     def path(self) -> Path:
         return self.stored.path
+
+    @property
+    def name(self) -> str:
+        """How errors call it, beside the name of its series."""
+        return self.stored.called(self.path.name)
 
 
 _KEYWORDS = [
@@ -92,7 +103,7 @@ _PLAIN = {
 """by VR, values whose text is the same as what pydicom's conversion, which takes long, would give"""
 _LONGEST = 1024  # bytes up to which a converted value is cached for the next slice
 
-_SUFFIXES = (".dcm", ".dicom", ".ima")
+SUFFIXES = (".dcm", ".dicom", ".ima")
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _APPLE_DOUBLE = b"\0\5\x16\7"
 """the first bytes of the ._NAME that macOS writes beside each NAME on foreign file systems"""
@@ -112,9 +123,9 @@ def read_header(path: Path) -> list[Header]:
         if not _looks_like_dicom(start):
             if start.startswith(_APPLE_DOUBLE):
                 return []
-            if path.suffix.lower() in _SUFFIXES:
+            if path.suffix.lower() in SUFFIXES:
                 raise UserError(f"{path}: named as DICOM but is not; copy it again or remove it")
-            if path.suffix.lower() in _PACKED and Path(path.stem).suffix.lower() in _SUFFIXES:
+            if path.suffix.lower() in _PACKED and Path(path.stem).suffix.lower() in SUFFIXES:
                 raise UserError(f"{path}: compressed; unpack it, or remove it")
             return []
         head = read_head(start, _WANTED) or _head_by_pydicom(path)
@@ -191,17 +202,18 @@ _kept_text = lru_cache(1 << 13)(_text)
 def _headers_of_frames(path: Path, state: os.stat_result, syntax: str) -> list[Header]:
     whole = read_multi_frame(path, state.st_mtime_ns)
     shared = _texts_of(whole.shared)
-    native = whole.length if syntax in NATIVE else None
     headers = []
-    for i, own in enumerate(whole.own):
-        pixels = None if native is None else (whole.start + i * native, native)
-        headers.append(_header(path, state, _NO_TEXTS | shared | _texts_of(own), syntax, pixels, i))
+    for i, (own, spans) in enumerate(zip(whole.own, whole.spans, strict=True)):
+        pixels = spans[0] if syntax in NATIVE else None
+        header = _header(path, state, _NO_TEXTS | shared | _texts_of(own), syntax, pixels, i)
+        headers.append(replace(header, stack=whole.stacks[i], part=whole.part))
     return headers
 
 
 def _texts_of(ds: Dataset) -> dict[str, str | None]:
     """The texts of those of _KEYWORDS that `ds` has."""
-    return {keyword: text(ds, keyword) for keyword, tag in _TAGS.items() if tag in ds}
+    texts = {keyword: text(ds, keyword) for keyword, tag in _TAGS.items() if tag in ds}
+    return texts | {whole: text(ds, exact) for exact, whole in EXACT.items() if exact in ds}
 
 
 def _header(

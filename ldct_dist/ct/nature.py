@@ -15,7 +15,7 @@ from ldct_dist.errors import UserError
 _IMAGE_TYPES = {
     "LOCALIZER": "a localizer (scout view)",
     "MIP|MINIP|MAX_IP|MIN_IP|MAXIMUM|MINIMUM": "a maximum or minimum intensity projection",
-    "(VOLUME|SURFACE)_RENDER|CURVED_MPR": "a rendering or a curved reformat",
+    "(VOLUME|SURFACE)_RENDER|CURVED_MPR|DISTORTED": "a rendering or a curved reformat",
     "SUBTRACTION|DIVISION|MULTIPLICATION|STD_DEVIATION|MTT|TTP|RCB[FV]|[TZ]_(TEST|SCORE)": "calculated from images",
     "MAT(ERIAL)?_(SPECIFIC|FRACTION(AL)?)|EFF_ATOMIC_NUM|ELECTRON_DENSITY": "a map of a material, not of HU",
 }
@@ -38,17 +38,17 @@ def refuse_other_than_ct(headers: Sequence[Header]) -> None:
         raise (NotAVolume if len(others) == len(headers) else UserError)(others[0])
     for h in headers:
         if h.modality is None:
-            raise UserError(f"{h.path.name}: not CT (Modality missing); export the original CT images")
+            raise UserError(f"{h.name}: not CT (Modality missing); export the original CT images")
         if (h.frames or 1) > 1:
             raise UserError(
-                f"{h.path.name}: several frames in what says it is a single one; export the original CT images"
+                f"{h.name}: several frames in what says it is a single one; export the original CT images"
             )
         if h.tilt and abs(h.tilt) > 0.1:
             raise UserError(f"gantry tilt of {h.tilt:g} degrees; give a reconstruction without tilt")
         try:
             rescale(h.slope, h.intercept)
         except UserError as e:
-            raise UserError(f"{h.path.name}: {e}") from e
+            raise UserError(f"{h.name}: {e}") from e
 
 
 def _other_nature(header: Header) -> str | None:
@@ -56,12 +56,12 @@ def _other_nature(header: Header) -> str | None:
     if header.modality not in ("CT", None):
         return f"not CT (Modality {header.modality}); correct its header if it should be"
     if header.sop_class not in (CTImageStorage, *MULTI_FRAME):
-        return f"{header.path.name} is no CT image ({_sop_class_name(header)}); export the original CT images"
+        return f"{header.name} is no CT image ({_sop_class_name(header)}); export the original CT images"
     if header.rescale_type not in (None, "HU"):
         return f"RescaleType {header.rescale_type}: its values are not HU; give the HU reconstruction"
     for pattern, nature in _IMAGE_TYPES.items():
         if re.search(rf"(?<![A-Z])({pattern})(?![A-Z])", (header.image_type or "").upper()):
-            return f"{header.path.name} is {nature}; give the axial slices alone"
+            return f"{header.name} is {nature}; give the axial slices alone"
     return None
 
 

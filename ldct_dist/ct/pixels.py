@@ -19,7 +19,7 @@ from pydicom.pixels import pixel_array
 
 from ldct_dist.ct.bounds import refuse_bloated
 from ldct_dist.ct.codestream import refuse_unlike
-from ldct_dist.ct.multiframe import read_multi_frame
+from ldct_dist.ct.multiframe import ensure_syntax, read_multi_frame
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.volume import AIR_HU
@@ -134,10 +134,7 @@ def read_dataset(stored: Stored) -> Dataset:
         if stored.frame is not None:
             return read_multi_frame(path, stored.changed).frame(stored.frame)
         ds = pydicom.dcmread(path, force=True)
-        if "TransferSyntaxUID" not in ds.file_meta:  # a file without preamble and meta header
-            implicit, little = ds.original_encoding
-            explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
-            ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+        ensure_syntax(ds)
     return ds
 
 
@@ -233,6 +230,8 @@ def _decoded(stored: Stored) -> np.ndarray:
     if "PixelData" not in ds:
         raise UserError(f"{path}: no pixel data, or truncated; export the file again")
     syntax = ds.file_meta.TransferSyntaxUID
+    if ds["PixelData"].is_undefined_length and not syntax.is_encapsulated:
+        raise UserError(f"{path}: its pixel data is not what its transfer syntax says; export the file again")
     if syntax.is_encapsulated:
         refuse_unlike(path, get_frame(ds.PixelData, 0, number_of_frames=1), syntax, (rows, columns))
     else:

@@ -39,3 +39,7 @@ class Stored(NamedTuple):
     pixels: tuple[int, int] | None
     form: PixelForm
     frame: int | None = None
+
+    def called(self, name: str) -> str:
+        """How errors call the slice, its file being called `name`."""
+        return name if self.frame is None else f"{name} frame {self.frame + 1}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ldct_dist.ct.dicom import Series
+from ldct_dist.ct.headers import SUFFIXES
 
 _MAYO = re.compile(r"(full|quarter)[ _-]?(dose|\d+mm)([ _-](\d+mm|sharp))*", re.IGNORECASE)
 
@@ -17,8 +18,9 @@ Place = tuple[Literal["full", "low"], str]
 
 def mayo_place(series: Series) -> Place | None:
     """full_1mm/L067, quarter_3mm_sharp/L067 or quarter_dose/L067, with anything above and below; or
-    L067/full_1mm."""
-    parts = series.paths[0].parent.absolute().parts
+    L067/full_1mm. The last of these may be a file that holds all of the series."""
+    place = series.place.absolute()
+    parts = (place.with_suffix("") if place.suffix.lower() in SUFFIXES else place).parts
     for i, part in enumerate(parts):
         if match := _MAYO.fullmatch(part):
             patient = parts[i + 1] if i + 1 < len(parts) else parts[i - 1]

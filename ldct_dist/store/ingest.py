@@ -181,7 +181,7 @@ def _make(
         if refusal is None:
             report.written.append(done.name)
         else:
-            report.rejected.append(Refusal(done.pair.name or str(done.pair.full.paths[0].parent), refusal))
+            report.rejected.append(Refusal(done.pair.name or str(done.pair.full.place), refusal))
         progress(done.name)
     return report
 

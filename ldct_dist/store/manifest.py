@@ -19,8 +19,8 @@ _WORD = re.compile(rf"(?!zarr\.json$){WORD}", re.IGNORECASE)  # zarr.json is Zar
 
 @dataclass(frozen=True)
 class Row:
-    """One case to be. full, low: folders, of one series or of several to choose from; low: None, to be
-    simulated. dose: of `low`, as a fraction of the full dose; None, like split, where the CSV is silent."""
+    """One case to be. full, low: folders, of one series or of several to choose from, or files of enhanced CT; low: None, to
+    be simulated. dose: of `low`, as a fraction of the full dose; None, like split, where the CSV is silent."""
 
     where: str
     case: str

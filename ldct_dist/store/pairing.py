@@ -140,8 +140,8 @@ def _recognised(series: Sequence[Series], source: Path) -> str:
         if any(place and place[0] == "low" for place in places):
             return name
     for one in series:
-        if _SAYS_LOW.search(str(one.paths[0].parent.relative_to(source))):
-            raise UserError(_not_full(one, "its folder says low dose, but the layout is unknown"))
+        if _SAYS_LOW.search(str(one.place.relative_to(source))):
+            raise UserError(_not_full(one, "its folder or file says low dose, but the layout is unknown"))
         if one.is_own_output:
             raise UserError(_not_full(one, "made by ldct_dist, so not a full dose"))
     return "simulate"
@@ -246,7 +246,7 @@ def _only(series: Sequence[Series], what: str) -> Series:
 
 
 def _folder(series: Series) -> str:
-    return str(series.paths[0].parent)
+    return str(series.place)
 
 
 def _check_grids(pairs: Sequence[Pair], limits: PairCheckConfig) -> tuple[list[Pair], list[Refusal]]:

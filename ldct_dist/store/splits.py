@@ -99,7 +99,7 @@ def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:
             of.setdefault(whose, set()).add(split)
     leaking = [pair for pair in pairs if any(len(of[whose]) > 1 for whose in _whose(pair))]
     if leaking:
-        where = ", ".join(pair.name or str(pair.full.paths[0].parent) for pair in leaking[:6])
+        where = ", ".join(pair.name or str(pair.full.place) for pair in leaking[:6])
         raise UserError(
             f"{len(leaking)} cases of one patient or study would be in more than one split ({where}); "
             "give all cases of a patient one split"

@@ -50,6 +50,7 @@ CLAIMS = {
     "j2k": (JPEG2000Lossless, jpeg_2000, None),
     "htj2k": (JPEG2000Lossless, jpeg_2000, HTJ2KLossless),
     "jpeg-ls": (JPEGLSLossless, jpeg, None),
+    "jpeg-lossless": (JPEGLosslessSV1, jpeg, None),
     "jpeg-ls-near": (JPEGLSLossless, jpeg, JPEGLSNearLossless),
 }
 
@@ -70,12 +71,24 @@ def test_a_codestream_of_another_size_is_one_line_and_takes_no_memory(
         tracemalloc.stop()
 
 
-def test_gdcm_compares_the_size_of_a_jpeg_itself(tmp_path):
-    series = changed(tmp_path, JPEGLosslessSV1, jpeg(8192, 8192))
+@pytest.mark.parametrize("gone", [b"\xff\xc3", b"\xff\xc4", b"\xff\xda"], ids=["SOF", "DHT", "SOS"])
+@pytest.mark.parametrize("left", [b"\xbf", b"\xff\xe0"], ids=["no marker", "another"])
+def test_a_jpeg_without_what_its_decoder_needs(tmp_path, gone, left):
+    """GDCM would end the process, with all that it was working on."""
+    by = (left + gone[1:])[:2]
+    series = changed(tmp_path, JPEGLosslessSV1, lambda stream: stream.replace(gone, by, 1))
     with pytest.raises(
         UserError, match=r"slice-000\.dcm: not readable as DICOM .*; export it again or remove it$"
     ):
         read_series(series)
+
+
+def test_fill_bytes_before_a_marker_are_passed_over(tmp_path):
+    hu = read_series(changed(tmp_path / "as it was", JPEGLosslessSV1, lambda stream: stream)).hu
+    filled = changed(
+        tmp_path / "filled", JPEGLosslessSV1, lambda s: s.replace(b"\xff\xc4", b"\xff\xff\xc4", 1)
+    )
+    np.testing.assert_array_equal(read_series(filled).hu, hu)
 
 
 def test_colour_behind_a_grey_header_is_one_line(tmp_path):

@@ -238,8 +238,11 @@ def test_a_slice_without_a_uid_of_its_own(tmp_path):
 
 def test_a_file_in_place_of_a_folder_is_said(tmp_path):
     path, *_ = write_series(tmp_path, phantom())
-    with pytest.raises(UserError, match=r"slice-000\.dcm: a file; give the folder"):
-        find_series(path)
+    with pytest.raises(UserError, match=r"a single slice.* give the whole series"):
+        sound_series(path)
+    path.write_text("no DICOM")
+    with pytest.raises(UserError, match=r"slice-000\.dcm: named as DICOM but is not"):
+        sound_series(path)
     for name in ("nowhere", "n" * 300):  # at the second, the system refuses to look
         with pytest.raises(
             UserError, match=f"{name}: no such folder, or it may not be read; give the folder"
