@@ -13,7 +13,7 @@ from ldct_dist.errors import UserError
 _START = b"\xff\x4f\xff\x51"  # of a JPEG 2000 codestream: its markers SOC and SIZ (ISO/IEC 15444-1 A.5.1)
 _SIZ = struct.Struct(">8x2I24xH")  # the right and lower ends of the reference grid, the number of components
 _SEGMENT = struct.Struct(">BBH")  # of a JPEG: 0xff, its marker, and the length of what follows the marker
-_FRAME = struct.Struct(">5xHHB")  # rows, columns, values a pixel
+_FRAME = struct.Struct(">4xBHHB")  # bits a value, rows, columns, values a pixel
 _STARTS_OF_FRAME = (0xC0, 0xC1, 0xC3)  # SOF of baseline, extended and lossless ones
 _HUFFMAN_TABLES, _SCAN = 0xC4, 0xDA  # DHT, SOS
 
@@ -23,7 +23,7 @@ def refuse_unlike(path: Path, frame: bytes, syntax: UID, matrix: tuple[int, int]
     `matrix`, (rows, columns). What a codec's parser raises on damaged bytes is passed on.
 
     Decoders take memory for what a codestream claims, which in a damaged one may be all that the machine has, and GDCM ends
-    the process if there is no Huffman table. RLE claims nothing.
+    the process if there is no Huffman table, or a value of more than 16 bits. RLE claims nothing.
     """
     # Codecs fill in what is missing, silently, but every stream of the JPEG family ends with the marker EOI or EOC.
     if syntax != RLELossless and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
@@ -69,4 +69,8 @@ def _claimed_by_jpeg(frame: bytes) -> tuple[int, int, int]:
     start = next((found[marker] for marker in _STARTS_OF_FRAME if marker in found), None)
     if start is None or _HUFFMAN_TABLES not in found:
         raise ValueError("no JPEG stream as CT has")
-    return _FRAME.unpack_from(frame, start)
+    bits, *claimed = _FRAME.unpack_from(frame, start)
+    if bits > 16:
+        raise ValueError(f"JPEG stream of {bits} bits a value")
+    rows, columns, values = claimed
+    return rows, columns, values

@@ -83,6 +83,15 @@ def test_a_jpeg_without_what_its_decoder_needs(tmp_path, gone, left):
         read_series(series)
 
 
+def test_a_jpeg_of_more_bits_than_ct_has(tmp_path):
+    def bits_24(stream):
+        at = stream.find(b"\xff\xc3") + 4
+        return stream[:at] + b"\x18" + stream[at + 1 :]
+
+    with pytest.raises(UserError, match="JPEG stream of 24 bits a value"):
+        read_series(changed(tmp_path, JPEGLosslessSV1, bits_24))
+
+
 def test_fill_bytes_before_a_marker_are_passed_over(tmp_path):
     hu = read_series(changed(tmp_path / "as it was", JPEGLosslessSV1, lambda stream: stream)).hu
     filled = changed(
