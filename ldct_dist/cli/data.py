@@ -168,7 +168,9 @@ def info(
 
 @app.command()
 def simulate(
-    source: Annotated[Path, typer.Argument(help="Folder with one full-dose DICOM series")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder with one full-dose DICOM series, or an enhanced CT file")
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the low-dose series")],
     overrides: Annotated[
         list[str] | None,

@@ -80,7 +80,10 @@ def denoise(
     weights: Annotated[
         Path, typer.Argument(help="A weights.safetensors, a checkpoint, or a run (its best weights)")
     ],
-    source: Annotated[Path, typer.Argument(help="Folder with DICOM; every CT series in it is denoised")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Folder with DICOM, every CT series in it is denoised; or an enhanced CT file"),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the derived series")],
     part: Annotated[
         str | None,
