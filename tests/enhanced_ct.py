@@ -10,6 +10,9 @@ from pydicom import Dataset, dcmread
 from pydicom.encaps import encapsulate, encapsulate_extended, generate_frames
 from pydicom.uid import EnhancedCTImageStorage, ExplicitVRBigEndian, generate_uid
 
+from ldct_dist.ct.dicom import Series
+from synthetic_dicom import Options, only, phantom, write_series
+
 TO_ALL = (
     *("SpecificCharacterSet", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
@@ -88,6 +91,14 @@ def write_enhanced(
     for path in paths:
         path.unlink()
     return out
+
+
+def both(tmp_path: Path, options: Options, **how) -> tuple[Series, Series]:
+    """The same series as files of one slice, and as one of all."""
+    write_series(tmp_path / "single", phantom(), options)
+    paths = write_series(tmp_path / "whole", phantom(), options)
+    write_enhanced(paths, tmp_path / "whole" / "IM0", **how)
+    return only(tmp_path / "single"), only(tmp_path / "whole")
 
 
 def _dataset(**elements: Any) -> Dataset:

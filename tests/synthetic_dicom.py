@@ -20,6 +20,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from ldct_dist.ct.dicom import Series, find_series
+
 
 @dataclass(frozen=True)
 class Options:
@@ -172,3 +174,18 @@ def write_phantoms(folder: Path, names: str) -> Path:
     for name in names:
         write_series(folder / name, phantom(), Options(seed=name))
     return folder
+
+
+def only(folder: Path) -> Series:
+    """The one series below `folder`, where nothing is refused."""
+    (series,), refused = find_series(folder)
+    assert refused == []
+    return series
+
+
+def refusal(folder: Path) -> str:
+    """The one line said about the series or file in `folder`."""
+    found, (refused,) = find_series(folder)
+    assert found == []
+    assert "\n" not in str(refused)
+    return str(refused)

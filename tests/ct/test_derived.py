@@ -24,20 +24,14 @@ from pydicom.uid import (
 
 import ldct_dist
 from ldct_dist.ct.derived import write_derived, write_simulated
-from ldct_dist.ct.dicom import Series, find_series, read_series
+from ldct_dist.ct.dicom import Series, read_series
 from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.errors import UserError
-from synthetic_dicom import Options, phantom, write_series
+from synthetic_dicom import Options, only, phantom, write_series
 
 DEMO = Path(ldct_dist.__file__).parent / "demo_data"
 CORNER = np.zeros((5, 40, 48), bool)
 CORNER[:, :9, :9] = True
-
-
-def only(folder: Path) -> Series:
-    (series,), refused = find_series(folder)
-    assert refused == []
-    return series
 
 
 def stored(paths) -> np.ndarray:

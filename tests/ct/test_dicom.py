@@ -27,7 +27,7 @@ from pydicom.uid import (
 from ldct_dist.ct.dicom import find_series, read_series
 from ldct_dist.ct.volume import AIR_HU, Acquisition
 from ldct_dist.errors import UserError
-from synthetic_dicom import Options, phantom, write_series
+from synthetic_dicom import Options, only, phantom, write_series
 
 SYNTAXES = {
     "explicit": ExplicitVRLittleEndian,
@@ -40,13 +40,6 @@ SYNTAXES = {
     "jpeg-lossless": JPEGLossless,
     "jpeg-lossless-sv1": JPEGLosslessSV1,
 }
-
-
-def only(folder: Path):
-    found, refused = find_series(folder)
-    assert not refused, [str(e) for e in refused]
-    assert len(found) == 1, [s.name for s in found]
-    return found[0]
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

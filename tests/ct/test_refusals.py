@@ -29,17 +29,7 @@ from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import find_series, one_series, read_series, sound_series
 from ldct_dist.ct.values import pydicom_faults_as_user_errors
 from ldct_dist.errors import UserError
-from synthetic_dicom import Options, phantom, write_series
-
-
-def refusal(folder) -> str:
-    """The one line said about the series or file in `folder`."""
-    found, refused = find_series(folder)
-    assert found == []
-    assert len(refused) == 1, refused
-    assert "\n" not in str(refused[0])
-    return str(refused[0])
-
+from synthetic_dicom import Options, phantom, refusal, write_series
 
 TAGS = {
     "MR": ({"Modality": "MR", "SOPClassUID": MRImageStorage}, "not CT (Modality MR)"),

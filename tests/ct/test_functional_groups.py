@@ -1,0 +1,151 @@
+"""What a multi-frame file says of its frames, as series derived from it, facts and refusals have it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydicom import Dataset, dcmread
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+)
+
+from enhanced_ct import both, write_enhanced
+from ldct_dist.ct.derived import write_derived, write_simulated
+from ldct_dist.ct.dicom import read_series
+from synthetic_dicom import Options, only, phantom, refusal, write_series
+
+
+def _plain(ds: Dataset) -> dict[str, object]:
+    """Elements by keyword, but for those that name an instance or a series, or that only single frames have."""
+    names = ("SOPInstanceUID", "SeriesInstanceUID", "SourceImageSequence")
+    names += ("SmallestImagePixelValue", "LargestImagePixelValue")
+    return {e.keyword: e.value for e in ds if e.keyword not in names}
+
+
+def test_what_is_derived_is_one_file_a_slice(tmp_path):
+    corner = np.zeros((5, 40, 48), bool)
+    corner[:, :9, :9] = True
+    options = Options(padding=(corner, -2000, True))
+    single, whole = both(tmp_path, options)
+    hu = read_series(whole).hu + np.int16(7)
+    written = [
+        write_simulated(series, hu, tmp_path / out, 0.25) for series, out in ((single, "a"), (whole, "b"))
+    ]
+    uid = dcmread(whole.paths[0]).SOPInstanceUID
+    for i, (a, b) in enumerate(zip(*map(lambda paths: map(dcmread, paths), written), strict=True)):
+        assert b.file_meta.MediaStorageSOPClassUID == b.SOPClassUID == CTImageStorage
+        (source,) = b.SourceImageSequence
+        assert source.ReferencedSOPClassUID == EnhancedCTImageStorage
+        assert (source.ReferencedSOPInstanceUID, source.ReferencedFrameNumber) == (uid, i + 1)
+        assert b.ImageType[:3] == ["DERIVED", "SECONDARY", "AXIAL"]
+        expected, found = _plain(a), _plain(b)
+        assert {k: found.get(k) for k in expected} == expected
+        # each frame's own dose, scaled once
+        assert (found["CTDIvol"], found["XRayTubeCurrent"]) == (2.0, round((200 + i) / 4))
+        assert not [k for k in found if ("Frame" in k and k != "FrameOfReferenceUID") or "Dimension" in k]
+
+
+def test_ends_of_a_dual_source_scan_are_said_where_both_agree(tmp_path):
+    paths = write_series(tmp_path, phantom())
+    write_enhanced(paths, tmp_path / "IM0", frame_tags={"KVP": 140})
+    series = only(tmp_path)
+    assert series.acquisition.kvp is None
+    ds = dcmread(write_derived(series, phantom(), tmp_path / "out", "as it was")[0])
+    assert ds["KVP"].is_empty  # not absent: an archive may insist on it
+    assert ds.FilterType == "WEDGE"
+
+
+def test_the_exposure_of_two_sources_is_not_that_of_one(tmp_path):
+    def twice(whole: Dataset) -> None:
+        for groups in whole.PerFrameFunctionalGroupsSequence:
+            groups.CTExposureSequence = [*groups.CTExposureSequence] * 2
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=twice)
+    assert only(tmp_path).acquisition.exposure_mas is None
+
+
+def test_exposures_are_as_exact_as_the_scanner_says(tmp_path):
+    def small(whole: Dataset) -> None:
+        for groups in whole.PerFrameFunctionalGroupsSequence:
+            groups.CTExposureSequence[0].ExposureInmAs = 0.4
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=small)
+    series = only(tmp_path)
+    assert series.acquisition.exposure_mas == 0.4
+    ds = dcmread(write_simulated(series, phantom(), tmp_path / "out", 0.25)[0])
+    assert "Exposure" not in ds  # as a whole number, it would be 0
+    assert ds.ExposureInmAs == 0.1
+
+
+FRAMES = {
+    "scout": ({"AcquisitionType": "CONSTANT_ANGLE"}, "IM0 frame 1 is a localizer"),
+    "distorted": ({"VolumetricProperties": "DISTORTED"}, "a rendering or a curved reformat"),
+    "localizer": ({"FrameType": ["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"]}, "a localizer"),
+    "projection": ({"FrameType": ["DERIVED", "PRIMARY", "VOLUME", "MAXIMUM"]}, "intensity projection"),
+    "slab": ({"VolumeBasedCalculationTechnique": "MIN_IP"}, "intensity projection"),
+    "rendering": ({"VolumeBasedCalculationTechnique": "VOLUME_RENDER"}, "a rendering"),
+    "perfusion": ({"FrameType": ["DERIVED", "PRIMARY", "PERFUSION", "RCBF"]}, "calculated from images"),
+    "iodine": (
+        {"FrameType": ["DERIVED", "PRIMARY", "VOLUME", "NONE", "MAT_SPECIFIC"]},
+        "a map of a material, not of HU",
+    ),
+}
+
+
+@pytest.mark.parametrize(("frame_tags", "words"), FRAMES.values(), ids=FRAMES.keys())
+def test_frames_that_are_no_slices(tmp_path, frame_tags, words):
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", frame_tags=frame_tags)
+    assert words in refusal(tmp_path)
+
+
+def test_a_multiplanar_reformat_is_a_volume(tmp_path):
+    paths = write_series(tmp_path, phantom())
+    write_enhanced(paths, tmp_path / "IM0", frame_tags={"VolumeBasedCalculationTechnique": "MPR"})
+    np.testing.assert_array_equal(read_series(only(tmp_path)).hu, phantom())
+
+
+def test_names_are_read_in_the_character_set_of_the_file(tmp_path):
+    def two_sets(whole: Dataset) -> None:
+        whole.SpecificCharacterSet, whole.PatientName = "ISO_IR 192", "Yamada^Tarou=山田^太郎"
+        for groups in whole.PerFrameFunctionalGroupsSequence:
+            content = groups.FrameContentSequence[0]
+            content.SpecificCharacterSet, content.FrameComments = "ISO_IR 100", "größer"
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=two_sets)
+    ds = dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "as it was")[0])
+    assert ds.PatientName == "Yamada^Tarou=山田^太郎"
+    assert ds.ImageComments == "größer"
+
+
+def test_no_group_says_which_file_it_is_in(tmp_path):
+    def another(whole: Dataset) -> None:
+        item = Dataset()
+        item.SOPClassUID, item.SOPInstanceUID, item.PatientID = CTImageStorage, "1.2.3", "another"
+        for groups in whole.PerFrameFunctionalGroupsSequence:
+            groups.UnassignedPerFrameConvertedAttributesSequence = [item]
+
+    path = write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=another)
+    assert only(tmp_path).patient_id == "Doe^Jane"
+    ds = dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "as it was")[0])
+    assert ds.SourceImageSequence[0].ReferencedSOPInstanceUID == dcmread(path).SOPInstanceUID
+
+
+STACKS = {
+    "stacks": ("FrameContentSequence", "StackID", "12"),
+    "times": ("FrameContentSequence", "TemporalPositionIndex", (1, 2)),
+    "cardiac phases": ("CardiacSynchronizationSequence", "NominalPercentageOfCardiacPhase", (30.0, 70.0)),
+}
+
+
+@pytest.mark.parametrize(("group", "keyword", "values"), STACKS.values(), ids=STACKS.keys())
+@pytest.mark.parametrize("in_turn", [True, False], ids=["in turn", "one after the other"])
+def test_stacks_and_phases_are_not_mixed(tmp_path, group, keyword, values, in_turn):
+    def two(whole: Dataset) -> None:
+        for i, groups in enumerate(whole.PerFrameFunctionalGroupsSequence):
+            if group not in groups:
+                setattr(groups, group, [Dataset()])
+            setattr(groups[group][0], keyword, values[i % 2 if in_turn else i // 3])
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=two)
+    assert "mixed stacks or phases: IM0 frame 1 and IM0 frame" in refusal(tmp_path)
