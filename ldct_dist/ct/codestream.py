@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 
 import _CharLS  # of pyjpegls: its decoder reads headers with it
 from pydicom.uid import UID, JPEG2000TransferSyntaxes, JPEGLSTransferSyntaxes, RLELossless
@@ -18,22 +17,27 @@ _STARTS_OF_FRAME = (0xC0, 0xC1, 0xC3)  # SOF of baseline, extended and lossless 
 _HUFFMAN_TABLES, _SCAN = 0xC4, 0xDA  # DHT, SOS
 
 
-def refuse_unlike(path: Path, frame: bytes, syntax: UID, matrix: tuple[int, int]) -> None:
-    """Raises UserError where `frame`, compressed pixels of the file at `path`, is cut off or claims another size than
+def refuse_unlike(where: object, frame: bytes, syntax: UID, matrix: tuple[int, int]) -> None:
+    """Raises UserError where `frame`, the compressed pixels of a slice, is cut off or claims another size than
     `matrix`, (rows, columns). What a codec's parser raises on damaged bytes is passed on.
 
     Decoders take memory for what a codestream claims, which in a damaged one may be all that the machine has, and GDCM ends
     the process if there is no Huffman table, or a value of more than 16 bits. RLE claims nothing.
     """
-    # Codecs fill in what is missing, silently, but every stream of the JPEG family ends with the marker EOI or EOC.
-    if syntax != RLELossless and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
-        raise UserError(f"{path}: truncated pixel data; export the file again")
+    # Codecs fill in what is missing, silently.
+    if syntax != RLELossless and not ends(frame):
+        raise UserError(f"{where}: truncated pixel data; export the file again")
     claimed, said = _claimed(frame, syntax), (*matrix, 1)
     if claimed is not None and claimed != said:
         raise UserError(
-            f"{path}: its compressed pixels claim {' x '.join(map(str, claimed))} values, its header {' x '.join(map(str, said))} "
+            f"{where}: its compressed pixels claim {' x '.join(map(str, claimed))} values, its header {' x '.join(map(str, said))} "
             "(Rows, Columns, SamplesPerPixel); export the file again"
         )
+
+
+def ends(stream: bytes) -> bool:
+    """Whether these are the last bytes of a stream, padded or not: those of the JPEG family end with the marker EOI or EOC."""
+    return stream.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _claimed(frame: bytes, syntax: UID) -> tuple[int, int, int] | None:
@@ -54,7 +58,7 @@ def _claimed(frame: bytes, syntax: UID) -> tuple[int, int, int] | None:
 
 
 def _claimed_by_jpeg(frame: bytes) -> tuple[int, int, int]:
-    """From the marker segments before the scan, which follow each other (ISO/IEC 10918-1 B.1.1.4 and B.2)."""
+    """(rows, columns, values a pixel), from the segments before the scan, which follow each other (ISO/IEC 10918-1 B.1, B.2)."""
     found: dict[int, int] = {}
     at = 2  # behind the marker SOI
     while _SCAN not in found:
@@ -69,8 +73,7 @@ def _claimed_by_jpeg(frame: bytes) -> tuple[int, int, int]:
     start = next((found[marker] for marker in _STARTS_OF_FRAME if marker in found), None)
     if start is None or _HUFFMAN_TABLES not in found:
         raise ValueError("no JPEG stream as CT has")
-    bits, *claimed = _FRAME.unpack_from(frame, start)
+    bits, rows, columns, values = _FRAME.unpack_from(frame, start)
     if bits > 16:
         raise ValueError(f"JPEG stream of {bits} bits a value")
-    rows, columns, values = claimed
     return rows, columns, values

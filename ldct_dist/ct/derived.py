@@ -89,18 +89,19 @@ def write_derived(
         for left in left_unfinished(out):
             shutil.rmtree(left)  # of a start that was killed
         partial.mkdir(parents=True)
-        for i, (name, (ds, source), slice_hu) in enumerate(
-            zip(names, read_slices(series), hu, strict=True), start=1
-        ):
+        slices = zip(names, read_slices(series), hu, strict=True)
+        for i, (name, (ds, slice_), slice_hu) in enumerate(slices, start=1):
             instance_uid = derived_uid(series_uid, name)
-            with pydicom_faults_as_user_errors(source.path):
+            with pydicom_faults_as_user_errors(slice_.source):
                 derived = presentable(ds)
-                if source.frame is not None:  # frames have no number of their own
+                if (
+                    slice_.source.frame is not None
+                ):  # numbers of frames, if they have some, may be those of other files' frames
                     derived.InstanceNumber = i
                 if dose != 1:
                     scale_dose(derived, dose)
-                mark_derived(derived, series_uid, instance_uid, description, label, source.frame)
-                set_pixels(derived, source, _stored(source, slice_hu))
+                mark_derived(derived, series_uid, instance_uid, description, label, slice_.source.frame)
+                set_pixels(derived, slice_, _stored(slice_, slice_hu))
                 encoded = _encoded(derived)
             (partial / name).write_bytes(encoded)
         sync_tree(partial)
@@ -201,7 +202,7 @@ def mark_derived(
 ) -> None:
     """Turn the header of an image into that of one derived from it, as `description` and `label` say (ASCII).
 
-    frame: as in Slice, if the image is a frame of a larger one.
+    frame: as in Stored, if the image is a frame of a multi-frame one.
     """
     new = Dataset()  # a new one, so that each element gets the right VR, if the source's was wrong
     new.SOPClassUID, new.SOPInstanceUID, new.SeriesInstanceUID = CTImageStorage, instance_uid, series_uid

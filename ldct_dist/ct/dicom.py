@@ -86,7 +86,7 @@ def find_series(
     Raises UserError if `folder` is neither.
     """
     folder = Path(folder)
-    if not os.path.exists(folder):  # Path.exists would raise PermissionError
+    if not (os.path.isdir(folder) or os.path.isfile(folder)):  # Path's own would raise PermissionError
         raise UserError(
             f"{folder}: no such folder, or it may not be read; give the folder that holds the DICOM files"
         )
@@ -126,7 +126,7 @@ def sound_series(folder: Path | str, notice: Callable[[str], None] = lambda line
         raise (
             refused[0]
             if refused
-            else UserError(f"{folder}: no CT series below it; give the folder that holds the DICOM files")
+            else UserError(f"{folder}: no CT series in it; give the folder that holds the DICOM files")
         )
     for e in refused:
         notice(f"passed over: {e}")

@@ -3,7 +3,7 @@
 pydicom makes an object of each of the hundred or more elements of a CT slice. Ingest wants thirty of them, of perhaps a
 million files, and stepping over the rest takes a twentieth of the time. Only entirely regular files are read like that:
 with preamble and meta header, little endian, not deflated, with pixel data that begins within the first 32 KiB. All
-others are left to pydicom, which knows how real files are broken, so a file is never read in two ways.
+others are left to pydicom, which knows how real files are broken, and so are those that turn out to be multi-frame.
 
 Encoding: DICOM PS3.5, chapter 7 (elements), 7.5 (sequences); PS3.10, 7.1 (meta header).
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydicom.uid import UID, RLELossless
 
+from ldct_dist.ct.codestream import ends
 from ldct_dist.errors import UserError
 
 Span = tuple[int, int]
@@ -22,7 +23,7 @@ Span = tuple[int, int]
 
 _TAG = struct.Struct("<HHL")
 _ITEM, _END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
-_END_OF_IMAGE = b"\xff\xd9"  # the marker EOI, or EOC, which ends every stream of the JPEG family
+_TAIL = 16  # bytes at the end of a fragment, with a marker and some padding
 
 
 def spans_of_frames(
@@ -33,7 +34,7 @@ def spans_of_frames(
     size: the file's, in bytes. extended: the extended offset table, if there is one. Raises UserError if fragments and
     frames do not agree, or the file ends before them.
     """
-    (start, length), *fragments = _items(path, f, size)
+    (start, length), *fragments = list(_items(path, f, size)) or [(0, 0)]
     f.seek(start)
     table = _numbers(extended, "Q") if extended else _numbers(f.read(length), "L")
     firsts = _firsts_by_table(table, fragments) if table else _firsts_by_count(f, fragments, frames)
@@ -84,7 +85,7 @@ def _firsts_by_count(f: BufferedReader, fragments: Sequence[Span], frames: int) 
 
 
 def _ends(f: BufferedReader, span: Span) -> bool:
-    """Whether an image ends with this fragment. A zero may pad it to an even length."""
+    """Whether an image ends with this fragment."""
     start, length = span
-    f.seek(start + max(0, length - 3))
-    return f.read(min(length, 3)).rstrip(b"\0").endswith(_END_OF_IMAGE)
+    f.seek(start + max(0, length - _TAIL))
+    return ends(f.read(min(length, _TAIL)))

@@ -8,6 +8,7 @@ same elements as its own, most of them under the same names.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pydicom import Dataset
 from pydicom.datadict import dictionary_VR
@@ -23,7 +24,8 @@ _GROUPS = (
     *("FrameAnatomySequence", "DerivationImageSequence", "IrradiationEventIdentificationSequence"),
     *("CTImageFrameTypeSequence", "CTAcquisitionDetailsSequence", "CTTableDynamicsSequence"),
     *("CTPositionSequence", "CTGeometrySequence", "CTReconstructionSequence", "CTExposureSequence"),
-    *("CTXRayDetailsSequence", "CTAcquisitionTypeSequence", "CardiacSynchronizationSequence"),
+    *("CTXRayDetailsSequence", "CTAcquisitionTypeSequence"),
+    *("CardiacSynchronizationSequence", "RespiratorySynchronizationSequence"),
     *("UnassignedSharedConvertedAttributesSequence", "UnassignedPerFrameConvertedAttributesSequence"),
 )
 """The functional groups whose elements are those of a single-frame image"""
@@ -66,54 +68,60 @@ _OF_MULTI_FRAME = (
 )
 """What a single-frame image does not have, or, of lists as long as the series, has no need of"""
 
+_TRIVIAL = ("", "NONE", "VOLUME", "AXIAL", "LOCALIZER")
+"""Values of Frame Type and the like that say no more than that there are slices, or which is said otherwise"""
+
 _NEVER_ABSENT = ("KVP", "AcquisitionNumber", "SliceThickness", "PositionReferenceIndicator")
 """What a single-frame image has even if it is not known, then empty (type 2)"""
 
 _OF_STACK = (
     *("StackID", "TemporalPositionIndex", "CardiacCyclePosition", "RespiratoryCyclePosition"),
-    "NominalPercentageOfCardiacPhase",
+    *("NominalPercentageOfCardiacPhase", "NominalPercentageOfRespiratoryPhase"),
 )
 """What frames of one volume have in common"""
 
 
-def flatten(
-    whole: Dataset, shared_groups: Dataset, groups: Sequence[Dataset]
-) -> tuple[Dataset, list[Dataset], list[str]]:
-    """(what holds for all frames of the file, what each has instead or besides, what tells frames apart that make no volume
-    together), from all that the file says, the groups that its frames share and those of each frame.
-    """
+class Elements(NamedTuple):
+    """Elements of single-frame images. shared: what all frames of a file have. own: what each has instead, or besides.
+    stacks: for each a text that is the same for frames of one stack, time and phase."""
+
+    shared: Dataset
+    own: list[Dataset]
+    stacks: list[str]
+
+
+def flatten(whole: Dataset, shared_groups: Dataset, groups: Sequence[Dataset]) -> Elements:
+    """What `whole`, a multi-frame file, says of its frames, by itself, by the groups that they share and by those of each."""
     shared = _elements(shared_groups, whole)
     own = [_elements(item, whole) for item in groups]
-    stacks = [" ".join(text(e, k) or text(shared, k) or "-" for k in _OF_STACK) for e in own]
+    stacks = [" ".join(_said(k, elements, shared) or "-" for k in _OF_STACK) for elements in own]
     for elements in own:
         elements.ImageType = _image_type(elements, shared, whole)
-    both = _like(whole)
-    both.update({element.tag: element for element in whole.elements()})
-    both.update(shared)
+    everything = _like(whole)
+    everything.update({element.tag: element for element in whole.elements()})
+    everything.update(shared)
     for keyword in _NEVER_ABSENT:
-        if keyword not in both:
-            setattr(both, keyword, None)
-    return _of_single_frame(both), [_of_single_frame(elements) for elements in own], stacks
+        if keyword not in everything:
+            setattr(everything, keyword, None)
+    return Elements(_of_single_frame(everything), [_of_single_frame(elements) for elements in own], stacks)
 
 
 def _elements(groups: Dataset, whole: Dataset) -> Dataset:
     """The elements of all of the functional groups, under the names that they have in a single-frame image."""
     elements = _like(whole)
-    for keyword in _GROUPS:
-        items = groups.get(keyword) or ()
+    for keyword in filter(groups.__contains__, _GROUPS):
         # Each of two X-ray sources has a part of the exposure.
-        elements.update(_agreed(items, never=keyword == "CTExposureSequence"))
-    for keyword in _OF_FILE:
-        if keyword in elements:
+        elements.update(_agreed(groups[keyword].value, never=keyword == "CTExposureSequence"))
+    for keyword in filter(elements.__contains__, _OF_FILE):
+        if keyword in whole or keyword == "SpecificCharacterSet":
             del elements[keyword]
     derivations = (
         text(item, "DerivationDescription") for item in groups.get("DerivationImageSequence") or ()
     )
     if derived := "; ".join(dict.fromkeys(filter(None, derivations))):
         elements.DerivationDescription = derived
-    for enhanced, single in _RENAMED.items():
-        if enhanced in elements:
-            setattr(elements, single, _renamed(elements, enhanced, single))
+    for enhanced in filter(elements.__contains__, _RENAMED):
+        _rename(elements, enhanced, _RENAMED[enhanced])
     return elements
 
 
@@ -139,35 +147,38 @@ def _agreed(items: Sequence[Dataset], never: bool) -> dict[BaseTag, DataElement 
     }
 
 
+def _said(keyword: str, *datasets: Dataset) -> str | None:
+    """What the first of the datasets says that says something."""
+    return next(filter(None, (text(ds, keyword) for ds in datasets if keyword in ds)), None)
+
+
 def _image_type(own: Dataset, shared: Dataset, whole: Dataset) -> list[str]:
-    """Image Type from Frame Type and what belongs to it (PS3.3 C.8.16.1, C.8.16.2.1, C.8.15.3.3).
+    """Image Type from Frame Type and what belongs to it (PS3.3 C.8.16.1, C.8.16.2.1, C.8.15.3.3), and from the Image Type
+    that a frame had before its series was converted.
 
     Of single frames, the third value says only whether they are slices (C.8.2.1.1.1).
     """
-
-    def said(keyword: str) -> str | None:
-        return next(filter(None, (text(ds, keyword) for ds in (own, shared, whole))), None)
-
-    first, second, flavour, *others = [*(said("FrameType") or said("ImageType") or "").split("\\"), "", ""]
-    scout = flavour == "LOCALIZER" or said("AcquisitionType") == "CONSTANT_ANGLE"
-    others += [said("VolumetricProperties") or "", said("VolumeBasedCalculationTechnique") or ""]
-    return [
-        *(first, second, "LOCALIZER" if scout else "AXIAL"),
-        *(value for value in others if value not in ("", "NONE", "VOLUME", "MIXED")),
+    frame_type = _said("FrameType", own, shared) or _said("ImageType", whole) or ""
+    first, second, *values = [*frame_type.split("\\"), ""]
+    values += (_said("ImageType", own, shared) or "").split("\\")[2:]
+    values += [
+        _said(k, own, shared, whole) or ""
+        for k in ("VolumetricProperties", "VolumeBasedCalculationTechnique")
     ]
+    scout = "LOCALIZER" in values or _said("AcquisitionType", own, shared) == "CONSTANT_ANGLE"
+    others = [value for value in dict.fromkeys(values) if value not in _TRIVIAL]
+    return [first, second, "LOCALIZER" if scout else "AXIAL", *others]
 
 
-def _renamed(elements: Dataset, enhanced: str, single: str) -> str | int | None:
-    """The value of the element `enhanced` as that of `single`; None if there is none, or if it is 0.
-
-    Whole numbers have no room for a small exposure, which is not to be said to be 0.
-    """
-    value, vr = number(elements, enhanced) or 0.0, dictionary_VR(single)
-    if vr == "IS":
-        return round(value) or None
-    if vr == "DS":
-        return format_number_as_ds(value) if value else None
-    return text(elements, enhanced)
+def _rename(elements: Dataset, enhanced: str, single: str) -> None:
+    """Give the element `single` what `enhanced` says. Whole numbers have no room for a small exposure, which is not said to
+    be 0."""
+    value = elements[enhanced].value
+    if (vr := dictionary_VR(single)) in ("IS", "DS"):
+        found = number(elements, enhanced) or 0.0
+        value = round(found) if vr == "IS" else found and format_number_as_ds(found)
+    if value or single not in elements:
+        setattr(elements, single, value or None)
 
 
 def _of_single_frame(elements: Dataset) -> Dataset:

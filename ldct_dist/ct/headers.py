@@ -1,8 +1,8 @@
 """A DICOM file's header as typed facts, even where the file is damaged.
 
 pydicom converts an element's value when it is first accessed, and for a damaged header that may raise, or warn of, nearly
-anything. So every element that this package relies on is accessed here, once, and turned into a plain number or string,
-or into None where it is missing or unusable. Nothing that is converted later leaves this module.
+anything. So every element that this package relies on to tell series and slices is accessed here, once, and turned into
+a plain number or string, or into None where it is missing or unusable. Nothing that is converted later leaves this module.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ class Header:
     slope: float | None
     intercept: float | None
     rescale_type: str | None
-    stack: str | None = None
-    part: Part | None = None
+    stack: str | None
+    part: Part | None
 
     @property
     def path(self) -> Path:
@@ -200,13 +200,13 @@ _kept_text = lru_cache(1 << 13)(_text)
 
 
 def _headers_of_frames(path: Path, state: os.stat_result, syntax: str) -> list[Header]:
-    whole = read_multi_frame(path, state.st_mtime_ns)
-    shared = _texts_of(whole.shared)
+    whole = read_multi_frame(path)
+    shared = _texts_of(whole.elements.shared)
     headers = []
-    for i, (own, spans) in enumerate(zip(whole.own, whole.spans, strict=True)):
-        pixels = spans[0] if syntax in NATIVE else None
-        header = _header(path, state, _NO_TEXTS | shared | _texts_of(own), syntax, pixels, i)
-        headers.append(replace(header, stack=whole.stacks[i], part=whole.part))
+    for i, (own, stack) in enumerate(zip(whole.elements.own, whole.elements.stacks, strict=True)):
+        pixels = whole.spans[i][0] if syntax in NATIVE else None
+        texts = _NO_TEXTS | shared | _texts_of(own)
+        headers.append(_header(path, state, texts, syntax, pixels, i, stack, whole.part))
     return headers
 
 
@@ -223,6 +223,8 @@ def _header(
     syntax: str,
     pixels: tuple[int, int] | None,
     frame: int | None = None,
+    stack: str | None = None,
+    part: Part | None = None,
 ) -> Header:
     def number(keyword: str) -> float | None:
         return as_number(texts[keyword])
@@ -267,6 +269,8 @@ def _header(
         slope=form.slope,
         intercept=form.intercept,
         rescale_type=texts["RescaleType"],
+        stack=stack,
+        part=part,
     )
 
 

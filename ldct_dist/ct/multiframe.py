@@ -8,7 +8,6 @@ import struct
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,22 +24,24 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
-from ldct_dist.ct.bounds import Bounded
+from ldct_dist.ct.bounds import Bounded, refuse_other_length
 from ldct_dist.ct.encapsulated import Span, spans_of_frames
-from ldct_dist.ct.functional_groups import flatten
+from ldct_dist.ct.functional_groups import Elements, flatten
 from ldct_dist.ct.values import number, text
 from ldct_dist.errors import UserError
 
 MULTI_FRAME = (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 """SOP classes"""
 
+NOT_AS_SAID = "its pixel data is not what its transfer syntax says; export the file again"
+
 _PIXEL_DATA = (0x7FE0, 0x0010)
 _UNDEFINED = 0xFFFFFFFF
 
 
 class Part(NamedTuple):
-    """One file of a concatenation. frames: the numbers of its frames in the whole, counted from 0. parts: how many there
-    are, if the file says so."""
+    """What a file of a concatenation says of its place in that. frames: the numbers of its frames in the whole, counted
+    from 0. parts: how many files there are; None if it does not say."""
 
     uid: str
     frames: range
@@ -49,16 +50,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class MultiFrame:
-    """A multi-frame file but for its pixels, in the elements of single-frame images.
+    """A multi-frame file but for its pixels.
 
-    shared, own, stacks: as `flatten` gives them. spans: of each frame, the parts of the file that make up its pixels.
-    part: of a file that is itself a part of a larger whole.
+    elements: of single-frame images, what its frames have. spans: of each frame, the pieces of the file that make up its
+    pixels. part: of a file that is itself a part of a larger whole.
     """
 
     path: Path
-    shared: Dataset
-    own: tuple[Dataset, ...]
-    stacks: tuple[str, ...]
+    elements: Elements
     spans: tuple[tuple[Span, ...], ...]
     part: Part | None
 
@@ -67,8 +66,8 @@ class MultiFrame:
 
         Raises what pydicom does on damaged bytes.
         """
-        single = deepcopy(self.shared)
-        single.update(deepcopy(self.own[index]))
+        single = deepcopy(self.elements.shared)
+        single.update(deepcopy(self.elements.own[index]))
         with self.path.open("rb") as f:
             pieces = []
             for start, length in self.spans[index]:
@@ -82,9 +81,8 @@ class MultiFrame:
         return single
 
 
-@lru_cache(16)  # frames are asked for one by one, of all files of a series in turn
-def read_multi_frame(path: Path, changed: int) -> MultiFrame:
-    """The file at `path`, last changed at `changed`, ns, so that another file there is not taken for it.
+def read_multi_frame(path: Path) -> MultiFrame:
+    """The file at `path`.
 
     Raises UserError where frames, functional groups and pixels do not match, or values are colours; on damaged bytes, what
     pydicom does.
@@ -99,9 +97,9 @@ def read_multi_frame(path: Path, changed: int) -> MultiFrame:
     shared_groups = list(whole.get("SharedFunctionalGroupsSequence") or [Dataset()])
     if len(shared_groups) > 1:
         raise UserError(f"{path}: several sets of what all frames share; export the file again")
-    shared, own, stacks = flatten(whole, shared_groups[0], groups)
-    shared.file_meta = whole.file_meta
-    return MultiFrame(path, shared, tuple(own), tuple(stacks), tuple(spans), _part(whole, len(groups)))
+    elements = flatten(whole, shared_groups[0], groups)
+    elements.shared.file_meta = whole.file_meta
+    return MultiFrame(path, elements, tuple(spans), _part(whole, len(groups)))
 
 
 def ensure_syntax(ds: FileDataset) -> None:
@@ -133,18 +131,13 @@ def _spans(path: Path, f: Bounded, whole: FileDataset, frames: int) -> list[tupl
         raise UserError(f"{path}: no pixel data, or truncated; export the file again")
     length, syntax = fields[2], whole.file_meta.TransferSyntaxUID
     if (length == _UNDEFINED) != syntax.is_encapsulated:
-        raise UserError(f"{path}: its pixel data is not what its transfer syntax says; export the file again")
+        raise UserError(f"{path}: {NOT_AS_SAID}")
     start = f.tell()
     if length == _UNDEFINED:
         size = os.fstat(f.fileno()).st_size
         return spans_of_frames(path, f, size, frames, syntax, whole.get("ExtendedOffsetTable"))
     frame, row = _native_size(path, whole)
-    if length < frames * frame:
-        raise UserError(f"{path}: truncated pixel data; export the file again")
-    if length >= frames * frame + row:  # a few bytes of padding are common
-        raise UserError(
-            f"{path}: more pixel data than Rows, Columns and NumberOfFrames say; export the file again"
-        )
+    refuse_other_length(path, length, frames * frame, row)
     return [((start + i * frame, frame),) for i in range(frames)]
 
 

@@ -19,8 +19,9 @@ _IMAGE_TYPES = {
     "SUBTRACTION|DIVISION|MULTIPLICATION|STD_DEVIATION|MTT|TTP|RCB[FV]|[TZ]_(TEST|SCORE)": "calculated from images",
     "MAT(ERIAL)?_(SPECIFIC|FRACTION(AL)?)|EFF_ATOMIC_NUM|ELECTRON_DENSITY": "a map of a material, not of HU",
 }
-"""Words in ImageType, such as the MIP of "CT_SOM5 MIP", and what such an image is. For multi-energy CT: DICOM PS3.3
-C.8.2.1.1.1. Reformats and virtual monoenergetic images are not here: they are in HU, as are many DERIVED images."""
+"""Words in ImageType, such as the MIP of "CT_SOM5 MIP", and what such an image is: DICOM PS3.3 C.8.2.1.1.1 for multi-energy
+CT, C.8.16.1.4 and C.8.16.2.1 for calculated ones. Flat reformats and virtual monoenergetic images are not here: they are in
+HU, as are many DERIVED images."""
 
 
 class NotAVolume(UserError):

@@ -17,9 +17,9 @@ from pydicom import Dataset, uid
 from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
-from ldct_dist.ct.bounds import refuse_bloated
+from ldct_dist.ct.bounds import refuse_bloated, refuse_other_length
 from ldct_dist.ct.codestream import refuse_unlike
-from ldct_dist.ct.multiframe import ensure_syntax, read_multi_frame
+from ldct_dist.ct.multiframe import NOT_AS_SAID, MultiFrame, ensure_syntax, read_multi_frame
 from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.values import as_number, pydicom_faults_as_user_errors
 from ldct_dist.ct.volume import AIR_HU
@@ -79,14 +79,12 @@ class Meaning:
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice: the values stored in the file at `path`, and what they mean.
+    """One slice: the values stored at `source`, and what they mean.
 
-    frame: as in Stored. patterns: (y, x) uint16, the bits as stored. lossy: whether the file's compression may have
-    changed values.
+    patterns: (y, x) uint16, the bits as stored. lossy: whether the file's compression may have changed values.
     """
 
-    path: Path
-    frame: int | None
+    source: Stored
     patterns: np.ndarray
     meaning: Meaning
     lossy: bool
@@ -115,27 +113,31 @@ def read_slice(stored: Stored) -> Slice:
     Raises UserError for a file that changed since, truncated or undecodable pixel data, an encoding CT does not use,
     stored values beyond BitsStored, padding that reads as tissue, and HU beyond int16.
     """
-    path, form = stored.path, stored.form
     try:
-        meaning = _meaning_of(form)
+        meaning = _meaning_of(stored.form)
     except UserError as e:
-        raise UserError(f"{path}: {e}") from e
-    with pydicom_faults_as_user_errors(path):
+        raise UserError(f"{stored}: {e}") from e
+    with pydicom_faults_as_user_errors(stored):
         patterns = _decoded(stored) if stored.pixels is None else _native(stored, *stored.pixels)
-    slice_ = Slice(path, stored.frame, patterns, meaning, form.syntax in _LOSSY)
+    slice_ = Slice(stored, patterns, meaning, stored.form.syntax in _LOSSY)
     _refuse_unsound(slice_)
     return slice_
 
 
 def read_dataset(stored: Stored) -> Dataset:
     """The whole dataset of the slice at `stored`. Raises UserError if it cannot be read as DICOM."""
-    path = stored.path
-    with pydicom_faults_as_user_errors(path):
+    with pydicom_faults_as_user_errors(stored):
         if stored.frame is not None:
-            return read_multi_frame(path, stored.changed).frame(stored.frame)
-        ds = pydicom.dcmread(path, force=True)
+            return _multi_frame(stored.path, stored.changed).frame(stored.frame)
+        ds = pydicom.dcmread(stored.path, force=True)
         ensure_syntax(ds)
     return ds
+
+
+@lru_cache(16)  # frames are asked for one by one, of all files of a series in turn
+def _multi_frame(path: Path, changed: int) -> MultiFrame:
+    """changed: when, in ns, so that another file at `path` is not taken for it."""
+    return read_multi_frame(path)
 
 
 @lru_cache(16)  # the slices of a series share one
@@ -207,35 +209,32 @@ def _sample_format(form: PixelForm) -> tuple[int, bool]:
 
 def _native(stored: Stored, start: int, length: int) -> np.ndarray:
     """(y, x) uint16, the bits as stored, straight from the file."""
-    path, (rows, columns) = stored.path, stored.form.matrix or (0, 0)
-    truncated = UserError(f"{path}: truncated pixel data; export the file again")
-    with path.open("rb", buffering=0) as f:
+    rows, columns = stored.form.matrix or (0, 0)
+    with stored.path.open("rb", buffering=0) as f:
         _refuse_changed(stored, os.fstat(f.fileno()))
-        _refuse_longer(path, length, (rows, columns))
-        if min(length, stored.size - start) < 2 * rows * columns:  # before memory is taken for it
-            raise truncated
+        # Before memory is taken for it.
+        refuse_other_length(stored, min(length, stored.size - start), 2 * rows * columns, 2 * columns)
         pixels = np.empty((rows, columns), "<u2")
         f.seek(start)
-        if f.readinto(pixels.data) < pixels.nbytes:
-            raise truncated
+        refuse_other_length(stored, f.readinto(pixels.data), pixels.nbytes, 2 * columns)
     return pixels.astype(np.uint16, copy=False)
 
 
 def _decoded(stored: Stored) -> np.ndarray:
     """(y, x) uint16, the bits as stored, found or decoded by pydicom and its plugins."""
-    path, (rows, columns) = stored.path, stored.form.matrix or (0, 0)
-    _refuse_changed(stored, path.stat())
-    refuse_bloated(path, stored.size, 2 * rows * columns)
+    rows, columns = stored.form.matrix or (0, 0)
+    _refuse_changed(stored, stored.path.stat())
+    refuse_bloated(stored, stored.size, 2 * rows * columns)
     ds = read_dataset(stored)
     if "PixelData" not in ds:
-        raise UserError(f"{path}: no pixel data, or truncated; export the file again")
+        raise UserError(f"{stored}: no pixel data, or truncated; export the file again")
     syntax = ds.file_meta.TransferSyntaxUID
-    if ds["PixelData"].is_undefined_length and not syntax.is_encapsulated:
-        raise UserError(f"{path}: its pixel data is not what its transfer syntax says; export the file again")
     if syntax.is_encapsulated:
-        refuse_unlike(path, get_frame(ds.PixelData, 0, number_of_frames=1), syntax, (rows, columns))
+        refuse_unlike(stored, get_frame(ds.PixelData, 0, number_of_frames=1), syntax, (rows, columns))
+    elif ds["PixelData"].is_undefined_length:
+        raise UserError(f"{stored}: {NOT_AS_SAID}")
     else:
-        _refuse_longer(path, len(ds.PixelData), (rows, columns))
+        refuse_other_length(stored, len(ds.PixelData), 2 * rows * columns, 2 * columns)
     pixels = pixel_array(
         ds, index=0, raw=True, correct_unused_bits=False, decoding_plugin=_DECODER.get(syntax, "")
     )
@@ -244,14 +243,7 @@ def _decoded(stored: Stored) -> np.ndarray:
 
 def _refuse_changed(stored: Stored, now: os.stat_result) -> None:
     if (now.st_size, now.st_mtime_ns) != (stored.size, stored.changed):
-        raise UserError(f"{stored.path}: changed since the folder was searched; search it again")
-
-
-def _refuse_longer(path: Path, length: int, matrix: tuple[int, ...]) -> None:
-    rows, columns = matrix
-    if length >= 2 * (rows + 1) * columns:
-        # A few bytes of padding are common; a whole row too many means another matrix.
-        raise UserError(f"{path}: more pixel data than Rows and Columns say; export the file again")
+        raise UserError(f"{stored}: changed since the folder was searched; search it again")
 
 
 def _sign_extended(stored: np.ndarray, bits: int, signed: bool) -> np.ndarray:
@@ -278,7 +270,7 @@ def _as_stored(value: float, signed: bool) -> int:
 
 def _refuse_unsound(slice_: Slice) -> None:
     """Raises UserError, with the reason, if a pattern occurs in the slice that is not sound."""
-    path, meaning, patterns = slice_.path, slice_.meaning, slice_.patterns
+    source, meaning, patterns = slice_.source, slice_.meaning, slice_.patterns
     if meaning.sound[patterns.min() : int(patterns.max()) + 1].all() or meaning.sound[patterns].all():
         return
     present = meaning.stored[np.bincount(patterns.ravel(), minlength=1 << 16).nonzero()]
@@ -287,15 +279,15 @@ def _refuse_unsound(slice_: Slice) -> None:
     real, hu = present[~tagged], np.rint(present * meaning.slope + meaning.intercept)
     if real.size and (real.min() < low or real.max() > high):
         raise UserError(
-            f"{path}: stored values {real.min()} to {real.max()} lie beyond BitsStored "
+            f"{source}: stored values {real.min()} to {real.max()} lie beyond BitsStored "
             f"({low} to {high}); correct the header or export the file again"
         )
     if tagged.any() and hu[tagged].max() > TISSUE_HU:
         raise UserError(
-            f"{path}: PixelPaddingValue marks {hu[tagged].max():g} HU, which tissue has too; "
+            f"{source}: PixelPaddingValue marks {hu[tagged].max():g} HU, which tissue has too; "
             "remove or correct that tag"
         )
     if hu.max() > _HIGHEST_HU:
         raise UserError(
-            f"{path}: {hu.max():g} HU does not fit 16 bits; check RescaleSlope and RescaleIntercept"
+            f"{source}: {hu.max():g} HU does not fit 16 bits; check RescaleSlope and RescaleIntercept"
         )

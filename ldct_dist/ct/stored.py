@@ -40,6 +40,9 @@ class Stored(NamedTuple):
     form: PixelForm
     frame: int | None = None
 
+    def __str__(self) -> str:
+        return self.called(str(self.path))
+
     def called(self, name: str) -> str:
         """How errors call the slice, its file being called `name`."""
         return name if self.frame is None else f"{name} frame {self.frame + 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 from ldct_dist.ct.headers import Header
 from ldct_dist.ct.multiframe import Part
@@ -11,17 +12,21 @@ from ldct_dist.errors import UserError
 
 
 def refuse_incomplete(headers: Sequence[Header]) -> None:
-    """Raises UserError where files of one concatenation are missing."""
-    wholes: dict[str, set[Part]] = {}
+    """Raises UserError where files of a concatenation are missing, or do not follow each other."""
+    wholes: dict[str, dict[Path, Part]] = {}
     for h in headers:
         if h.part is not None:
-            wholes.setdefault(h.part.uid, set()).add(h.part)
-    for parts in wholes.values():
-        frames = sorted(chain.from_iterable(part.frames for part in parts))
-        stated = max(part.parts or len(parts) for part in parts)
-        if stated > len(parts) or frames != list(range(len(frames))):
+            wholes.setdefault(h.part.uid, {})[h.path] = h.part
+    for files in wholes.values():
+        frames = sorted(chain.from_iterable(part.frames for part in files.values()))
+        stated = max(part.parts or len(files) for part in files.values())
+        if len(set(frames)) < len(frames):
             raise UserError(
-                f"parts of its concatenation are missing: of {stated} files there are {len(parts)}, with {len(frames)} frames "
+                "files of its concatenation have the same frames (ConcatenationFrameOffsetNumber); export the series again"
+            )
+        if stated > len(files) or frames[-1] >= len(frames):
+            raise UserError(
+                f"parts of its concatenation are missing: of {stated} files there are {len(files)}, with {len(frames)} frames "
                 f"up to number {frames[-1] + 1}; export the series again, complete"
             )
 
@@ -29,10 +34,12 @@ def refuse_incomplete(headers: Sequence[Header]) -> None:
 def refuse_mixed(headers: Sequence[Header], names: Sequence[str]) -> None:
     """Raises UserError where slices differ in what a series has but one of. `names` says what each is called.
 
-    The error names files, not values: lines like these end up in shared logs, and patients must not."""
+    The error names files, not values: lines like these end up in shared logs, and patients must not.
+    """
     first = headers[0]
     for h, name in zip(headers, names, strict=True):
         for what, a, b in (
+            ("kinds of file, single-frame and multi-frame", first.sop_class, h.sop_class),
             ("patients", first.patient_id, h.patient_id),
             ("studies", first.study_uid, h.study_uid),
             ("frames of reference", first.frame_of_reference, h.frame_of_reference),

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 from pydicom import Dataset
 from pydicom.multival import MultiValue
@@ -18,8 +17,8 @@ from ldct_dist.errors import UserError
 
 
 @contextmanager
-def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
-    """Silence pydicom's warnings about the file at `path`, and raise its exceptions as a UserError."""
+def pydicom_faults_as_user_errors(where: object) -> Iterator[None]:
+    """Silence pydicom's warnings about the file or slice called `where`, and raise its exceptions as a UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -27,11 +26,11 @@ def pydicom_faults_as_user_errors(path: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}); make it readable or remove it") from e
+        raise UserError(f"{where}: cannot be read ({e.strerror or e}); make it readable or remove it") from e
     except Exception as e:  # on damaged bytes, parsers and codecs raise all kinds of exceptions
         # pydicom sometimes appends a traceback to its message.
         reason = (str(e) or type(e).__name__).partition("Traceback")[0].strip()
-        raise UserError(f"{path}: not readable as DICOM ({reason}); export it again or remove it") from e
+        raise UserError(f"{where}: not readable as DICOM ({reason}); export it again or remove it") from e
 
 
 def text(ds: Dataset, keyword: str) -> str | None:

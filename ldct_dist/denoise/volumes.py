@@ -105,7 +105,7 @@ def denoise_series(
     progress: Progress = lambda done, total: None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Denoise each CT series below `source` into `out`, one folder a series if there are several.
+    """Denoise each CT series below `source`, or in that file, into `out`, one folder a series if there are several.
 
     weights: a weights file, a checkpoint, or a run, whose best weights are taken. strength: the share of the network's
     change that is applied, above 0 and up to 1. device: None takes a GPU if there is one. progress: called with (tiles

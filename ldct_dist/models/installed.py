@@ -80,9 +80,8 @@ def _fault(network: Any) -> str | None:
     over ranks are parameters, by their names."""
     if not isinstance(network, nn.Module):
         return f"gives {type(network).__name__}, and no torch.nn.Module"
-    if hasattr(
-        network, "_orig_mod"
-    ):  # as torch.compile's wrapper has; to ask for its type takes a second's import
+    # As torch.compile's wrapper has it; to ask for that type would take a second's import.
+    if hasattr(network, "_orig_mod"):
         return "is compiled already: give the network as it is, and set compile=true"
     for key, least in (("radius", 0), ("stride", 1)):
         given = getattr(network, key, None)

@@ -17,13 +17,19 @@ Place = tuple[Literal["full", "low"], str]
 
 
 def mayo_place(series: Series) -> Place | None:
-    """full_1mm/L067, quarter_3mm_sharp/L067 or quarter_dose/L067, with anything above and below; or
-    L067/full_1mm. The last of these may be a file that holds all of the series."""
-    place = series.place.absolute()
-    parts = (place.with_suffix("") if place.suffix.lower() in SUFFIXES else place).parts
+    """full_1mm/L067, quarter_3mm_sharp/L067 or quarter_dose/L067, with anything above and below; or L067/full_1mm. A file
+    that holds all of a series may have such a name, too: L067/full_1mm.dcm. In full_1mm/L067.dcm or L067/full_1mm/1.dcm,
+    either may be the patient, so the header says who it is, or else the folder above."""
+    place, folders = series.place, series.paths[0].parent.absolute().parts
+    one_file = place == series.paths[0]
+    parts = (
+        (*folders, place.stem if place.suffix.lower() in SUFFIXES else place.name) if one_file else folders
+    )
     for i, part in enumerate(parts):
         if match := _MAYO.fullmatch(part):
-            patient = parts[i + 1] if i + 1 < len(parts) else parts[i - 1]
+            below = folders[i + 1 : i + 2]
+            of_header = series.patient_id if one_file and i + 1 == len(folders) else ""
+            patient = "".join(below) or of_header or parts[i - 1]
             return ("full" if match[1].lower() == "full" else "low"), patient
     return None
 

@@ -26,7 +26,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _THICKNESS_TOLERANCE_MM = 0.05
-_BATCH = 32  # headers that a process reads at a time
+_BATCH = 32  # files whose headers a process reads at a time, at most: of enhanced CT, each may have thousands
 _SAYS_LOW = re.compile(
     r"(low|reduced|quarter)[ _-]?dose|(?<![a-z])(low|reduced|quarter)[ _-]?\d+mm",  # none is "Flow 5mm"
     re.IGNORECASE,
@@ -104,7 +104,8 @@ def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tup
 
 def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[list[Pair], list[Refusal]]:
     def read(paths: Sequence[Path]) -> Iterable[Header | UserError]:
-        batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
+        size = max(1, min(_BATCH, len(paths) // 256))
+        batches = [paths[i : i + size] for i in range(0, len(paths), size)]
         return chain.from_iterable(share_out(read_headers, batches))
 
     series, errors = find_series(source, read, is_projections)
@@ -200,7 +201,7 @@ def _pair_of(config: PairingConfig, row: Row) -> Pair | UserError:
     except UserError as e:
         return e
     assert full is not None
-    if names_patient(row.case, full.paths[0], (row.patient, full.patient_id)):
+    if names_patient(row.case, full.slices[0], (row.patient, full.patient_id)):
         return UserError(
             f"case {row.case} names the patient, and the store would show that to everybody; rename it"
         )

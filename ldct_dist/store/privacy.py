@@ -11,9 +11,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-import pydicom
-
-from ldct_dist.ct.values import pydicom_faults_as_user_errors, text
+from ldct_dist.ct.pixels import read_dataset
+from ldct_dist.ct.stored import Stored
+from ldct_dist.ct.values import text
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
 from ldct_dist.files import unfinished
@@ -112,22 +112,22 @@ def scrubbed(acquisition: Acquisition, identifying: Collection[str]) -> Acquisit
     )
 
 
-def identifying_words(path: Path, patient: str) -> frozenset[str]:
-    """The words, case-folded, of `patient` and of the elements that name people and places in the DICOM file at `path`.
+def identifying_words(stored: Stored, patient: str) -> frozenset[str]:
+    """The words, case-folded, of `patient` and of the elements that name people and places in a slice's dataset.
 
     Words of one or two letters are left out: they identify nobody, and "C" is a kernel.
     """
-    return _words(patient) | _words(" ".join(_texts_in(path, IDENTIFYING).values()))
+    return _words(patient) | _words(" ".join(_texts_in(stored, IDENTIFYING).values()))
 
 
-def names_patient(case: str, path: Path, identities: Collection[str]) -> bool:
-    """Whether `case` contains a word of the patient's name in the DICOM file at `path`, or a number of theirs there, such as
+def names_patient(case: str, stored: Stored, identities: Collection[str]) -> bool:
+    """Whether `case` contains a word of the patient's name in a slice's dataset, or a number of theirs there, such as
     the accession number, or one of `identities`.
 
     Upper case and punctuation are ignored. An identity of fewer than four characters is part of many words, so it only
     counts if it is all of `case`.
     """
-    bare, told = _bare(case), _texts_in(path, (*NAMES, *NUMBERS))
+    bare, told = _bare(case), _texts_in(stored, (*NAMES, *NUMBERS))
     numbers = (number for keyword in NUMBERS for number in told[keyword].split("\\"))
     every = [_bare(identity) for identity in (*identities, *numbers)]
     held = (identity for identity in every if len(identity) > 3 and identity in bare)
@@ -135,10 +135,9 @@ def names_patient(case: str, path: Path, identities: Collection[str]) -> bool:
     return bare in every or any(held) or not names.isdisjoint(_words(case))
 
 
-def _texts_in(path: Path, keywords: Collection[str]) -> dict[str, str]:
-    """What these elements of the DICOM file at `path` say, by keyword; nothing for those that are not there."""
-    with pydicom_faults_as_user_errors(path):
-        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(keywords))
+def _texts_in(stored: Stored, keywords: Collection[str]) -> dict[str, str]:
+    """What these elements of the slice's dataset say, by keyword; nothing for those that are not there."""
+    ds = read_dataset(stored)
     return {keyword: text(ds, keyword) or "" for keyword in keywords}
 
 

@@ -141,7 +141,7 @@ def _volumes(task: Task) -> tuple[dict[float, Volume], noise.LocalMoments, dict[
         except UserError as e:
             raise UserError(f"{pair.name or pair.full.name}: {e}") from e
         low_dose = {"made": "simulated" if pair.low.is_own_output else "acquired"}
-    words = identifying_words(pair.full.paths[0], pair.patient)
+    words = identifying_words(pair.full.slices[0], pair.patient)
     acquisition = scrubbed(full.acquisition, words)
     return {1.0: replace(full, acquisition=acquisition), task.dose: low}, moments, low_dose
 

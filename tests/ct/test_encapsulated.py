@@ -99,3 +99,44 @@ def test_native_pixels_in_fragments(tmp_path):
     path = write_enhanced(paths, tmp_path / "IM0")
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
     assert "not what its transfer syntax says" in refusal(tmp_path)
+
+
+def test_rle_frames_have_one_fragment_each(tmp_path):
+    """Its decoder would take the first for all."""
+
+    def in_pieces(whole: Dataset) -> None:
+        frames = generate_frames(whole.PixelData, number_of_frames=5)
+        whole.PixelData = encapsulate(list(frames), fragments_per_frame=2)
+
+    paths = write_series(tmp_path, phantom(), Options(syntax=RLELossless))
+    write_enhanced(paths, tmp_path / "IM0", change=in_pieces)
+    assert "10 pieces of compressed pixels and 5 offsets do not make 5 frames" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("offsets", ["basic", "extended", "none"])
+def test_compressed_pixels_that_are_cut_off(tmp_path, offsets):
+    paths = write_series(tmp_path, phantom(), Options(syntax=JPEG2000Lossless))
+    path = write_enhanced(paths, tmp_path / "IM0", offsets=offsets)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert "truncated or damaged pixel data" in refusal(tmp_path)
+
+
+def test_a_last_image_without_its_end(tmp_path):
+    def unended(whole: Dataset) -> None:
+        *frames, last = generate_frames(whole.PixelData, number_of_frames=5)
+        half = len(last) // 4 * 2
+        pieces = [*frames, last[:half], last[half:].rstrip(b"\0")[:-2]]
+        whole.PixelData = encapsulate(pieces, has_bot=False)
+
+    paths = write_series(tmp_path, phantom(), Options(syntax=JPEGLSLossless))
+    write_enhanced(paths, tmp_path / "IM0", change=unended)
+    assert "6 pieces of compressed pixels and 0 offsets do not make 5 frames" in refusal(tmp_path)
+
+
+def test_compressed_pixels_without_any(tmp_path):
+    def nothing(whole: Dataset) -> None:
+        whole.PixelData = struct.pack("<HHL", 0xFFFE, 0xE000, 0)  # no offsets, and nothing behind them
+
+    paths = write_series(tmp_path, phantom(), Options(syntax=JPEG2000Lossless))
+    write_enhanced(paths, tmp_path / "IM0", change=nothing)
+    assert "0 pieces of compressed pixels" in refusal(tmp_path)

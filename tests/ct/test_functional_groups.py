@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import highdicom
 import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
@@ -79,10 +82,13 @@ def test_exposures_are_as_exact_as_the_scanner_says(tmp_path):
 
 
 FRAMES = {
-    "scout": ({"AcquisitionType": "CONSTANT_ANGLE"}, "IM0 frame 1 is a localizer"),
     "distorted": ({"VolumetricProperties": "DISTORTED"}, "a rendering or a curved reformat"),
     "localizer": ({"FrameType": ["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"]}, "a localizer"),
     "projection": ({"FrameType": ["DERIVED", "PRIMARY", "VOLUME", "MAXIMUM"]}, "intensity projection"),
+    "projection, as converters say": (
+        {"FrameType": ["DERIVED", "PRIMARY", "MIP", "NONE"]},
+        "intensity projection",
+    ),
     "slab": ({"VolumeBasedCalculationTechnique": "MIN_IP"}, "intensity projection"),
     "rendering": ({"VolumeBasedCalculationTechnique": "VOLUME_RENDER"}, "a rendering"),
     "perfusion": ({"FrameType": ["DERIVED", "PRIMARY", "PERFUSION", "RCBF"]}, "calculated from images"),
@@ -131,21 +137,126 @@ def test_no_group_says_which_file_it_is_in(tmp_path):
     assert ds.SourceImageSequence[0].ReferencedSOPInstanceUID == dcmread(path).SOPInstanceUID
 
 
+def groups_of(sequence: str, frames: slice = slice(None), **elements: object) -> Callable[[Dataset], None]:
+    """Elements added to a functional group of these frames, or the group with them."""
+
+    def change(whole: Dataset) -> None:
+        for groups in whole.PerFrameFunctionalGroupsSequence[frames]:
+            if sequence not in groups:
+                setattr(groups, sequence, [Dataset()])
+            for keyword, value in elements.items():
+                setattr(groups[sequence][0], keyword, value)
+
+    return change
+
+
+def test_a_scout_is_known_by_how_it_was_acquired(tmp_path):
+    change = groups_of("CTAcquisitionTypeSequence", AcquisitionType="CONSTANT_ANGLE")
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=change)
+    assert "IM0 frame 1 is a localizer" in refusal(tmp_path)
+
+
+def test_a_converted_projection_is_none_the_less_one(tmp_path):
+    """What a frame was before its series was converted."""
+    before = groups_of(
+        "UnassignedPerFrameConvertedAttributesSequence",
+        ImageType=["DERIVED", "SECONDARY", "AXIAL", "CT_SOM5 MIP"],
+    )
+    write_enhanced(write_series(tmp_path / "a", phantom()), tmp_path / "a" / "IM0", change=before)
+    assert "intensity projection" in refusal(tmp_path / "a")
+    mip = {"ImageType": ["DERIVED", "SECONDARY", "MIP"]}
+    slices = [dcmread(path) for path in write_series(tmp_path / "b", phantom(), Options(tags=mip))]
+    converted = highdicom.legacy.LegacyConvertedEnhancedCTImage(slices, "1.2.4", 1, "1.2.3", 1)
+    (tmp_path / "c").mkdir()
+    converted.save_as(tmp_path / "c" / "IM0")
+    assert "intensity projection" in refusal(tmp_path / "c")
+
+
+def test_how_a_frame_was_made_is_told_in_full(tmp_path):
+    said = "Denoised by ldct_dist 0.1.0"
+
+    def twice(whole: Dataset) -> None:
+        groups_of("DerivationImageSequence", DerivationDescription=said)(whole)
+        item = Dataset()
+        item.DerivationDescription = "Resampled"
+        for groups in whole.PerFrameFunctionalGroupsSequence:
+            groups.DerivationImageSequence.append(item)
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=twice)
+    series = only(tmp_path)
+    assert series.is_own_output
+    ds = dcmread(write_derived(series, phantom(), tmp_path / "out", "as it was")[0])
+    assert ds.DerivationDescription == f"{said}; Resampled; as it was"
+
+
+def test_what_single_frames_never_lack_is_there_and_empty(tmp_path):
+    def unknown(whole: Dataset) -> None:
+        del (
+            whole.PositionReferenceIndicator,
+            whole.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness,
+        )
+        for groups in whole.PerFrameFunctionalGroupsSequence:
+            del groups.CTXRayDetailsSequence, groups.FrameContentSequence[0].FrameAcquisitionNumber
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=unknown)
+    ds = dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "as it was")[0])
+    for keyword in ("KVP", "AcquisitionNumber", "SliceThickness", "PositionReferenceIndicator"):
+        assert ds[keyword].is_empty, keyword
+
+
+def test_groups_that_single_frames_have_as_elements(tmp_path):
+    region = Dataset()
+    region.CodeValue, region.CodingSchemeDesignator, region.CodeMeaning = "818981001", "SCT", "Abdomen"
+
+    def said(whole: Dataset) -> None:
+        groups_of("FrameAnatomySequence", AnatomicRegionSequence=[region])(whole)
+        groups_of("IrradiationEventIdentificationSequence", IrradiationEventUID="1.2.7")(whole)
+        groups_of("FrameContentSequence", FrameComments="one line\r\nanother")(whole)
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=said)
+    ds = dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "as it was")[0])
+    assert (ds.AnatomicRegionSequence[0].CodeValue, ds.IrradiationEventUID) == ("818981001", "1.2.7")
+    assert ds.ImageComments == "one line\r\nanother"
+    assert "FrameLaterality" not in ds
+
+
+def test_padding_that_only_a_group_says(tmp_path):
+    corner = np.zeros((5, 40, 48), bool)
+    corner[:, :9, :9] = True
+
+    def moved(whole: Dataset) -> None:
+        groups_of("UnassignedPerFrameConvertedAttributesSequence", PixelPaddingValue=-2000)(whole)
+        del whole.PixelPaddingValue
+
+    paths = write_series(tmp_path, phantom(), Options(intercepts=0.0, padding=(corner, -2000, True)))
+    write_enhanced(paths, tmp_path / "IM0", change=moved)
+    assert [stored.form.pad_value for stored in only(tmp_path).slices] == ["-2000"] * 5
+
+
 STACKS = {
     "stacks": ("FrameContentSequence", "StackID", "12"),
     "times": ("FrameContentSequence", "TemporalPositionIndex", (1, 2)),
+    "parts of a heartbeat": ("FrameContentSequence", "CardiacCyclePosition", ("END_SYSTOLE", "END_DIASTOLE")),
+    "parts of a breath": ("FrameContentSequence", "RespiratoryCyclePosition", ("EXPIRATION", "INSPIRATION")),
+    "respiratory phases": (
+        "RespiratorySynchronizationSequence",
+        "NominalPercentageOfRespiratoryPhase",
+        (20.0, 80.0),
+    ),
     "cardiac phases": ("CardiacSynchronizationSequence", "NominalPercentageOfCardiacPhase", (30.0, 70.0)),
 }
 
 
 @pytest.mark.parametrize(("group", "keyword", "values"), STACKS.values(), ids=STACKS.keys())
-@pytest.mark.parametrize("in_turn", [True, False], ids=["in turn", "one after the other"])
-def test_stacks_and_phases_are_not_mixed(tmp_path, group, keyword, values, in_turn):
+@pytest.mark.parametrize(
+    "halves",
+    [(slice(0, None, 2), slice(1, None, 2)), (slice(0, 3), slice(3, None))],
+    ids=["in turn", "one after the other"],
+)
+def test_stacks_and_phases_are_not_mixed(tmp_path, group, keyword, values, halves):
     def two(whole: Dataset) -> None:
-        for i, groups in enumerate(whole.PerFrameFunctionalGroupsSequence):
-            if group not in groups:
-                setattr(groups, group, [Dataset()])
-            setattr(groups[group][0], keyword, values[i % 2 if in_turn else i // 3])
+        for frames, value in zip(halves, values, strict=True):
+            groups_of(group, frames, **{keyword: value})(whole)
 
     write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=two)
     assert "mixed stacks or phases: IM0 frame 1 and IM0 frame" in refusal(tmp_path)

@@ -24,6 +24,7 @@ from pydicom.uid import (
 
 import ldct_dist
 from enhanced_ct import both, write_enhanced
+from ldct_dist.ct import pixels
 from ldct_dist.ct.derived import write_derived
 from ldct_dist.ct.dicom import Series, find_series, read_series
 from ldct_dist.ct.multiframe import read_multi_frame
@@ -118,6 +119,31 @@ def test_a_missing_part_of_a_concatenation_is_noticed(tmp_path):
     assert "parts of its concatenation are missing" in refusal(tmp_path / "unsaid")
 
 
+def test_parts_that_do_not_say_where_they_belong(tmp_path):
+    paths = write_series(tmp_path, phantom((6, 40, 48)))
+    _part(paths[:3], tmp_path / "IM1", "1.2.9", 1, 0, 2)
+    _part(paths[3:], tmp_path / "IM2", "1.2.9", 2, 0, 2)
+    assert "files of its concatenation have the same frames" in refusal(tmp_path)
+
+
+def test_a_stray_slice_beside_a_multi_frame_file(tmp_path):
+    paths = write_series(tmp_path, phantom())
+    write_enhanced(paths[:3], tmp_path / "IM0")
+    assert "mixed kinds of file, single-frame and multi-frame: IM0 frame 1 and slice-003" in refusal(tmp_path)
+
+
+def test_an_error_of_pixels_names_the_frame(tmp_path):
+    hu = phantom()
+    hu[3] += 9000
+    write_enhanced(
+        write_series(tmp_path, hu, Options(bits_stored=16)),
+        tmp_path / "IM0",
+        tags={"BitsStored": 13, "HighBit": 12},
+    )
+    with pytest.raises(UserError, match=r"IM0 frame 4: stored values .* beyond BitsStored"):
+        read_series(only(tmp_path))
+
+
 def test_real_ct_converted_by_highdicom(tmp_path):
     """Legacy Converted Enhanced CT, written by another hand than ours."""
     slices = [dcmread(path) for path in sorted(DEMO.glob("*.dcm"))]
@@ -180,9 +206,10 @@ def test_files_whose_frames_alternate_are_each_read_once(tmp_path, monkeypatch):
     for i in range(6):
         write_enhanced(paths[i::6], tmp_path / f"IM{i}", number=i + 1)
     series = only(tmp_path)
-    read_multi_frame.cache_clear()
+    read = []
+    monkeypatch.setattr(pixels, "read_multi_frame", lambda path: read.append(path) or read_multi_frame(path))
     np.testing.assert_array_equal(read_series(series).hu, phantom((12, 32, 40)))
-    assert read_multi_frame.cache_info().misses == 6
+    assert sorted(read) == sorted(set(series.paths))
 
 
 def test_two_phases_are_named_by_their_frames(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
+from pydicom.encaps import encapsulate
 from pydicom.tag import Tag
 from pydicom.uid import (
     ExplicitVRLittleEndian,
@@ -42,6 +43,18 @@ TAGS = {
         {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED", "MINIP"]},
         "maximum or minimum intensity",
     ),
+    "maximum": ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "MAXIMUM"]}, "maximum or minimum intensity"),
+    "rendering": (
+        {"ImageType": ["DERIVED", "SECONDARY", "SURFACE_RENDER"]},
+        "a rendering or a curved reformat",
+    ),
+    "curved": ({"ImageType": ["DERIVED", "SECONDARY", "CURVED_MPR"]}, "a rendering or a curved reformat"),
+    "subtraction": (
+        {"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "SUBTRACTION"]},
+        "calculated from images",
+    ),
+    "perfusion": ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "MTT"]}, "calculated from images"),
+    "z score": ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "Z_SCORE"]}, "calculated from images"),
     "iodine": (
         {"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "MAT_FRACTIONAL"], "RescaleType": None},
         "a map of a material, not of HU",
@@ -108,6 +121,8 @@ def test_headers_that_make_no_volume(tmp_path, tags, words):
 def test_derived_images_in_hu_are_taken(tmp_path, image_type):
     write_series(tmp_path, phantom(), Options(tags={"ImageType": image_type}))
     assert one_series(tmp_path).shape == phantom().shape
+    with pytest.raises(UserError, match="no such folder"):
+        find_series(tmp_path / "pipe.dcm")
 
 
 @pytest.mark.filterwarnings("ignore:The value length")
@@ -190,6 +205,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     write_series(tmp_path, phantom())
     os.mkfifo(tmp_path / "pipe.dcm")
     assert one_series(tmp_path).shape == phantom().shape
+    with pytest.raises(UserError, match="no such folder"):
+        find_series(tmp_path / "pipe.dcm")
 
 
 @pytest.mark.parametrize("target", ["annex/objects/5", "000005", "5" * 300], ids=["gone", "loop", "no path"])
@@ -224,6 +241,20 @@ def test_a_slice_without_a_uid_of_its_own(tmp_path):
     del ds.SOPInstanceUID
     ds.save_as(path)
     assert "no usable SOPInstanceUID in slice-002.dcm; export the original" in refusal(tmp_path)
+
+
+def test_native_pixels_in_a_fragment(tmp_path):
+    """With the fragment's own header, they would all be four voxels further on."""
+    for path in write_series(tmp_path, phantom()):
+        ds = dcmread(path)
+        ds.PixelData = encapsulate([ds.PixelData])
+        ds.file_meta.TransferSyntaxUID = RLELossless
+        ds.save_as(path)
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
+    with pytest.raises(
+        UserError, match=r"slice-000\.dcm: its pixel data is not what its transfer syntax says;"
+    ):
+        read_series(one_series(tmp_path))
 
 
 def test_a_file_in_place_of_a_folder_is_said(tmp_path):

@@ -24,6 +24,8 @@ def write_files(folder, full, low, patient="L067"):
     [
         ("full_1mm/{}.dcm", "quarter_1mm/{}.dcm"),
         ("full_1mm/{}/IM1", "quarter_1mm/{}/IM1"),
+        ("{}/full_1mm/IM1", "{}/quarter_1mm/IM1"),
+        ("{}/full_1mm/IM1.dcm", "{}/quarter_1mm/IM1.dcm"),
         ("{}/full_1mm.dcm", "{}/quarter_1mm.dcm"),
         ("{}/full_1mm", "{}/quarter_1mm"),
         ("{}/STUDY/1.0-Full Dose Images-1/1-1.dcm", "{}/STUDY/2.0-Low Dose Images-2/1-1.dcm"),
@@ -40,6 +42,12 @@ def test_files_pair_by_the_same_words(tmp_path, full, low):
         assert [s and s.place for s in (pair.full, pair.low)] == [
             tmp_path / name.format(pair.patient) for name in (full, low)
         ]
+
+
+def test_without_a_patient_in_the_header_the_folder_above_says_who_it_is(tmp_path):
+    write_files(tmp_path, "L067/full_1mm/IM1", "L067/quarter_1mm/IM1", patient="")
+    ((pair,), refused) = find_pairs(tmp_path, PairingConfig())
+    assert (pair.patient, refused) == ("L067", [])
 
 
 def test_a_file_that_says_low_dose_is_not_simulated_from_unasked(tmp_path):

@@ -9,6 +9,8 @@ from pydicom import Dataset, dcmread
 from pydicom.datadict import DicomDictionary
 
 from enhanced_ct import write_enhanced
+from ldct_dist.ct.headers import read_header
+from ldct_dist.ct.stored import Stored
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
 from ldct_dist.store import privacy
@@ -111,6 +113,26 @@ def test_no_text_element_of_any_kind_reaches_a_store(tmp_path, threads, enhanced
     assert not any(
         "zwiebel" in str(p.relative_to(tmp_path)).lower() for p in (tmp_path / "ct.zarr").rglob("*")
     )
+
+
+def stored(file: Path) -> Stored:
+    return read_header(file)[0].stored
+
+
+def test_a_name_in_a_functional_group_alone_is_known(tmp_path, threads):
+    """Series converted to one file have there what they had in each."""
+    item = Dataset()
+    item.OtherPatientNames = item.OperatorsName = "Zwiebelmann^Ottokar"
+
+    def named(whole: Dataset) -> None:
+        whole.SharedFunctionalGroupsSequence[0].UnassignedSharedConvertedAttributesSequence = [item]
+
+    files = write_series(tmp_path / "in", anatomy(), Options(patient="P", kernel="OTTOKAR B30"))
+    path = write_enhanced(files, tmp_path / "in" / "IM0", change=named)
+    assert privacy.names_patient("ottokar_1", stored(path), ())
+    ingest(tmp_path / "in", tmp_path / "ct.zarr", CONFIG)
+    store = Store(tmp_path / "ct.zarr")
+    assert store.volume(store.cases[0].name, "1.00").acquisition.kernel is None
 
 
 def tells(path: Path, text: str) -> bool:
@@ -222,18 +244,18 @@ def test_the_hash_keeps_its_items_apart():
 )
 def test_a_case_does_not_carry_its_patients_name_or_id(tmp_path, case, names):
     file = write_marked(tmp_path)[0]
-    assert privacy.names_patient(case, file, ("Row Label", "ZX-4711-Q", "ab", "c-1")) is names
+    assert privacy.names_patient(case, stored(file), ("Row Label", "ZX-4711-Q", "ab", "c-1")) is names
 
 
 def test_a_name_is_found_in_files_without_preamble_too(tmp_path):
     """Exports of the nineties hold the bare dataset."""
     file = write_series(tmp_path, anatomy(), Options(tags={"PatientName": "Zwiebelmann^Ottokar"}))[0]
     file.write_bytes(file.read_bytes()[132:])
-    assert privacy.names_patient("OTTOKAR_1", file, ())
-    assert "zwiebelmann" in privacy.identifying_words(file, "P1")
+    assert privacy.names_patient("OTTOKAR_1", stored(file), ())
+    assert "zwiebelmann" in privacy.identifying_words(stored(file), "P1")
 
 
 def test_identifying_words_are_those_of_every_naming_tag_and_of_the_manifest(tmp_path):
-    words = privacy.identifying_words(write_marked(tmp_path)[0], "Row-Label")
+    words = privacy.identifying_words(stored(write_marked(tmp_path)[0]), "Row-Label")
     assert {"zwiebelmann", "ottokar", "4711", "19370203", "krankenhaus", "doktorova", "label"} <= words
     assert privacy.scrubbed(Acquisition(kernel="B30 LABEL"), words).kernel is None
