@@ -1,4 +1,4 @@
-"""What the 16 bits of a pixel mean."""
+"""What the 16 bits of a pixel mean, and where they are."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom import dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import RLELossless
 
+from ldct_dist.ct.dicom import read_series
 from ldct_dist.ct.pixels import _meaning
+from ldct_dist.errors import UserError
+from synthetic_dicom import only, phantom, write_series
 
 intercepts = st.sampled_from([0.0, -1024.0, -1000.0, -8192.0, 24.0, 32767.0, -32768.0, 40000.0, -1024.5])
 pads = st.none() | st.tuples(st.integers(-32768, 65535), st.integers(0, 300)).map(
@@ -37,3 +43,17 @@ def test_sound_patterns_become_the_hu_of_the_table(bits, signed, slope, intercep
 )
 def test_as_scanners_store_it_no_table_is_needed(bits, signed, intercept, pad):
     assert _meaning(bits, signed, 1.0, intercept, pad).shift == intercept
+
+
+def test_native_pixels_in_a_fragment(tmp_path):
+    """With the fragment's own header, they would all be four voxels further on."""
+    for path in write_series(tmp_path, phantom()):
+        ds = dcmread(path)
+        ds.PixelData = encapsulate([ds.PixelData])
+        ds.file_meta.TransferSyntaxUID = RLELossless
+        ds.save_as(path)
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
+    with pytest.raises(
+        UserError, match=r"slice-000\.dcm: its pixel data is not what its transfer syntax says;"
+    ):
+        read_series(only(tmp_path))
