@@ -35,6 +35,12 @@ def refuse_unlike(where: object, frame: bytes, syntax: UID, matrix: tuple[int, i
         )
 
 
+def begins(stream: bytes) -> bool:
+    """Whether these are the first bytes of a stream of the JPEG family, which never occur within one: the marker SOI and
+    that of a segment, or SOC and SIZ."""
+    return stream.startswith((b"\xff\xd8\xff", _START))
+
+
 def ends(stream: bytes) -> bool:
     """Whether these are the last bytes of a stream, padded or not: those of the JPEG family end with the marker EOI or EOC."""
     return stream.rstrip(b"\0").endswith(b"\xff\xd9")

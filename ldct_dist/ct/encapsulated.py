@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydicom.uid import UID, RLELossless
 
-from ldct_dist.ct.codestream import ends
+from ldct_dist.ct.codestream import begins, ends
 from ldct_dist.errors import UserError
 
 Span = tuple[int, int]
@@ -40,7 +40,7 @@ def spans_of_frames(
     firsts = _firsts_by_table(table, fragments) if table else _firsts_by_count(f, fragments, frames)
     spans = [tuple(fragments[a:b]) for a, b in pairwise([*firsts, len(fragments)])]
     sound = len(spans) == frames and all(
-        len(own) == 1 or (syntax != RLELossless and not any(_ends(f, span) for span in own[:-1]))
+        len(own) == 1 or (syntax != RLELossless and not any(_parted(f, *two) for two in pairwise(own)))
         for own in spans
     )
     if not sound:
@@ -82,6 +82,12 @@ def _firsts_by_count(f: BufferedReader, fragments: Sequence[Span], frames: int) 
     # A fragment after the end of an image begins the next one.
     ends = [i for i, span in enumerate(fragments) if _ends(f, span)]
     return [0, *(i + 1 for i in ends[:-1])] if ends and ends[-1] == len(fragments) - 1 else []
+
+
+def _parted(f: BufferedReader, former: Span, latter: Span) -> bool:
+    """Whether one image ends, or another begins, between two fragments that follow each other."""
+    f.seek(latter[0])
+    return _ends(f, former) or begins(f.read(min(latter[1], _TAIL)))
 
 
 def _ends(f: BufferedReader, span: Span) -> bool:

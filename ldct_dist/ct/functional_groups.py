@@ -173,10 +173,12 @@ def _image_type(own: Dataset, shared: Dataset, whole: Dataset) -> list[str]:
 def _rename(elements: Dataset, enhanced: str, single: str) -> None:
     """Give the element `single` what `enhanced` says. Whole numbers have no room for a small exposure, which is not said to
     be 0."""
-    value = elements[enhanced].value
+    value = None
     if (vr := dictionary_VR(single)) in ("IS", "DS"):
         found = number(elements, enhanced) or 0.0
         value = round(found) if vr == "IS" else found and format_number_as_ds(found)
+    elif text(elements, enhanced):  # it can be converted
+        value = elements[enhanced].value
     if value or single not in elements:
         setattr(elements, single, value or None)
 

@@ -133,6 +133,19 @@ def test_a_last_image_without_its_end(tmp_path):
     assert "6 pieces of compressed pixels and 0 offsets do not make 5 frames" in refusal(tmp_path)
 
 
+def test_an_end_across_fragments_makes_no_frame_of_two(tmp_path):
+    """With one fragment too many at the end, all would be a frame further on."""
+
+    def split(whole: Dataset) -> None:
+        first, *frames = generate_frames(whole.PixelData, number_of_frames=5)
+        end = first.rindex(b"\xff\xd9") + 1
+        whole.PixelData = encapsulate([first[:end], first[end:], *frames, frames[-1]], has_bot=False)
+
+    paths = write_series(tmp_path, phantom(), Options(syntax=JPEGLSLossless))
+    write_enhanced(paths, tmp_path / "IM0", change=split)
+    assert "7 pieces of compressed pixels and 0 offsets do not make 5 frames" in refusal(tmp_path)
+
+
 def test_compressed_pixels_without_any(tmp_path):
     def nothing(whole: Dataset) -> None:
         whole.PixelData = struct.pack("<HHL", 0xFFFE, 0xE000, 0)  # no offsets, and nothing behind them

@@ -220,6 +220,17 @@ def test_groups_that_single_frames_have_as_elements(tmp_path):
     assert "FrameLaterality" not in ds
 
 
+def test_damaged_elements_that_nobody_needs_are_left_out(tmp_path):
+    paths = write_series(tmp_path, phantom())
+    path = write_enhanced(paths, tmp_path / "IM0")
+    content = path.read_bytes()
+    number = b"\x20\x00\x56\x91US\x02\x00\x01\x00"  # FrameAcquisitionNumber
+    assert content.count(number) == 5
+    path.write_bytes(content.replace(number, number[:4] + b"DT" + number[6:8] + b"\xff\xff"))
+    ds = dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "as it was")[0])
+    assert ds["AcquisitionNumber"].is_empty
+
+
 def test_padding_that_only_a_group_says(tmp_path):
     corner = np.zeros((5, 40, 48), bool)
     corner[:, :9, :9] = True
