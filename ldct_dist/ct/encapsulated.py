@@ -86,8 +86,10 @@ def _firsts_by_count(f: BufferedReader, fragments: Sequence[Span], frames: int) 
 
 def _parted(f: BufferedReader, former: Span, latter: Span) -> bool:
     """Whether one image ends, or another begins, between two fragments that follow each other."""
+    if _ends(f, former):
+        return True
     f.seek(latter[0])
-    return _ends(f, former) or begins(f.read(min(latter[1], _TAIL)))
+    return begins(f.read(min(latter[1], _TAIL)))
 
 
 def _ends(f: BufferedReader, span: Span) -> bool:
