@@ -23,7 +23,7 @@ Span = tuple[int, int]
 
 _TAG = struct.Struct("<HHL")
 _ITEM, _END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
-_TAIL = 16  # bytes at the end of a fragment, with a marker and some padding
+_TAIL = 16  # bytes at an end of a fragment, with a marker and some padding
 
 
 def spans_of_frames(
@@ -37,7 +37,8 @@ def spans_of_frames(
     (start, length), *fragments = list(_items(path, f, size)) or [(0, 0)]
     f.seek(start)
     table = _numbers(extended, "Q") if extended else _numbers(f.read(length), "L")
-    firsts = _firsts_by_table(table, fragments) if table else _firsts_by_count(f, fragments, frames)
+    by_table = table and fragments
+    firsts = _firsts_by_table(table, fragments) if by_table else _firsts_by_count(f, fragments, frames)
     spans = [tuple(fragments[a:b]) for a, b in pairwise([*firsts, len(fragments)])]
     sound = len(spans) == frames and all(
         len(own) == 1 or (syntax != RLELossless and not any(_parted(f, *two) for two in pairwise(own)))
@@ -80,8 +81,8 @@ def _firsts_by_count(f: BufferedReader, fragments: Sequence[Span], frames: int) 
     if len(fragments) == frames:
         return list(range(frames))
     # A fragment after the end of an image begins the next one.
-    ends = [i for i, span in enumerate(fragments) if _ends(f, span)]
-    return [0, *(i + 1 for i in ends[:-1])] if ends and ends[-1] == len(fragments) - 1 else []
+    closing = [i for i, span in enumerate(fragments) if _ends(f, span)]
+    return [0, *(i + 1 for i in closing[:-1])] if closing and closing[-1] == len(fragments) - 1 else []
 
 
 def _parted(f: BufferedReader, former: Span, latter: Span) -> bool:

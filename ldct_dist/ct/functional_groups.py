@@ -52,7 +52,7 @@ _OF_FILE = (
     *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("SamplesPerPixel", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
 )
-"""What only the file says, and no group instead of it"""
+"""What no group says instead of the file"""
 
 _OF_MULTI_FRAME = (
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "NumberOfFrames"),

@@ -146,10 +146,11 @@ def test_an_end_across_fragments_makes_no_frame_of_two(tmp_path):
     assert "7 pieces of compressed pixels and 0 offsets do not make 5 frames" in refusal(tmp_path)
 
 
-def test_compressed_pixels_without_any(tmp_path):
+@pytest.mark.parametrize("offsets", [0, 5])
+def test_compressed_pixels_without_any(tmp_path, offsets):
     def nothing(whole: Dataset) -> None:
-        whole.PixelData = struct.pack("<HHL", 0xFFFE, 0xE000, 0)  # no offsets, and nothing behind them
+        whole.PixelData = struct.pack("<HHL", 0xFFFE, 0xE000, 4 * offsets) + bytes(4 * offsets)
 
     paths = write_series(tmp_path, phantom(), Options(syntax=JPEG2000Lossless))
     write_enhanced(paths, tmp_path / "IM0", change=nothing)
-    assert "0 pieces of compressed pixels" in refusal(tmp_path)
+    assert f"0 pieces of compressed pixels and {offsets} offsets do not make 5" in refusal(tmp_path)
