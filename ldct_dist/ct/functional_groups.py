@@ -21,7 +21,7 @@ from ldct_dist.ct.values import number, text
 _GROUPS = (
     *("PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence"),
     *("PixelValueTransformationSequence", "FrameVOILUTSequence", "FrameContentSequence"),
-    *("FrameAnatomySequence", "DerivationImageSequence", "IrradiationEventIdentificationSequence"),
+    *("FrameAnatomySequence", "IrradiationEventIdentificationSequence"),
     *("CTImageFrameTypeSequence", "CTAcquisitionDetailsSequence", "CTTableDynamicsSequence"),
     *("CTPositionSequence", "CTGeometrySequence", "CTReconstructionSequence", "CTExposureSequence"),
     *("CTXRayDetailsSequence", "CTAcquisitionTypeSequence"),
@@ -68,8 +68,8 @@ _OF_MULTI_FRAME = (
 )
 """What a single-frame image does not have, or, of lists as long as the series, has no need of"""
 
-_TRIVIAL = ("", "NONE", "VOLUME", "AXIAL", "LOCALIZER")
-"""Values of Frame Type and the like that say no more than that there are slices, or which is said otherwise"""
+_TRIVIAL = ("", "NONE", "VOLUME", "AXIAL")
+"""Values of Frame Type and the like that say no more than that there are slices"""
 
 _NEVER_ABSENT = ("KVP", "AcquisitionNumber", "SliceThickness", "PositionReferenceIndicator")
 """What a single-frame image has even if it is not known, then empty (type 2)"""

@@ -16,6 +16,7 @@ from pydicom.uid import (
 from enhanced_ct import both, write_enhanced
 from ldct_dist.ct.derived import write_derived, write_simulated
 from ldct_dist.ct.dicom import read_series
+from ldct_dist.ct.pixels import read_dataset
 from synthetic_dicom import Options, only, phantom, refusal, write_series
 
 
@@ -124,17 +125,83 @@ def test_names_are_read_in_the_character_set_of_the_file(tmp_path):
     assert ds.ImageComments == "größer"
 
 
-def test_no_group_says_which_file_it_is_in(tmp_path):
-    def another(whole: Dataset) -> None:
-        item = Dataset()
-        item.SOPClassUID, item.SOPInstanceUID, item.PatientID = CTImageStorage, "1.2.3", "another"
-        for groups in whole.PerFrameFunctionalGroupsSequence:
-            groups.UnassignedPerFrameConvertedAttributesSequence = [item]
+OF_FILE = {
+    **dict.fromkeys(("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"), "1.2.3"),
+    **dict.fromkeys(("PatientID", "PatientName", "FrameOfReferenceUID"), "9"),
+    **{
+        "PatientBirthDate": "19000101",
+        "PatientSex": "F",
+        "Modality": "MR",
+        "PhotometricInterpretation": "RGB",
+    },
+    **dict.fromkeys(("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"), 7),
+    **dict.fromkeys(("SamplesPerPixel", "PixelPaddingValue", "PixelPaddingRangeLimit"), 7),
+}
+"""What a group says otherwise than its file"""
 
-    path = write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=another)
-    assert only(tmp_path).patient_id == "Doe^Jane"
-    ds = dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "as it was")[0])
-    assert ds.SourceImageSequence[0].ReferencedSOPInstanceUID == dcmread(path).SOPInstanceUID
+
+def test_no_group_says_otherwise_what_the_file_says(tmp_path):
+    def otherwise(whole: Dataset) -> None:
+        whole.PixelPaddingValue, whole.PixelPaddingRangeLimit = -2000, -1999
+        groups_of("UnassignedPerFrameConvertedAttributesSequence", **OF_FILE)(whole)
+
+    path = write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=otherwise)
+    whole, single = dcmread(path), read_dataset(only(tmp_path).slices[0])
+    assert {k: single[k].value for k in OF_FILE} == {k: whole[k].value for k in OF_FILE}
+
+
+OF_MULTI_FRAME = {
+    **{"DimensionOrganizationType": "3D", "ConcatenationUID": "1.2.3", "InConcatenationNumber": 1},
+    **{"InConcatenationTotalNumber": 1, "ConcatenationFrameOffsetNumber": 0, "FrameComments": "said"},
+    **{"SOPInstanceUIDOfConcatenationSource": "1.2.3", "FrameLabel": "1", "InStackPositionNumber": 1},
+    **{key: [Dataset()] for key in ("ReferencedImageEvidenceSequence", "SourceImageEvidenceSequence")},
+    **{key: [Dataset()] for key in ("ReferencedSeriesSequence", "DimensionIndexSequence")},
+    **{"StackID": "1", "TemporalPositionIndex": 1, "FrameLaterality": "U", "FrameAcquisitionDuration": 1.0},
+    **{"CardiacCyclePosition": "END_SYSTOLE", "RespiratoryCyclePosition": "EXPIRATION"},
+    **{
+        "PixelPresentation": "MONOCHROME",
+        "VolumetricProperties": "VOLUME",
+        "PresentationLUTShape": "IDENTITY",
+    },
+    **{
+        "VolumeBasedCalculationTechnique": "NONE",
+        "ExtendedOffsetTable": b"",
+        "ExtendedOffsetTableLengths": b"",
+    },
+}
+"""Besides what `write_enhanced` writes"""
+
+
+def test_nothing_that_is_true_of_many_frames_is_left_in_one(tmp_path):
+    path = write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", tags=OF_MULTI_FRAME)
+    whole, single = dcmread(path), read_dataset(only(tmp_path).slices[0])
+    gone = {e.keyword for e in whole} - {e.keyword for e in single}
+    assert gone == {
+        *OF_MULTI_FRAME,
+        *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "NumberOfFrames"),
+        "DimensionOrganizationSequence",
+    }
+    never = ("FrameType", "FrameReferenceDateTime", "DimensionIndexValues", "FrameAcquisitionNumber")
+    assert not [keyword for keyword in never if keyword in single]
+
+
+def test_an_exposure_that_is_empty_in_its_group_is_that_of_another(tmp_path):
+    def empty(whole: Dataset) -> None:
+        groups_of("CTExposureSequence", ExposureInmAs=None)(whole)
+        groups_of("UnassignedPerFrameConvertedAttributesSequence", Exposure=80)(whole)
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=empty)
+    assert dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "-")[0]).Exposure == 80
+
+
+def test_a_file_without_frame_types_says_what_its_frames_are(tmp_path):
+    def silent(whole: Dataset) -> None:
+        whole.ImageType = ["DERIVED", "PRIMARY", "VOLUME", "MAXIMUM"]
+        for groups in whole.PerFrameFunctionalGroupsSequence:
+            del groups.CTImageFrameTypeSequence
+
+    write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=silent)
+    assert "intensity projection" in refusal(tmp_path)
 
 
 def groups_of(sequence: str, frames: slice = slice(None), **elements: object) -> Callable[[Dataset], None]:
@@ -210,11 +277,15 @@ def test_groups_that_single_frames_have_as_elements(tmp_path):
 
     def said(whole: Dataset) -> None:
         groups_of("FrameAnatomySequence", AnatomicRegionSequence=[region])(whole)
+        groups_of("FrameVOILUTSequence", WindowCenter=50.0, WindowWidth=350.0)(whole)
+        groups_of("CTTableDynamicsSequence", SpiralPitchFactor=0.9)(whole)
+        groups_of("CTPositionSequence", TablePosition=-120.0)(whole)
         groups_of("IrradiationEventIdentificationSequence", IrradiationEventUID="1.2.7")(whole)
         groups_of("FrameContentSequence", FrameComments="one line\r\nanother")(whole)
 
     write_enhanced(write_series(tmp_path, phantom()), tmp_path / "IM0", change=said)
     ds = dcmread(write_derived(only(tmp_path), phantom(), tmp_path / "out", "as it was")[0])
+    assert (ds.WindowCenter, ds.WindowWidth, ds.SpiralPitchFactor, ds.TablePosition) == (50, 350, 0.9, -120)
     assert (ds.AnatomicRegionSequence[0].CodeValue, ds.IrradiationEventUID) == ("818981001", "1.2.7")
     assert ds.ImageComments == "one line\r\nanother"
     assert "FrameLaterality" not in ds
