@@ -94,9 +94,8 @@ def write_derived(
             instance_uid = derived_uid(series_uid, name)
             with pydicom_faults_as_user_errors(slice_.source):
                 derived = presentable(ds)
-                if (
-                    slice_.source.frame is not None
-                ):  # numbers of frames, if they have some, may be those of other files' frames
+                if slice_.source.frame is not None:
+                    # A frame has no number, or one that frames of other files may have, too.
                     derived.InstanceNumber = i
                 if dose != 1:
                     scale_dose(derived, dose)

@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Series:
     """A CT series whose headers make a regular stack; its pixels are not read yet.
 
-    slices: one file each, or one frame of a file, in the order of the Volume: positions (mm along the slice normal) ascend, towards the head for
-    axial series. patient_id is the patient's real one: hash it before storing it. derivation: how the series was made, if
+    slices: one file each, or one frame of a file, in the order of the Volume: positions (mm along the slice normal) ascend,
+    towards the head for axial series. patient_id is the patient's real one: hash it before storing it. derivation: how the series was made, if
     not by a scanner. spacing, origin and direction: as in Volume.
     """
 

@@ -138,13 +138,10 @@ def _agreed(items: Sequence[Dataset], never: bool) -> dict[BaseTag, DataElement 
     first, *others = items or (Dataset(),)
     if not others and "SpecificCharacterSet" not in first:
         return {e.tag: e for e in first.elements()}
+    possible = not (others and never)
     # Converted, as the item's own character set is not that of the file.
-    return {
-        e.tag: e
-        if not (others and never) and all(e == other.get(e.tag) for other in others)
-        else DataElement(e.tag, e.VR, None)
-        for e in first
-    }
+    agreed = {e.tag: possible and all(e == other.get(e.tag) for other in others) for e in first}
+    return {e.tag: e if agreed[e.tag] else DataElement(e.tag, e.VR, None) for e in first}
 
 
 def _said(keyword: str, *datasets: Dataset) -> str | None:

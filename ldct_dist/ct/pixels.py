@@ -212,11 +212,12 @@ def _native(stored: Stored, start: int, length: int) -> np.ndarray:
     rows, columns = stored.form.matrix or (0, 0)
     with stored.path.open("rb", buffering=0) as f:
         _refuse_changed(stored, os.fstat(f.fileno()))
-        # Before memory is taken for it.
-        refuse_other_length(stored, min(length, stored.size - start), 2 * rows * columns, 2 * columns)
+        said, row = 2 * rows * columns, 2 * columns
+        refuse_other_length(stored, length, said, row)
+        refuse_other_length(stored, min(length, stored.size - start), said, row)  # before memory is taken
         pixels = np.empty((rows, columns), "<u2")
         f.seek(start)
-        refuse_other_length(stored, f.readinto(pixels.data), pixels.nbytes, 2 * columns)
+        refuse_other_length(stored, f.readinto(pixels.data), said, row)
     return pixels.astype(np.uint16, copy=False)
 
 

@@ -1,4 +1,4 @@
-"""Whether the slices of a series belong together, and are all there, as far as their headers tell apart from their places."""
+"""Whether the slices of a series belong together and are all there, as far as headers tell by anything but positions."""
 
 from __future__ import annotations
 

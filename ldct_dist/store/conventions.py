@@ -27,9 +27,12 @@ def mayo_place(series: Series) -> Place | None:
     )
     for i, part in enumerate(parts):
         if match := _MAYO.fullmatch(part):
-            below = folders[i + 1 : i + 2]
-            of_header = series.patient_id if one_file and i + 1 == len(folders) else ""
-            patient = "".join(below) or of_header or parts[i - 1]
+            if i + 1 < len(folders):
+                patient = folders[i + 1]
+            elif i + 1 < len(parts):
+                patient = series.patient_id or parts[i - 1]
+            else:
+                patient = parts[i - 1]
             return ("full" if match[1].lower() == "full" else "low"), patient
     return None
 

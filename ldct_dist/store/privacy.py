@@ -11,9 +11,11 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+import pydicom
+
 from ldct_dist.ct.pixels import read_dataset
 from ldct_dist.ct.stored import Stored
-from ldct_dist.ct.values import text
+from ldct_dist.ct.values import pydicom_faults_as_user_errors, text
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.errors import UserError
 from ldct_dist.files import unfinished
@@ -137,7 +139,13 @@ def names_patient(case: str, stored: Stored, identities: Collection[str]) -> boo
 
 def _texts_in(stored: Stored, keywords: Collection[str]) -> dict[str, str]:
     """What these elements of the slice's dataset say, by keyword; nothing for those that are not there."""
-    ds = read_dataset(stored)
+    if stored.frame is not None:
+        ds = read_dataset(stored)
+    else:  # without pixels, of which there may be much, on the way to a list of pairs
+        with pydicom_faults_as_user_errors(stored):
+            ds = pydicom.dcmread(
+                stored.path, stop_before_pixels=True, force=True, specific_tags=list(keywords)
+            )
     return {keyword: text(ds, keyword) or "" for keyword in keywords}
 
 

@@ -50,7 +50,7 @@ def test_what_is_derived_is_one_file_a_slice(tmp_path):
         assert not [k for k in found if ("Frame" in k and k != "FrameOfReferenceUID") or "Dimension" in k]
 
 
-def test_ends_of_a_dual_source_scan_are_said_where_both_agree(tmp_path):
+def test_of_two_sources_is_said_what_both_agree_on(tmp_path):
     paths = write_series(tmp_path, phantom())
     write_enhanced(paths, tmp_path / "IM0", frame_tags={"KVP": 140})
     series = only(tmp_path)

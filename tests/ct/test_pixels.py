@@ -45,6 +45,18 @@ def test_as_scanners_store_it_no_table_is_needed(bits, signed, intercept, pad):
     assert _meaning(bits, signed, 1.0, intercept, pad).shift == intercept
 
 
+def test_pixels_of_another_matrix_are_not_taken_for_it_because_some_are_lost(tmp_path):
+    """Rows says too few, and of what is too many the end was cut off."""
+    path = write_series(tmp_path, phantom())[0]
+    for other in write_series(tmp_path, phantom()):
+        ds = dcmread(other)
+        ds.Rows -= 2
+        ds.save_as(other)
+    path.write_bytes(path.read_bytes()[: -3 * 48])
+    with pytest.raises(UserError, match=r"slice-000\.dcm: more pixel data than Rows and Columns say;"):
+        read_series(only(tmp_path))
+
+
 def test_native_pixels_in_a_fragment(tmp_path):
     """With the fragment's own header, they would all be four voxels further on."""
     for path in write_series(tmp_path, phantom()):

@@ -82,11 +82,8 @@ def test_an_enhanced_ct_becomes_the_case_that_its_slices_would_become(tmp_path, 
             write_enhanced(files, tmp_path / name / "IM0", source_mm=0.0)  # single frames say none
         report = ingest(tmp_path / name, tmp_path / f"{name}.zarr", config)
     single, whole = (content(tmp_path / f"{name}.zarr") for name in ("single", "whole"))
-    records = {
-        "zarr.json",
-        "catalogue.parquet",
-        f"cases/{report.written[0]}/zarr.json",
-    }  # of files and their age
+    # These name the files that a case is made of, and their age.
+    records = {"zarr.json", "catalogue.parquet", f"cases/{report.written[0]}/zarr.json"}
     assert {place for place in single | whole if single.get(place) != whole.get(place)} == records
 
 
