@@ -104,8 +104,8 @@ def _print_empty(splits: Sequence[str], patients: int) -> None:
         )
     else:
         notice(
-            f"{none} of the {patients}; raise the shares (splits=) or name patients (split_of='{{PATIENT: {splits[-1]}}}') "
-            "and run ingest again, which moves finished cases quickly"
+            f"{none} of the {patients}; name patients (split_of='{{PATIENT: {splits[-1]}}}'), or give it no share "
+            "(splits=), and run ingest again, which moves finished cases quickly"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from ldct_dist.errors import UserError
 from ldct_dist.store.pairing import Pair, Refusal
@@ -49,7 +51,10 @@ def split_of_each(pairs: Sequence[Pair], key: bytes, shares: Shares, patterns: P
 
     Raises UserError if a patient, or a study, would stand in more than one.
     """
-    splits = [_named(pair, patterns) or _drawn(pair.patient, key, shares) for pair in pairs]
+    named = [_named(pair, patterns) for pair in pairs]
+    others = {pair.patient for pair, split in zip(pairs, named, strict=True) if split is None}
+    drawn = _drawn(others, {split for split in named if split}, key, shares)
+    splits = [split or drawn[pair.patient] for pair, split in zip(pairs, named, strict=True)]
     _refuse_leaks(pairs, splits)
     return splits
 
@@ -83,13 +88,26 @@ def _why_idle(pattern: str, pairs: Sequence[Pair], refused: Sequence[Refusal]) -
     return f"the patients are {called}{lacking}; correct it (* matches any characters), or leave it out"
 
 
-def _drawn(patient: str, key: bytes, shares: Shares) -> str:
-    u = int(keyed_hash(key, "split", patient)[:13], 16) / 16**13
-    for split, share in shares.items():
-        u -= share
-        if u < 0:
-            return split
-    return max(shares, key=lambda split: shares[split])  # u was within rounding of 1
+def _drawn(patients: Collection[str], filled: Collection[str], key: bytes, shares: Shares) -> dict[str, str]:
+    """The split of each patient, who falls into one whatever others there are, so that a cohort may grow.
+
+    But of ten patients, a tenth would be none more often than each third time. So a split with a share that nobody falls
+    into, and that is not among those `filled` already, gets of the largest split's patients the one who fell nearest to
+    it: as the cohort grows, that patient may go back, but beyond the first few no other is held out later.
+    """
+    at = {patient: int(keyed_hash(key, "split", patient)[:13], 16) / 16**13 for patient in patients}
+    ends = dict(zip(shares, accumulate(shares.values()), strict=True))
+    largest = max(shares, key=lambda split: shares[split])  # also where the shares end a little below 1
+    split_of = {patient: next((s for s in ends if u < ends[s]), largest) for patient, u in at.items()}
+    fallen = set(split_of.values()).union(filled)
+    for split in (s for s, share in shares.items() if share > 0 and s not in fallen):
+        held = Counter([*split_of.values(), *filled])
+        giver = largest if held[largest] > 1 else max(shares, key=lambda s: held[s])
+        if held[giver] > 1:
+            middle = ends[split] - shares[split] / 2
+            of_giver = (patient for patient in at if split_of[patient] == giver)
+            split_of[min(of_giver, key=lambda patient: abs(at[patient] - middle))] = split
+    return split_of
 
 
 def _refuse_leaks(pairs: Sequence[Pair], splits: Sequence[str]) -> None:

@@ -52,6 +52,31 @@ def test_patients_are_drawn_by_the_shares_each_whatever_others_there_are():
     assert split_of_each(pairs[::-3], bytes(32), shares, {}) == drawn[::-3]
 
 
+@pytest.mark.parametrize("key", [bytes([i]) * 32 for i in range(40)])
+def test_small_cohorts_have_every_split_and_keep_it_as_they_grow(key):
+    """Drawn each for himself, ten patients would leave a tenth empty in one of three cohorts; Mayo 2016 has ten."""
+    shares = {"train": 0.8, "none": 0.0, "val": 0.1, "test": 0.1}
+    before: dict[str, str] = {}
+    for number in range(3, 30):
+        pairs = [Pair(SimpleNamespace(study_uid=f"1.2.{i}"), f"P{i}") for i in range(number)]
+        now = dict(zip((p.patient for p in pairs), split_of_each(pairs, key, shares, {}), strict=True))
+        assert set(now.values()) == {"train", "val", "test"}
+        if number > 8:
+            moved = {patient for patient, split in before.items() if now[patient] != split}
+            assert not moved & {patient for patient, split in before.items() if split == "train"}
+        before = now
+
+
+def test_whom_the_user_names_is_not_moved_to_fill_a_split():
+    pairs = [Pair(SimpleNamespace(study_uid=f"1.2.{i}"), f"P{i}") for i in range(10)]
+    shares = {"train": 0.998, "val": 0.001, "test": 0.001}  # nobody falls into the small ones
+    named = {"P[0-7]": "train", "P8": "test"}
+    assert split_of_each(pairs, bytes(32), shares, named) == [*["train"] * 8, "test", "val"]
+    named = {"P[0-6]": "train", "P[78]": "val"}
+    assert split_of_each(pairs, bytes(32), shares, named) == [*["train"] * 7, "val", "val", "test"]
+    assert split_of_each(pairs, bytes(32), shares, {"*": "train"}) == ["train"] * 10
+
+
 def test_shares_that_are_no_whole_are_refused(source, out):
     with pytest.raises(UserError, match=r"add up to 0\.9"):
         ingest(source, out, IngestConfig(splits={"train": 0.8, "test": 0.1}))
