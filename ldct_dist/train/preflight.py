@@ -39,7 +39,7 @@ def refuse_conflicts(
     if config.compile:
         refuse_without_compiler(world.device)
     if config.precision == "bf16":
-        refuse_emulated_bf16(world.device)
+        refuse_slow_bf16(world.device, config.channels_last)
     if world.is_main and config.origins:
         # Under ZeRO 3 the network may be larger than a GPU.
         refuse_unfit_code(config, world.device if config.zero < 3 else torch.device("cpu"))
@@ -71,7 +71,7 @@ def refuse_early(config: RunConfig, ranks: int, waits: bool) -> None:
     waits: for another job, which may be the one that makes the store. Nodes may see a store that this machine does not.
     """
     refuse_mistakes(config, outline(config.model), ranks)
-    if waits or not os.path.exists(config.store / "zarr.json"):  # Path.exists would raise PermissionError
+    if waits or not os.path.exists(config.store):  # Path.exists would raise PermissionError
         return
     store = Store(config.store)
     Loader(Plan(store, config.data, config.seed), 0, ranks).close()
@@ -92,12 +92,22 @@ def refuse_without_compiler(device: torch.device) -> None:
         )
 
 
-def refuse_emulated_bf16(device: torch.device) -> None:
-    """GPUs from before Ampere take bf16 and calculate it by emulation, several times slower than fp32."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+def refuse_slow_bf16(device: torch.device, channels_last: bool) -> None:
+    """Raises UserError for a GPU from before Ampere, which emulates bf16, and for a layout in which PyTorch does without
+    cuDNN 9.8 to 9.14, since its 3-D convolutions are wrong there, and takes several times the time and memory
+    (ConvParams::use_cudnn in aten/src/ATen/native/Convolution.cpp)."""
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
             f"precision=bf16: {torch.cuda.get_device_name(device)} on {platform.node()} only emulates it, slowly; set "
             "precision=fp32, or ask for newer GPUs"
+        )
+    cudnn = torch.backends.cudnn.version() or 0
+    if not channels_last and 90800 <= cudnn < 91500:
+        raise UserError(
+            f"channels_last=false with precision=bf16: PyTorch does without cuDNN {cudnn} for it on {platform.node()}, "
+            "slowly; set channels_last=true, or install cuDNN 9.15 or newer"
         )
 
 

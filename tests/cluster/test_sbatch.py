@@ -308,6 +308,14 @@ def test_a_store_that_lacks_what_the_run_needs_is_refused_before_the_job_waits(t
     assert dry_run(parse([str(config), *words, "--dependency=afterok:7"], None, False))
 
 
+def test_a_folder_that_is_no_store_is_refused_before_the_job_waits(tmp_path):
+    config = write_config(tmp_path, tmp_path / "ct.zarr", steps=4)
+    assert dry_run(parse([str(config)], None, False))  # nodes may see a store that this machine does not
+    (tmp_path / "ct.zarr").mkdir()
+    with pytest.raises(UserError, match=r"ct\.zarr: not a store"):
+        dry_run(parse([str(config)], None, False))
+
+
 @pytest.mark.parametrize("word", ["%j", "%t", "%A", "%a"])
 @pytest.mark.parametrize("cluster", ["slurm", "local", "debug"])
 def test_a_run_folder_that_submitit_would_look_for_elsewhere_is_refused(tmp_path, word, cluster):

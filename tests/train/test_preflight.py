@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.preflight import note_on_margin, refuse_emulated_bf16, refuse_without_compiler
+from ldct_dist.train.preflight import note_on_margin, refuse_slow_bf16, refuse_without_compiler
 from stores import make_store
 
 
@@ -29,11 +31,20 @@ def test_a_gpu_that_only_emulates_bf16_is_refused_as_the_planner_refuses_it(monk
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: major >= 8 or including_emulation
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    refuse_emulated_bf16(torch.device("cuda", 0))
+    refuse_slow_bf16(torch.device("cuda", 0), channels_last=True)
     major = 7
     with pytest.raises(UserError, match=r"Tesla V100 .*emulates it.*precision=fp32"):
-        refuse_emulated_bf16(torch.device("cuda", 0))
-    refuse_emulated_bf16(torch.device("cpu"))
+        refuse_slow_bf16(torch.device("cuda", 0), channels_last=True)
+    refuse_slow_bf16(torch.device("cpu"), channels_last=False)
+
+
+@pytest.mark.parametrize(("version", "slow"), [(90701, False), (91002, True), (91500, False)])
+def test_a_layout_that_cudnn_is_not_used_for_is_refused(monkeypatch, version, slow):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    refuse_slow_bf16(torch.device("cuda", 0), channels_last=True)
+    with pytest.raises(UserError, match=r"cuDNN 91002.*channels_last=true") if slow else nullcontext():
+        refuse_slow_bf16(torch.device("cuda", 0), channels_last=False)
 
 
 def test_what_the_loss_leaves_out_is_told_of_the_volumes_that_there_are(tmp_path):
