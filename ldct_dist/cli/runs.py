@@ -49,7 +49,10 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs to compare")] = "8,64,512",
     gpu: Annotated[
-        str, typer.Option(help="Kind of GPU: h100-80g, h200-141g, a100-80g, a100-40g or v100-32g")
+        str,
+        typer.Option(
+            help="Kind of GPU: b200-180g, h200-141g, h100-80g, a100-80g, a100-40g, l40s-48g, a40-48g or v100-32g"
+        ),
     ] = "h100-80g",
     json: Annotated[
         bool, typer.Option("--json", help="Print all figures as JSON, in bytes and seconds")

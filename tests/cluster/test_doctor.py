@@ -43,14 +43,18 @@ def test_versions_that_differ_are_told_by_node(probe):
     assert text.startswith("torch 2.13 on n1, 2.12 on n2; driver 550 on n1, none on n2: load the same")
 
 
-def test_the_driver_is_told_for_either_kernel_module():
+def test_the_driver_is_told_for_either_kernel_module(tmp_path):
     closed = (
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC 12.2.0"
     )
     opened = (
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  560.35.03  Release Build\nGCC version: 12"
     )
-    assert (nodes.parse_driver(closed), nodes.parse_driver(opened)) == ("550.54.15", "560.35.03")
+    told = tmp_path / "version"
+    assert nodes.driver(told) == "unknown"
+    for text, version in ((closed, "550.54.15"), (opened, "560.35.03")):
+        told.write_text(text)
+        assert nodes.driver(told) == version
 
 
 def test_a_gpu_that_waits_for_a_core_is_told_by_node(probe):

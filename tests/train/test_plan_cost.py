@@ -284,6 +284,10 @@ def build_parameters(config: RunConfig) -> int:
         ("NVIDIA H100 PCIe", "bf16", 756e12),
         ("NVIDIA A100-SXM4-40GB", "fp32", 156e12),
         ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA GH200 480GB", "bf16", 989e12),
+        ("NVIDIA L40S", "fp32", 183e12),
+        ("NVIDIA A40", "bf16", 150e12),
+        ("NVIDIA RTX A4000", "bf16", None),
         ("NVIDIA GeForce RTX 5090", "bf16", None),
     ],
 )

@@ -29,15 +29,16 @@ def look_software(_: Probe) -> dict[str, str]:
     }
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
-        facts["driver"] = parse_driver(Path("/proc/driver/nvidia/version").read_text())
+        facts["driver"] = driver(Path("/proc/driver/nvidia/version"))
         facts["cuDNN"] = str(torch.backends.cudnn.version())
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts
 
 
-def parse_driver(text: str) -> str:
-    """The version of NVIDIA's driver, of its closed or its open kernel module, in /proc/driver/nvidia/version."""
-    found = re.search(r"\d+\.\d+(\.\d+)?", text)
+def driver(version: Path) -> str:
+    """The version of NVIDIA's driver, of its closed or its open kernel module, where the kernel tells it, or unknown: not
+    all containers show the file, and torch runs on other makers' GPUs, too."""
+    found = re.search(r"\d+\.\d+(\.\d+)?", version.read_text() if version.exists() else "")
     return found[0] if found else "unknown"
 
 

@@ -1,7 +1,8 @@
-"""What GPUs can do, from their data sheets: without sparsity, and of SXM boards, which is what nodes of clusters have."""
+"""What GPUs can do, from their data sheets: without sparsity, and of SXM boards, where there are such."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,18 +40,32 @@ class Gpu:
         return self.nvlink if gpus <= self.per_node else min(self.nvlink, self.network * self.per_node)
 
 
-# Networks: eight 400 Gb/s adapters beside H100 and H200 (DGX), eight 200 Gb/s beside A100, four 100 Gb/s beside V100.
+# Networks: an adapter of 400 Gb/s beside each GPU of Hopper and Blackwell, of 200 Gb/s beside A100; four of 100 Gb/s for
+# a node's eight V100; one of 200 Gb/s for a node's eight A40 or L40S, which talk to each other by PCIe.
 _HOPPER = {"bf16": 989e12, "fp32": 494e12, "nvlink": 450e9, "network": 50e9, "host": 55e9, "per_node": 8}
 _AMPERE = {"bf16": 312e12, "fp32": 156e12, "nvlink": 300e9, "network": 25e9, "host": 25e9, "per_node": 8}
+_PCIE = {"memory": 44 * GIB, "nvlink": 25e9, "network": 3.1e9, "host": 25e9, "per_node": 8}
 GPUS = {
-    "h100-80g": Gpu(memory=79 * GIB, bandwidth=3.35e12, **_HOPPER),  # type: ignore[arg-type]
+    "b200-180g": Gpu(178 * GIB, 2250e12, 1100e12, 7.7e12, 900e9, 50e9, 55e9, 8),
     "h200-141g": Gpu(memory=139 * GIB, bandwidth=4.8e12, **_HOPPER),  # type: ignore[arg-type]
+    "h100-80g": Gpu(memory=79 * GIB, bandwidth=3.35e12, **_HOPPER),  # type: ignore[arg-type]
     "a100-80g": Gpu(memory=79 * GIB, bandwidth=2.04e12, **_AMPERE),  # type: ignore[arg-type]
     "a100-40g": Gpu(memory=39 * GIB, bandwidth=1.56e12, **_AMPERE),  # type: ignore[arg-type]
+    "l40s-48g": Gpu(bf16=362e12, fp32=183e12, bandwidth=0.864e12, **_PCIE),  # type: ignore[arg-type]
+    "a40-48g": Gpu(bf16=150e12, fp32=75e12, bandwidth=0.696e12, **_PCIE),  # type: ignore[arg-type]
     "v100-32g": Gpu(31 * GIB, None, 15.7e12, 0.9e12, 150e9, 6.25e9, 12e9, 8),
 }
-# By parts of torch.cuda.get_device_name. Boards other than SXM have lower clocks, so they have peaks of their own.
-_BOARDS = {"H100": "h100-80g", "H200": "h200-141g", "A100": "a100-80g", "V100": "v100-32g"}
+# By words of torch.cuda.get_device_name. Boards other than SXM have lower clocks, so they have peaks of their own.
+_BOARDS = {
+    "B200": "b200-180g",
+    "H200": "h200-141g",
+    "GH200": "h200-141g",
+    "H100": "h100-80g",
+    "A100": "a100-80g",
+    "L40S": "l40s-48g",
+    "A40": "a40-48g",
+    "V100": "v100-32g",
+}
 _NAMES = (
     ("H100 PCIe", 756e12, 378e12),
     ("H100 NVL", 835e12, 417e12),
@@ -67,7 +82,7 @@ def gpu_named(name: str) -> Gpu:
 
 def peak_of_device(name: str, precision: Precision) -> float | None:
     """FLOPs a second that the data sheet of the device with this name gives; None if it is not known."""
-    for part, bf16, fp32 in _NAMES:
-        if part in name:
+    for words, bf16, fp32 in _NAMES:
+        if re.search(rf"\b{words}\b", name):
             return {"bf16": bf16, "fp32": fp32, "fp64": None}[precision]
     return None
