@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from typing import Annotated
 
@@ -10,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ldct_dist.errors import UserError
+from ldct_dist.provenance import commit, versions
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Train 3-D CNNs that denoise low-dose CT: from DICOM to DICOM, on one machine or many nodes.",
 )
 console = Console(soft_wrap=True, markup=False)  # words in brackets may be part of a path
 
@@ -28,6 +29,26 @@ Overrides = Annotated[
     ),
 ]
 Site = Annotated[str | None, typer.Option(help="Site profile: a name in configs/sites, or a path")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        own, torch = versions(("ldct_dist", "torch")).values()
+        python = platform.python_version()
+        print(f"ldct_dist {own} (commit {commit() or 'unknown'}), torch {torch}, Python {python}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Show what runs here, and exit"
+        ),
+    ] = False,
+) -> None:
+    """Train 3-D CNNs that denoise low-dose CT: from DICOM to DICOM, on one machine or many nodes."""
 
 
 def notice(line: str) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,18 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "run the same command again" in lines[0]
+
+
+def test_the_version_says_what_runs_here(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    told = re.fullmatch(
+        r"ldct_dist (\S+) \(commit \S+\), torch (\S+), Python 3\.\d+\.\d+\n", capsys.readouterr().out
+    )
+    assert told
+    assert told.groups() == (version("ldct_dist"), version("torch"))
 
 
 def test_ctrl_c_before_the_verb_runs_is_one_line_and_130(monkeypatch, capsys):
