@@ -49,7 +49,7 @@ def test_the_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         exec(compile(block, str(DOCS), "exec"), names)
     assert set(capsys.readouterr().out.splitlines()[-1].split("'")[1::2]) == {"rmse_hu", "psnr_db", "ssim"}
     assert names["loss"].isfinite()
-    assert names["corner"].shape == (8, 64, 64)
+    assert names["low_corner"].shape == (8, 64, 64)
     for made in ("data/patient-7-quarter", "data/patient-7-denoised"):
         assert read_series(find_series(tmp_path / made)[0][0]).shape == (8, 96, 96)
 
