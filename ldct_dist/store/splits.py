@@ -91,9 +91,9 @@ def _why_idle(pattern: str, pairs: Sequence[Pair], refused: Sequence[Refusal]) -
 def _drawn(patients: Collection[str], filled: Collection[str], key: bytes, shares: Shares) -> dict[str, str]:
     """The split of each patient, who falls into one whatever others there are, so that a cohort may grow.
 
-    But of ten patients, a tenth would be none more often than each third time. So a split with a share that nobody falls
-    into, and that is not among those `filled` already, gets of the largest split's patients the one who fell nearest to
-    it: as the cohort grows, that patient may go back, but beyond the first few no other is held out later.
+    But a tenth of ten patients is nobody in one cohort of three. So a split with a share that nobody falls into, and that
+    is not among those `filled` already, gets the patient of the largest split who fell nearest to it. As the cohort grows,
+    that patient may go back, but beyond the first few no other is held out later.
     """
     at = {patient: int(keyed_hash(key, "split", patient)[:13], 16) / 16**13 for patient in patients}
     ends = dict(zip(shares, accumulate(shares.values()), strict=True))
