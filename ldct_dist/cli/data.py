@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,10 @@ from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable, size
 
 if TYPE_CHECKING:
     from ldct_dist.store.ingest import IngestReport, Survey
+
+
+_SHOWN = 20
+"""series that ingest names of those refused, and of those passed over; a list beside the store has all"""
 
 
 @app.command()
@@ -49,6 +53,7 @@ def ingest(
     from ldct_dist.store.ingest import ingest as run
 
     settings = configs.read(IngestConfig, config, overrides or [])
+    foreseen: set[str] = set()
     with progress() as bar:
         task = bar.add_task("reading headers", total=None)
 
@@ -58,6 +63,7 @@ def ingest(
 
         def announce(survey: Survey) -> None:
             _print_survey(survey)
+            foreseen.update(survey.empty)
             bar.update(task, description="ingest", total=survey.cases)
 
         def advance(_: str) -> None:
@@ -77,7 +83,7 @@ def ingest(
         )
     _print_report(report, store)
     if part == "0/1":
-        _print_splits(store, [name for name, share in settings.splits.items() if share > 0])
+        _print_splits(store, [name for name, share in settings.splits.items() if share > 0], foreseen)
     if report.rejected:
         raise typer.Exit(1)
 
@@ -111,21 +117,32 @@ def _print_empty(splits: Sequence[str], patients: int) -> None:
 
 def _print_report(report: IngestReport, store: Path) -> None:
     moved = f", {len(report.moved)} of them moved to another split" if report.moved else ""
+    over = f", {len(report.passed_over)} series passed over" if report.passed_over else ""
     console.print(
         f"cases: {len(report.written)} written, {len(report.skipped)} there already{moved}, "
-        f"{len(report.rejected)} refused -> {store}",
+        f"{len(report.rejected)} refused{over} -> {store}",
     )
-    for refusal in report.rejected[:20]:
+    for refusal in report.rejected[:_SHOWN]:
         console.print(f"  refused: {refusal.reason}")
-    if report.rejected:
-        console.print(f"  all refusals: {report.rejected_csv}")
+    for refusal in report.passed_over[:_SHOWN]:
+        console.print(f"  passed over: {refusal.reason}")
+    if report.rejected_csv:
+        console.print(f"  all of these: {report.rejected_csv}")
 
 
-def _print_splits(store: Path, named: Iterable[str] = ()) -> None:
+def _print_splits(store: Path, named: Sequence[str] = (), foreseen: Collection[str] = ()) -> None:
+    """named: splits that are to hold patients; foreseen: those of them that the user has heard will not."""
     from ldct_dist.store.reader import Store
     from ldct_dist.store.summary import by_split
 
-    console.print(by_split(Store(store), named))
+    opened = Store(store)
+    console.print(by_split(opened, named))
+    lost = [split for split in named if split not in opened.splits and split not in foreseen]
+    if lost:
+        notice(
+            f"warning: split {' and '.join(lost)} holds no patient, since those drawn for it were refused; mend these, or "
+            f"name others (split_of='{{PATIENT: {lost[-1]}}}'), and run ingest again, which keeps finished cases"
+        )
 
 
 @app.command()

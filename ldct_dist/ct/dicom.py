@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 import os
 import stat
@@ -81,7 +82,7 @@ def find_series(
     """The usable CT series anywhere below `folder`, or in that one file, and one UserError for each series or file refused.
 
     Only headers are read, by `read_headers` if that is given, such as in several processes. Files that are
-    not DICOM are passed over, and so are hidden folders and those whose name `skip` knows. Both lists are in order of
+    not DICOM are passed over, and so are exact copies of others, hidden folders, and those whose name `skip` knows. Both lists are in order of
     path.
     Raises UserError if `folder` is neither.
     """
@@ -99,7 +100,7 @@ def find_series(
         else:
             groups.setdefault(outcome.series_uid, []).append(outcome)
     found: list[Series] = []
-    for headers in groups.values():
+    for headers in map(_without_copies, groups.values()):
         try:
             found.append(_series(headers))
         except UserError as e:
@@ -223,6 +224,26 @@ def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> st
         if description
         else f"{folder}: series {series_uid}"
     )
+
+
+def _without_copies(headers: Sequence[Header]) -> list[Header]:
+    """Without the slices of files that are exact copies of others, as exports have them where a folder was copied twice."""
+    kept: dict[tuple[str | None, int], list[Path]] = {}
+    copies: set[Path] = set()
+    for path, header in {h.path: h for h in headers}.items():
+        alike = kept.setdefault((header.instance_uid, header.stored.size), [])
+        if any(_same_bytes(path, other) for other in alike):
+            copies.add(path)
+        else:
+            alike.append(path)
+    return [h for h in headers if h.path not in copies]
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    try:
+        return filecmp.cmp(a, b, shallow=False)
+    except OSError:  # gone since, or out of reach: they are refused, as two different files in one place are
+        return False
 
 
 def _series(headers: Sequence[Header]) -> Series:

@@ -70,8 +70,10 @@ class IngestReport:
     moved: list[str] = field(default_factory=list)
     """those of them that were in another split, of which only the record was changed"""
     rejected: list[Refusal] = field(default_factory=list)
+    passed_over: list[Refusal] = field(default_factory=list)
+    """the harmless, which no exit code tells of: scouts, reports, projections"""
     rejected_csv: Path | None = None
-    """where the rejected are listed, if there are any"""
+    """where the rejected and the passed over are listed, if there are any"""
 
 
 def ingest(
@@ -88,8 +90,8 @@ def ingest(
 
     part: (i, n) takes every n-th case, for the tasks of an array job, one of which reads the headers for all; once all
     parts are done, `finalise` writes the catalogue. `announce` hears what will be written before it is, `progress` each
-    case that is done, `notice` whether headers are being read, or waited for. What is refused is listed in
-    OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork server, which import the
+    case that is done, `notice` whether headers are being read, or waited for. What is refused or
+    passed over is listed in OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork server, which import the
     calling script: it needs an `if __name__ == "__main__"`.
 
     Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split or a pattern
@@ -118,8 +120,10 @@ def ingest(
             report = _make(
                 tasks, lambda todo: announce(_survey(out, todo, patients, empty)), workers, progress
             )
-            report.rejected[:0] = refused if part[0] == 0 else []
-            report.rejected_csv = _write_rejected(out, part, report.rejected)
+            if part[0] == 0:
+                report.rejected[:0] = [r for r in refused if not r.harmless]
+                report.passed_over = [r for r in refused if r.harmless]
+            report.rejected_csv = _write_rejected(out, part, [*report.rejected, *report.passed_over])
             if part[1] > 1:
                 parts.end(out, part, _list_hash(pairs, key))
             elif layout.list_cases(out):
@@ -264,7 +268,7 @@ def _nothing_ingested(source: Path, refused: Sequence[Refusal]) -> UserError:
 
 
 def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal]) -> Path | None:
-    """Write the list of what was refused; its path, None if nothing was.
+    """Write the list of what was refused or passed over; its path, None if nothing was.
 
     It is beside the store, not in it, and readable by its owner alone, like the key, since folder names may contain names
     of patients. Lists of an earlier ingest in another number of parts are deleted: no task would write them anew.
@@ -282,6 +286,6 @@ def _write_rejected(out: Path, part: tuple[int, int], rejected: Sequence[Refusal
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(fd, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)
-        rows.writerow(["where", "reason"])
-        rows.writerows((r.where, r.reason) for r in rejected)
+        rows.writerow(["where", "reason", "outcome"])
+        rows.writerows((r.where, r.reason, "passed over" if r.harmless else "refused") for r in rejected)
     return path

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import zlib
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ldct_dist.ct.stored import PixelForm, Stored
 from ldct_dist.ct.volume import Acquisition
 from ldct_dist.store.pairing import Pair, Refusal
 
-FORMAT = 2
+FORMAT = 3
 
 Found = tuple[list[Pair], list[Refusal]]
 What = dict[str, Any]
@@ -31,7 +32,7 @@ def write_list(path: Path, what: What, found: Found) -> None:
     with files.replacing(path) as temporary:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, "wb") as raw, gzip.open(raw, "wt", compresslevel=1, encoding="ascii") as f:
-            f.write(f"{json.dumps(what)}\n{json.dumps([(r.where, r.reason) for r in refused])}\n")
+            f.write(f"{json.dumps(what)}\n{json.dumps([astuple(r) for r in refused])}\n")
             f.writelines(f"{json.dumps(_pair_to_plain(pair))}\n" for pair in pairs)
 
 

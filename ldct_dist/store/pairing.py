@@ -16,6 +16,7 @@ from pydantic import Field
 from ldct_dist.config import Config
 from ldct_dist.ct.dicom import Series, find_series
 from ldct_dist.ct.headers import Header, UnknownSeries, read_headers
+from ldct_dist.ct.nature import NotAVolume
 from ldct_dist.errors import UserError
 from ldct_dist.store.conventions import FOLDERS, Folders, is_projections
 from ldct_dist.store.manifest import Row, read_manifest
@@ -65,10 +66,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something in the source that will not become a case, and why."""
+    """Something in the source that will not become a case, and why. harmless: it is no volume by its nature, such as a scout,
+    so nothing is lost with it."""
 
     where: str
     reason: str
+    harmless: bool = False
 
 
 class Map(Protocol):
@@ -78,7 +81,7 @@ class Map(Protocol):
 
 
 def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tuple[list[Pair], list[Refusal]]:
-    """(the cases in `source`, what was refused). It reads headers, by way of `share_out`, but no pixels.
+    """(the cases in `source`, what was refused, the harmless last). It reads headers, by way of `share_out`, but no pixels.
 
     Raises UserError if there is nothing at all, or if `source` is not what config.layout says.
     """
@@ -99,7 +102,7 @@ def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tup
             if found
             else f"{source}: no DICOM files below it"
         )
-    return sound, refused + mismatched
+    return sound, sorted(refused + mismatched, key=lambda refusal: refusal.harmless)
 
 
 def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[list[Pair], list[Refusal]]:
@@ -110,7 +113,7 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
 
     series, errors = find_series(source, read, is_projections)
     layout = _recognised(series, source) if config.layout == "auto" else config.layout
-    refused = [Refusal(str(source), str(e)) for e in errors]
+    refused = [Refusal(str(source), str(e), isinstance(e, NotAVolume)) for e in errors]
     if not series and not refused:
         raise UserError(f"{source}: no DICOM files below it")
     wanted = [s for s in series if _wanted(s, config)]

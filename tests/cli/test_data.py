@@ -71,6 +71,42 @@ def test_empty_splits_have_the_advice_that_helps(tmp_path, monkeypatch, capsys, 
     assert re.search(r"(val|test) none", said.out)
 
 
+def test_a_split_whose_patients_were_all_refused_is_told_of(tmp_path, monkeypatch, capsys):
+    source = write_patients(tmp_path / "in", 2)
+    paths = write_series(source / "cut", anatomy(2), Options(patient="C", seed="cut"))
+    paths[1].write_bytes(paths[1].read_bytes()[:-900])  # which only shows once pixels are read
+    words = [
+        "ingest",
+        source,
+        tmp_path / "ct.zarr",
+        "workers=1",
+        "split_of={C: test, '*': train}",
+        *SIMULATION,
+    ]
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *map(str, words), "splits={train: 0.9, test: 0.1}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "train 2 (2), test none" in said.out
+    assert "split test holds no patient, since those drawn for it were refused" in said.err
+
+
+def test_scouts_and_reports_beside_the_scans_are_no_failure(tmp_path, monkeypatch, capsys):
+    source = write_patients(tmp_path / "in", 1)
+    scout = Options(seed="scout", tags={"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]})
+    write_series(source / "scout", anatomy(1), scout)
+    write_series(source / "report", anatomy(1), Options(seed="sr", tags={"Modality": "SR"}))
+    words = ["ingest", source, tmp_path / "ct.zarr", "workers=1", *SIMULATION]
+    monkeypatch.setattr(sys, "argv", ["ldct-dist", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert "cases: 1 written, 0 there already, 0 refused, 2 series passed over" in said
+    assert [f"passed over: {source}/{name}: series" in said for name in ("report", "scout")] == [True, True]
+
+
 def test_a_simulated_series_is_not_put_beside_its_source(tmp_path, monkeypatch, capsys):
     source = tmp_path / "in"
     write_series(source, anatomy(1))

@@ -231,6 +231,14 @@ def test_copies_in_hidden_folders_are_passed_over(tmp_path):
     assert only(root).shape == (5, 40, 48)
 
 
+def test_exact_copies_of_slices_are_passed_over(tmp_path):
+    """Exports often hold a folder twice. A file that differs in a byte is refused as a duplicate: tests/ct/test_refusals.py."""
+    write_series(tmp_path / "in", phantom())
+    shutil.copytree(tmp_path / "in", tmp_path / "in/copy of it")
+    shutil.copy(tmp_path / "in/slice-001.dcm", tmp_path / "in/0001")
+    assert np.array_equal(read_series(only(tmp_path)).hu, phantom())
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find_series(tmp_path / "nowhere")

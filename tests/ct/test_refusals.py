@@ -140,7 +140,7 @@ def test_missing_slice_names_its_neighbours(tmp_path):
 
 def test_the_same_slice_in_two_folders(tmp_path):
     write_series(tmp_path / "a", phantom())
-    write_series(tmp_path / "b", phantom())
+    write_series(tmp_path / "b", phantom(), Options(tags={"InstitutionName": "another file"}))
     line = refusal(tmp_path)
     assert "5 duplicate slice(s), first a/slice-000.dcm (40.00 mm) and b/slice-000.dcm (40.00 mm)" in line
     write_series(tmp_path / "b", phantom(), Options(tags={"PatientID": "other"}))

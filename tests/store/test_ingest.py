@@ -225,6 +225,24 @@ def test_refused_series_are_listed_and_stop_no_other(source, out, threads):
     assert not out.with_name("ct.zarr.rejected.csv").exists()
 
 
+def test_what_is_no_volume_by_its_nature_is_listed_but_not_refused(source, out, threads):
+    """A scout is in every clinical export: a failure that is always there would hide those that are not."""
+    scout = Options(patient="P001", seed="scout", tags={"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]})
+    write_series(source / "a scout", anatomy(), scout)
+    write_series(source / "gap", anatomy(), Options(patient="G"))
+    (source / "gap/slice-003.dcm").unlink()
+    for parts in (1, 2):  # the second time from the list that the first task writes for all
+        reports = [ingest(source, out, CONFIG, part=(part, parts)) for part in range(parts)]
+        assert [len(r.rejected) for r in reports] == [1, 0][:parts]
+        assert [len(r.passed_over) for r in reports] == [1, 0][:parts]
+        with open(reports[0].rejected_csv, newline="") as f:
+            rows = list(csv.DictReader(f))
+        assert [(row["outcome"], "localizer" in row["reason"]) for row in rows] == [
+            ("refused", False),
+            ("passed over", True),
+        ]
+
+
 def test_lists_of_refusals_are_those_of_the_last_ingest(source, out, threads):
     write_series(source / "gap", anatomy(), Options(patient="G"))
     (source / "gap/slice-003.dcm").unlink()
