@@ -33,8 +33,9 @@ def evaluate_volume(
     mask: bool (z, y, x), the voxels that count; None: those that the protocol counts. Slices without a voxel that counts
     are left out. psnr_db is inf for equal images, vif nan if no slice has any structure.
 
-    Raises UserError for an unknown protocol, for volumes of different shapes, where no voxel counts, and where slices
-    are smaller, or in 3-D fewer, than a measure's window needs.
+    Raises UserError for an unknown protocol, for volumes of different shapes or with values that are not finite, where no
+    voxel counts, or for SSIM none around which its window fits, and where slices are smaller, or in 3-D fewer, than a
+    measure's window needs.
     """
     if isinstance(protocol, str):
         protocol = protocol_named(protocol)
@@ -42,6 +43,8 @@ def evaluate_volume(
         raise UserError(
             f"evaluate: shapes differ, image {image_hu.shape} and full dose {full_hu.shape}; give one grid"
         )
+    if not (np.isfinite(image_hu).all() and np.isfinite(full_hu).all()):
+        raise UserError("evaluate: an image has values that are not finite; give HU")
     if mask is None:
         mask = np.ones(full_hu.shape, bool) if protocol.counts == "all" else ~padding_of(full_hu)
     if not mask.any():
@@ -91,8 +94,10 @@ def ssim(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np
         counted = np.pad(mask[read], around)[inner]
         return similarity.reshape(whole)[inner][counted].sum(), counted.sum()
 
-    sums, counts = zip(*over_slices(of_slab, _slabs(len(full_hu), deep)), strict=True)
-    return float(_average(np.array(sums), np.array(counts), protocol).mean())
+    sums, counts = map(np.array, zip(*over_slices(of_slab, _slabs(len(full_hu), deep)), strict=True))
+    if not counts.any():
+        raise UserError("SSIM: its window fits around no voxel that counts; they lie too near to the border")
+    return float(_average(sums, counts, protocol).mean())
 
 
 def vif(image_hu: np.ndarray, full_hu: np.ndarray, protocol: Protocol, mask: np.ndarray) -> float:

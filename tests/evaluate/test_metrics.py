@@ -45,6 +45,24 @@ def test_values_worked_out_by_hand():
     assert pooled["psnr_db"] == pytest.approx(20 * math.log10(4095 / pooled["rmse_hu"]))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_have_no_figures(pair, value):
+    """A slice of nan would be left out of PSNR like one that equals the full dose, and raise the mean."""
+    image, full = pair[0].astype(np.float32), pair[1]
+    image[1, 5, 5] = value
+    for two in ((image, full), (full, image)):
+        with pytest.raises(UserError, match="values that are not finite"):
+            evaluate_volume(*two, "abdomen")
+
+
+def test_a_mask_along_the_border_has_no_ssim(pair):
+    mask = np.zeros(pair[1].shape, bool)
+    mask[:, :, :2] = True
+    assert evaluate_volume(*pair, "abdomen", mask, ("rmse_hu",))["rmse_hu"] > 0
+    with pytest.raises(UserError, match="fits around no voxel that counts"):
+        evaluate_volume(*pair, "abdomen", mask)
+
+
 def test_what_lies_outside_the_window_counts_for_rmse_alone():
     full = np.full((1, 16, 16), 40, np.int16)
     full[0, :8] = 700  # bone, white in the window

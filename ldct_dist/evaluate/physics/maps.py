@@ -44,14 +44,16 @@ def smoothed_noise(low: Volume, full: Volume, moments: noise.LocalMoments) -> np
     if soft is None:
         raise UserError("hallucination map: too little soft tissue to measure the full dose's noise")
     added = low.hu.astype(np.float32) - full.hu
-    spread, level = float(added[soft].std()), noise.noise_std(moments, soft)
+    local = noise.local_moments(added, full.spacing, share_out=over_slices)
+    # Both by the same measure, which leaves out a share of the noise that depends on the kernel.
+    spread, level = noise.noise_std(local, soft), noise.noise_std(moments, soft)
     if spread == 0 or level == 0:
         whose = "the full dose shows no noise" if level == 0 else "the low dose adds no noise"
         raise UserError(f"hallucination map: {whose} in soft tissue")
     smooth = np.stack(over_slices(partial(_smooth, spacing=full.spacing), added))
     left = float(smooth[soft].std()) / spread
     blur = [0, *(3 * STRUCTURE_MM / mm for mm in full.spacing[1:])]
-    where = gaussian_filter(noise_map(added, full.spacing), blur)
+    where = gaussian_filter(np.sqrt(local.variance), blur)
     middle = float(np.median(where[soft]))
     # Outside the body, low dose adds hardly any noise, and dividing by that would mean nothing.
     return np.maximum(where, 0.2 * middle) * (level * left / middle)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ldct_dist.ct.volume import AIR_HU
 from ldct_dist.evaluate import results
 from ldct_dist.evaluate.figures import minus
 from ldct_dist.evaluate.metrics import LABELS
@@ -81,7 +82,10 @@ def bias(study: Study) -> Table:
     rows = [[Cell(m, m), *(_estimate(row[t], 1, sign=True) for t in tissues)] for m, row in found.items()]
     means = _means(e for row in found.values() for e in row.values())
     ranges = minus(", ".join(f"{t} {TISSUES[t][0]:g} to {TISSUES[t][1]:g}" for t in tissues))
-    caption = f"Mean of image − full dose in each tissue, found by the full dose's local mean in HU: {ranges}. {means}."
+    caption = (
+        f"Mean of image − full dose in each tissue, found by the full dose's local mean in HU: {ranges}. HU end at "
+        f"{minus(f'{AIR_HU:g}')}, which cuts noise in air: the noisier of two images reads higher there. {means}."
+    )
     return Table(caption, ["method", *(f"{t}, HU" for t in tissues)], rows)
 
 

@@ -45,6 +45,20 @@ def test_a_perfect_denoiser_adds_nothing_beyond_chance(scan):
     assert (hallucinated(full.hu, low, full) == 0).all()
 
 
+@pytest.mark.parametrize("cutoff_per_mm", [0.4, 0.6, 0.9])
+def test_the_map_is_a_standard_normal_whatever_the_kernel(cutoff_per_mm):
+    """A local noise level does not see the blotches of a soft kernel, which stand out of it if they are not allowed for."""
+    f = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256))
+    kernel = f**0.5 * (0.5 + 0.5 * np.cos(np.pi * np.minimum(f / cutoff_per_mm, 1)))
+    white = np.random.default_rng(0).normal(0, 1, (2, 8, 256, 256))
+    own, added = (10 * n / n.std() for n in np.fft.ifft2(np.fft.fft2(white) * kernel).real)
+    truth = np.full(own.shape, 60.0)
+    found = hallucinated(truth, volume(truth + own + np.sqrt(3) * added), volume(truth + own))
+    found = found[:, 10:-10, 10:-10]
+    assert found.std() == pytest.approx(1, abs=0.03)
+    assert (np.abs(found) > CONSPICUOUS).mean() < 2e-4
+
+
 def test_an_invented_lesion_and_an_erased_one_stand_out(scan):
     truth, full, low = scan
     image = truth.copy()
