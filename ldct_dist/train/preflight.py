@@ -138,6 +138,18 @@ def _code_of_others(config: RunConfig) -> dict[str, str]:
     return {f"code of {key}": origin for key, origin in config.origins.items()}
 
 
+def introduction(config: RunConfig, model: Denoiser, store: Store, world: World) -> str:
+    """What is about to be trained, on what. A first step may take minutes, and nobody should have to guess what it is at."""
+    parameters = sum(p.numel() for p in model.parameters())
+    cases = len(store.split(config.data.split))
+    on_gpu = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"training {config.model.label} ({parameters / 1e6:,.3g} M parameters); cases: {cases:,} ({config.data.split}), "
+        f"ranks: {world.size} ({device}), figures every {config.log.every} steps"
+    )
+
+
 def note_on_margin(config: RunConfig, model: Denoiser, store: Store) -> str | None:
     """How much of a crop the loss counts, for a user who has not set loss.margin; None if it is set, or if all counts."""
     if config.loss.margin is not None:

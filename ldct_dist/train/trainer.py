@@ -61,6 +61,7 @@ class Trainer:
         model = world.on_each(lambda: outline(config.model))
         world.on_each(lambda: preflight.refuse_conflicts(config, model, self.store, self.folder, world))
         self.loader = world.on_each(lambda: Loader(self.plan, world.rank, world.size, world.device))
+        introduction = preflight.introduction(config, model, self.store, world)
         # Its weights get their values in `take_up`, so that no rank holds a second network for longer than it must.
         self.strategy = build_strategy(model.to_empty(device="cpu"), config, world)
         self.loss = world.on_each(lambda: build_loss(config.loss, world.device))
@@ -69,6 +70,7 @@ class Trainer:
         # The first thing that is written: a mistake found above leaves no trace.
         for line in world.on_main(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
+        self._say(introduction)
         if note := preflight.note_on_margin(config, model, self.store):
             self._say(note)
         self.checkpoints = Checkpoints(

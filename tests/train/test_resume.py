@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from functools import partial
@@ -155,6 +156,12 @@ def test_keys_that_are_safe_to_change_are_accepted_and_logged(store, tmp_path):
     for change in ("steps was 8, now 2", "log.every was 4, now 1", "checkpoint.every was 3, now 1"):
         assert f"changed since the last start: {change}" in log
     assert "resumed at step 1" in log
+    # A first step may take minutes: every start says at once what it is about to do.
+    assert re.findall(
+        r"^training \S+ \(\S+ M parameters\); cases: \d+ \(train\), ranks: 1 \(.+\), figures every (\d+) steps$",
+        log,
+        re.MULTILINE,
+    ) == ["4", "1"]
 
 
 def test_any_other_key_is_refused_with_the_difference_and_the_way_out(store, tmp_path):
