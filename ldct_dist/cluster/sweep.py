@@ -21,6 +21,7 @@ from ldct_dist.cluster.progress import read_progress
 from ldct_dist.errors import UserError
 from ldct_dist.models import installed
 from ldct_dist.models.registry import ModelConfig, outline
+from ldct_dist.store.reader import Store
 from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder
 
@@ -183,8 +184,10 @@ def run_here(sweep: Sweep, config: Path, ranks: int, say: Callable[[str], None] 
     """Train the points that are not done yet, one after the other, each with `ranks` local ranks.
 
     After a run that fails, the others are trained all the same. Returns the command's exit code: 0 all done, 1 some
-    failed, 75 interrupted with a checkpoint (start the sweep again to go on).
+    failed, 75 interrupted with a checkpoint (start the sweep again to go on). Raises UserError where there is no store.
     """
+    for path in dict.fromkeys(point.config.store for point in sweep.points):
+        Store(path)  # without one, every run would fail
     write_hparams(sweep)
     failed = []
     for i, point in enumerate(sweep.points, 1):

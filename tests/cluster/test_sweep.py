@@ -136,6 +136,12 @@ def test_a_sweep_trains_what_is_not_done_past_what_fails_and_shows_in_one_hparam
     assert (folder / "split-train" / "losses.jsonl").read_text() == losses
 
 
+def test_a_local_sweep_without_its_store_starts_no_run(config, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.zarr: not a store"):
+        run_here(plan(config, ["seed=1,2", "store=nowhere.zarr"]), config, ranks=1)
+    assert list(tmp_path.iterdir()) == [config]
+
+
 SBATCH = """\
 echo "$@" >> {calls}
 echo 7
