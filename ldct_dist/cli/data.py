@@ -17,7 +17,6 @@ from ldct_dist.files import refuse_inside, refuse_taken, refuse_unwritable, size
 if TYPE_CHECKING:
     from ldct_dist.store.ingest import IngestReport, Survey
 
-
 _SHOWN = 20
 """series that ingest names of those refused, and of those passed over; a list beside the store has all"""
 

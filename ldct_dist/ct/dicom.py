@@ -82,8 +82,8 @@ def find_series(
     """The usable CT series anywhere below `folder`, or in that one file, and one UserError for each series or file refused.
 
     Only headers are read, by `read_headers` if that is given, such as in several processes. Files that are
-    not DICOM are passed over, and so are exact copies of others, hidden folders, and those whose name `skip` knows. Both lists are in order of
-    path.
+    not DICOM are passed over, and so are exact copies of others, hidden folders, and those whose name `skip` knows. Both
+    lists are in order of path.
     Raises UserError if `folder` is neither.
     """
     folder = Path(folder)

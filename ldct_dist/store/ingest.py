@@ -90,8 +90,8 @@ def ingest(
 
     part: (i, n) takes every n-th case, for the tasks of an array job, one of which reads the headers for all; once all
     parts are done, `finalise` writes the catalogue. `announce` hears what will be written before it is, `progress` each
-    case that is done, `notice` whether headers are being read, or waited for. What is refused or
-    passed over is listed in OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork server, which import the
+    case that is done, `notice` whether headers are being read, or waited for. What is refused or passed over is listed in
+    OUT.rejected.csv and does not stop the others. Works in processes of multiprocessing's fork server, which import the
     calling script: it needs an `if __name__ == "__main__"`.
 
     Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split or a pattern

@@ -81,9 +81,10 @@ class Map(Protocol):
 
 
 def find_pairs(source: Path, config: PairingConfig, share_out: Map = map) -> tuple[list[Pair], list[Refusal]]:
-    """(the cases in `source`, what was refused, the harmless last). It reads headers, by way of `share_out`, but no pixels.
+    """(the cases in `source`, what was refused, the harmless last).
 
-    Raises UserError if there is nothing at all, or if `source` is not what config.layout says.
+    It reads headers, by way of `share_out`, but no pixels. Raises UserError if there is nothing at all, or if `source` is
+    not what config.layout says.
     """
     if source.is_file():
         if config.layout not in ("auto", "manifest"):
