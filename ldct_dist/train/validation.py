@@ -28,7 +28,7 @@ class Validated:
     """The outcome of a validation."""
 
     figures: Figures
-    """means over the cases; empty if any failed"""
+    """means over the cases, and the low dose's RMSE, of which the network is to leave less; empty if any failed"""
     failed: list[str]
     """cases for which the network's answer is not finite"""
     first: dict[str, Volume] | None
@@ -108,7 +108,9 @@ def _measure(
         hu = denoise_volume(model, low.hu, device=device, bf16=config.precision == "bf16", progress=tick)
     except NotFiniteError:
         return None, None
-    figures = evaluate_volume(hu, full.hu, config.validation.protocol)
+    protocol = config.validation.protocol
+    figures = evaluate_volume(hu, full.hu, protocol)
+    figures["low_dose_rmse_hu"] = evaluate_volume(low.hu, full.hu, protocol, measures=["rmse_hu"])["rmse_hu"]
     return figures, {"low dose": low, "denoised": replace(low, hu=hu), "full dose": full}
 
 

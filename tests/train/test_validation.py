@@ -75,6 +75,7 @@ def by_hand(store, names):
     for name in names:
         low, full = store.volume(name, "0.25"), store.volume(name, "1.00")
         rows.append(evaluate_volume(denoise_volume(random_network("redcnn3d"), low.hu), full.hu, "abdomen"))
+        rows[-1]["low_dose_rmse_hu"] = evaluate_volume(low.hu, full.hu, "abdomen")["rmse_hu"]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
