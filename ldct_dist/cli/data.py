@@ -41,6 +41,9 @@ def ingest(
 ) -> None:
     """Read DICOM into a Zarr store. Series that cannot be used are listed; the others go in all the same.
 
+    Exit codes: 0 all that is CT went in; 1 some of it was refused, see STORE.rejected.csv; 2 a mistake, read the error.
+    docs/your_data.md has all settings.
+
     Example: ldct-dist ingest /data/dicom /scratch/ct.zarr dose=0.25 splits='{train: 0.8, val: 0.1, test: 0.1}'
     """
     from ldct_dist.store.processes import start_server
@@ -95,6 +98,11 @@ def _print_survey(survey: Survey) -> None:
     if survey.bytes > survey.free:
         notice(
             "warning: the disk will probably fill up before the end; cases that are finished by then are kept"
+        )
+    if survey.replaced:
+        notice(
+            f"warning: {survey.replaced} of these cases are there, but from other files or with other settings; they are "
+            "replaced"
         )
     if survey.empty:
         _print_empty(survey.empty, survey.patients)

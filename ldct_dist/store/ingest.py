@@ -60,6 +60,8 @@ class Survey:
     """of all cases, as PatientID or the manifest tells them apart"""
     empty: tuple[str, ...]
     """splits with a share above 0 into which no patient falls"""
+    replaced: int
+    """of the cases, those that are there, but from other files or with other settings"""
 
 
 @dataclass
@@ -111,11 +113,12 @@ def ingest(
         check_named(pairs, refused, config.splits, config.split_of)
         key = load_key(config.key or default_key_path(out))
         splits = split_of_each(pairs, key, config.splits, config.split_of)
+        tasks = _tasks(out, pairs, splits, key, config, part)
+        _refuse_another_dose(out, tasks)
         with parts.writing(out, part):
             layout.create(out)
             parts.begin(out, part)
             empty = tuple(s for s, share in config.splits.items() if share > 0 and s not in splits)
-            tasks = _tasks(out, pairs, splits, key, config, part)
             patients = len({pair.patient for pair in pairs})
             report = _make(
                 tasks, lambda todo: announce(_survey(out, todo, patients, empty)), workers, progress
@@ -226,7 +229,18 @@ def _survey(out: Path, tasks: Sequence[Task], patients: int, empty: tuple[str, .
     # A case has one file for its record, and for each of its two doses one for the array's metadata, and its shards.
     files = sum(1 + 2 * (1 + layout.shard_count(shape)) for shape in shapes)
     size = round(2 * 2 * sum(map(math.prod, shapes)) / TYPICAL_RATIO)
-    return Survey(len(tasks), files, size, shutil.disk_usage(out).free, patients, empty)
+    replaced = sum(t.found is not None for t in tasks)
+    return Survey(len(tasks), files, size, shutil.disk_usage(out).free, patients, empty, replaced)
+
+
+def _refuse_another_dose(out: Path, tasks: Sequence[Task]) -> None:
+    """Raises UserError if cases of another simulated dose would be replaced: a run may be training on them."""
+    for t in tasks:
+        if dose := t.replaces_dose:
+            raise UserError(
+                f"{out}: its low dose is {dose}, simulated, and dose={t.dose:g} would replace it; give {t.dose:g} a store of "
+                f"its own, or remove this one first"
+            )
 
 
 def check(source: Path, out: Path, config: IngestConfig) -> None:

@@ -17,8 +17,8 @@ from ldct_dist.config import Config
 from ldct_dist.ct.dicom import Series, find_series
 from ldct_dist.ct.headers import Header, UnknownSeries, read_headers
 from ldct_dist.ct.nature import NotAVolume
-from ldct_dist.errors import UserError
-from ldct_dist.store.conventions import FOLDERS, Folders, is_projections
+from ldct_dist.errors import UserError, few
+from ldct_dist.store.conventions import FOLDERS, is_projections
 from ldct_dist.store.manifest import Row, read_manifest
 from ldct_dist.store.paircheck import PairCheckConfig, check_grid
 from ldct_dist.store.privacy import names_patient
@@ -118,9 +118,11 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
     if not series and not refused:
         raise UserError(f"{source}: no DICOM files below it")
     wanted = [s for s in series if _wanted(s, config)]
-    if not wanted and not refused:
+    if series and not wanted:
+        kernels, slices = sorted({_kernel(s) for s in series}), sorted({_thickness(s) for s in series})
         raise UserError(
-            f"{source}: none of its {len(series)} series matches pairing.kernel and pairing.thickness_mm"
+            f"{source}: none of its {len(series)} series matches pairing.kernel and pairing.thickness_mm; there are the "
+            f"kernels {few(kernels, ', ')}, and slices of {few([f'{mm:g}' for mm in slices], ', ')} mm"
         )
     if layout == "simulate":
         pairs = []
@@ -130,7 +132,7 @@ def _by_folders(source: Path, config: PairingConfig, share_out: Map) -> tuple[li
             else:
                 pairs.append(Pair(one, one.patient_id))
         return pairs, refused
-    pairs, unpaired = _by_patient(wanted, FOLDERS[layout])
+    pairs, unpaired = _by_patient(wanted, layout)
     return pairs, refused + unpaired
 
 
@@ -156,7 +158,8 @@ def _not_full(series: Series, why: str) -> str:
     return f"{series.name}: {why}; pair it by a manifest, or set pairing.layout=simulate to take every series as full dose"
 
 
-def _by_patient(series: Sequence[Series], folders: Folders) -> tuple[list[Pair], list[Refusal]]:
+def _by_patient(series: Sequence[Series], layout: str) -> tuple[list[Pair], list[Refusal]]:
+    folders = FOLDERS[layout]
     pairs: list[Pair] = []
     refused: list[Refusal] = []
     groups: dict[str, dict[str, list[Series]]] = {}
@@ -165,7 +168,11 @@ def _by_patient(series: Sequence[Series], folders: Folders) -> tuple[list[Pair],
             role, patient = place
             groups.setdefault(patient, {"full": [], "low": []})[role].append(one)
         else:
-            refused.append(Refusal(_folder(one), f"{one.name}: nothing says whether it is full or low dose"))
+            why = (
+                f"{one.name}: in the layout {layout}, which others here have, nothing says whether it is full or low dose; "
+                "ingest it from a folder apart, or pair all by a manifest"
+            )
+            refused.append(Refusal(_folder(one), why))
     for patient, group in groups.items():
         try:
             full, low = (_only(group[role], f"{patient}, {role} dose") for role in ("full", "low"))
@@ -230,6 +237,10 @@ def _wanted(series: Series, config: PairingConfig) -> bool:
     )
 
 
+def _kernel(series: Series) -> str:
+    return series.acquisition.kernel or "unknown"
+
+
 def _thickness(series: Series) -> float:
     """Slice thickness in mm; where the tag is missing, the distance between slices."""
     return series.acquisition.slice_thickness_mm or series.spacing[0]
@@ -241,9 +252,7 @@ def _only(series: Sequence[Series], what: str) -> Series:
             f"{what}: no usable series; check the folder, and pairing.kernel and thickness_mm if set"
         )
     if len(series) > 1:
-        choices = "; ".join(
-            f"{_folder(s)} (kernel {s.acquisition.kernel or 'unknown'}, {_thickness(s):g} mm)" for s in series
-        )
+        choices = "; ".join(f"{_folder(s)} (kernel {_kernel(s)}, {_thickness(s):g} mm)" for s in series)
         raise UserError(
             f"{what}: {len(series)} series to choose from, {choices}; set pairing.kernel or pairing.thickness_mm"
         )

@@ -42,13 +42,29 @@ class Task:
         return self.provenances[self.split]
 
     @property
-    def record(self) -> CaseRecord | None:
-        """The record of the case, if it is there and was made from the same source and settings, in any split."""
+    def found(self) -> CaseRecord | None:
+        """The record of the case that is there, whatever it was made from; None if there is none, or a damaged one."""
         try:
-            record = read_record(self.store / layout.CASES / self.name)
+            return read_record(self.store / layout.CASES / self.name)
         except UserError:
             return None
-        return record if record.provenance == self.provenances.get(record.split) else None
+
+    @property
+    def record(self) -> CaseRecord | None:
+        """The record of the case, if it is there and was made from the same source and settings, in any split."""
+        found = self.found
+        return found if found is not None and found.provenance == self.provenances.get(found.split) else None
+
+    @property
+    def replaces_dose(self) -> str | None:
+        """The simulated dose of the case that is there, if it is to be replaced by one of another dose."""
+        found = self.found
+        if found is None or self.pair.low is not None or (found.low_dose or {}).get("made") != "simulated":
+            return None
+        return next(
+            (dose for dose in found.doses if dose not in (layout.FULL_DOSE, layout.dose_name(self.dose))),
+            None,
+        )
 
     def move(self, record: CaseRecord) -> None:
         """Move the case, which is there with `record`, to the task's split; its voxels stay."""

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 
+import numpy as np
 import torch
 
 from ldct_dist.data.loader import Loader
@@ -21,6 +22,8 @@ from ldct_dist.train.config import RunConfig
 from ldct_dist.train.run import RunFolder, flat
 from ldct_dist.train.strategy.engine import refuse_contradictions, refuse_deepspeed
 from ldct_dist.world import World
+
+_MUCH_PADDING = 0.25
 
 OWN = {"store", "runs", "init_from", "threads"}
 """settings that may differ from node to node: where files are there, and how many cores it has"""
@@ -147,6 +150,19 @@ def introduction(config: RunConfig, model: Denoiser, store: Store, world: World)
     return (
         f"training {config.model.label} ({parameters / 1e6:,.3g} M parameters); cases: {cases:,} ({config.data.split}), "
         f"ranks: {world.size} ({device}), figures every {config.log.every} steps"
+    )
+
+
+def note_on_padding(config: RunConfig, store: Store) -> str | None:
+    """How much of a crop lies outside every volume; None if that is little."""
+    crop = np.array(config.data.crop)
+    longest = store.triples("shape")[store.split(config.data.split)].max(axis=0)
+    padded = 1 - np.minimum(crop, longest).prod() / crop.prod()
+    if padded < _MUCH_PADDING:
+        return None
+    return (
+        f"note: at least {100 * padded:.0f} % of every crop is padding, which takes as long as voxels do: data.crop="
+        f"{crop.tolist()}, and no volume is larger than {longest.tolist()} (z, y, x)"
     )
 
 

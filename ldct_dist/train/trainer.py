@@ -70,9 +70,12 @@ class Trainer:
         # The first thing that is written: a mistake found above leaves no trace.
         for line in world.on_main(lambda: self.folder.open(config)):
             self._say(f"changed since the last start: {line}")
-        self._say(introduction)
-        if note := preflight.note_on_margin(config, model, self.store):
-            self._say(note)
+        notes = (
+            preflight.note_on_padding(config, self.store),
+            preflight.note_on_margin(config, model, self.store),
+        )
+        for line in (introduction, *filter(None, notes)):
+            self._say(line)
         self.checkpoints = Checkpoints(
             config, self.folder, self.strategy, world, self.store.fingerprint, allow_new_data, self._say
         )

@@ -113,6 +113,18 @@ def test_other_settings_are_another_case(source, out, threads):
     assert len(report.written) == 3
 
 
+def test_another_simulated_dose_does_not_replace_the_one_that_a_run_may_be_training_on(source, out, threads):
+    ingest(source, out, CONFIG)
+    before = content(out)
+    with pytest.raises(UserError, match=r"low dose is 0\.25, simulated, and dose=0\.5 would replace it"):
+        ingest(source, out, CONFIG.model_copy(update={"dose": 0.5}))
+    assert content(out) == before
+    assert Store(out).cases  # as finished as it was
+    surveys = []
+    ingest(source, out, CONFIG.model_copy(update={"seed": 1}), announce=surveys.append)
+    assert (surveys[0].cases, surveys[0].replaced) == (3, 3)
+
+
 def test_another_split_makes_no_case_again(source, out, tmp_path, threads):
     """And leaves the store that an ingest with this split from the first would have made."""
     config = CONFIG.model_copy(update={"key": tmp_path / "key", "split_of": {"*": "train"}})

@@ -106,6 +106,24 @@ def test_folders_named_by_dose_alone_pair_as_well(tmp_path, full, low):
     assert (pair.full.paths[0].parts[-3], pair.low.paths[0].parts[-3], refused) == (full, low, [])
 
 
+def test_what_does_not_fit_into_the_layout_of_the_others_is_told_what_to_do(tmp_path):
+    write_pair(tmp_path / "full_1mm/L067", tmp_path / "quarter_1mm/L067", Options(patient="L067"))
+    write_series(tmp_path / "others/A", anatomy(), Options(patient="A", seed="a"))
+    ((pair,), (refused,)) = find_pairs(tmp_path, PairingConfig())
+    assert pair.patient == "L067"
+    assert "in the layout mayo2016, which others here have, nothing says" in refused.reason
+    assert "ingest it from a folder apart, or pair all by a manifest" in refused.reason
+
+
+def test_a_kernel_that_no_series_has_is_said_whatever_else_is_refused(tmp_path):
+    write_series(tmp_path / "a", anatomy(), Options(patient="A", seed="a"))
+    write_series(tmp_path / "b", anatomy(), Options(patient="B", seed="b"))[1].unlink()
+    with pytest.raises(
+        UserError, match=r"none of its 1 series matches .*; there are the kernels \S+, and slices of"
+    ):
+        find_pairs(tmp_path, PairingConfig(kernel="Zz*"))
+
+
 @pytest.mark.parametrize("folder", ["low_dose", "L067/reduced-dose-images", "lowdose 1"])
 def test_a_folder_that_says_low_dose_is_not_simulated_from_unasked(tmp_path, folder):
     write_series(tmp_path / folder, anatomy(), Options(patient="A"))

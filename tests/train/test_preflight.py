@@ -8,7 +8,12 @@ import torch
 from ldct_dist.errors import UserError
 from ldct_dist.models.registry import outline
 from ldct_dist.train.config import RunConfig
-from ldct_dist.train.preflight import note_on_margin, refuse_slow_bf16, refuse_without_compiler
+from ldct_dist.train.preflight import (
+    note_on_margin,
+    note_on_padding,
+    refuse_slow_bf16,
+    refuse_without_compiler,
+)
 from stores import make_store
 
 
@@ -54,3 +59,11 @@ def test_what_the_loss_leaves_out_is_told_of_the_volumes_that_there_are(tmp_path
     assert note_on_margin(config, model, stores[0]) is None  # nothing: no crop has a face within a volume
     note = note_on_margin(config, model, stores[1])
     assert "note: 38 % of a crop's voxels count in the loss. It leaves out (10, 0, 0) voxels" in note
+
+
+def test_a_crop_that_is_mostly_padding_is_told_of(tmp_path):
+    store = make_store(tmp_path / "ct.zarr", [(14, 96, 96), (12, 96, 96)])
+    for depth, share in ((16, None), (64, 78)):
+        config = RunConfig(name="run", store=tmp_path, steps=1, data={"crop": (depth, 48, 48)})
+        note = note_on_padding(config, store)
+        assert (note is None) if share is None else (f"at least {share} % of every crop is padding" in note)

@@ -109,7 +109,7 @@ def physics(study: Study) -> Table:
     columns = ["method", "noise, HU", "mean NPS frequency, 1/mm"]
     columns += [minus(f"TTF 50\u00a0% at {c:+.0f} HU, 1/mm") for c in contrasts]
     columns += [f"d′ of a {shape}" for shape in (BALL, ROD)]
-    columns += ["voxels off by more than 4\u00a0σ, %"]
+    columns += ["voxels off, %"]
     lesion = minus(f"{study.config.lesion_mm:g} mm and {study.config.lesion_hu:+g} HU")
     patches = next((s for seen in study.detection.values() for s in seen.values()), None)
     counted = f", in {patches.present} patches with one and {patches.absent} without" if patches else ""
