@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ class Task:
     def provenance(self) -> str:
         return self.provenances[self.split]
 
-    @property
+    @cached_property
     def found(self) -> CaseRecord | None:
-        """The record of the case that is there, whatever it was made from; None if there is none, or a damaged one."""
+        """The record of the case that was there at the first look, whatever it was made from; None if there was none, or a
+        damaged one."""
         try:
             return read_record(self.store / layout.CASES / self.name)
         except UserError:
