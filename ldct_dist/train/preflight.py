@@ -23,7 +23,7 @@ from ldct_dist.train.run import RunFolder, flat
 from ldct_dist.train.strategy.engine import refuse_contradictions, refuse_deepspeed
 from ldct_dist.world import World
 
-_MUCH_PADDING = 0.25
+_MUCH_PADDING = 0.25  # of a crop: sides are rounded up to multiples of a stride, so a little is usual
 
 OWN = {"store", "runs", "init_from", "threads"}
 """settings that may differ from node to node: where files are there, and how many cores it has"""
