@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydicom import Dataset
@@ -228,10 +228,11 @@ def _name(paths: Sequence[Path], description: str | None, series_uid: str) -> st
 
 def _without_copies(headers: Sequence[Header]) -> list[Header]:
     """Without the slices of files that are exact copies of others, as exports have them where a folder was copied twice."""
-    kept: dict[tuple[str | None, int], list[Path]] = {}
+    kept: dict[tuple[Any, ...], list[Path]] = {}
     copies: set[Path] = set()
     for path, header in {h.path: h for h in headers}.items():
-        alike = kept.setdefault((header.instance_uid, header.stored.size), [])
+        # With the position: some anonymisers give all slices one UID, and each would be compared with all others.
+        alike = kept.setdefault((header.instance_uid, header.position, header.stored.size), [])
         if any(_same_bytes(path, other) for other in alike):
             copies.add(path)
         else:

@@ -97,8 +97,8 @@ def ingest(
     calling script: it needs an `if __name__ == "__main__"`.
 
     Raises UserError if nothing can be ingested at all, if a patient would stand in more than one split or a pattern
-    of `split_of` decides for none, and if `out` cannot be written; cases that are whole by then stay, and the next
-    start goes on from there.
+    of `split_of` decides for none, if cases of another simulated dose are there, and if `out` cannot be written; cases that
+    are whole by then stay, and the next start goes on from there.
     """
     source, out, config = Path(source), Path(out), config or IngestConfig()
     check(source, out, config)

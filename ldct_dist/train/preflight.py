@@ -155,8 +155,7 @@ def introduction(config: RunConfig, model: Denoiser, store: Store, world: World)
 
 def note_on_padding(config: RunConfig, store: Store) -> str | None:
     """How much of a crop lies outside every volume; None if that is little."""
-    crop = np.array(config.data.crop)
-    longest = store.triples("shape")[store.split(config.data.split)].max(axis=0)
+    crop, longest = np.array(config.data.crop), _longest(config, store)
     padded = 1 - np.minimum(crop, longest).prod() / crop.prod()
     if padded < _MUCH_PADDING:
         return None
@@ -170,7 +169,7 @@ def note_on_margin(config: RunConfig, model: Denoiser, store: Store) -> str | No
     """How much of a crop the loss counts, for a user who has not set loss.margin; None if it is set, or if all counts."""
     if config.loss.margin is not None:
         return None
-    longest = store.triples("shape")[store.split(config.data.split)].max(axis=0)
+    longest = _longest(config, store)
     margins = config.loss.margin_for(model.radius, config.data.crop)
     # Crops as long as the volumes have no inner faces.
     z, y, x = (m if n > c else 0 for m, n, c in zip(margins, longest, config.data.crop, strict=True))
@@ -182,6 +181,11 @@ def note_on_margin(config: RunConfig, model: Denoiser, store: Store) -> str | No
         f"{margin} voxels (z, y, x) next to faces where the crop was cut out of its volume: {config.model.name} sees "
         f"{model.radius} voxels to each side. Larger crops, or a smaller loss.margin, make more of them count"
     )
+
+
+def _longest(config: RunConfig, store: Store) -> np.ndarray:
+    """(3,) the most voxels that a volume to train on has along z, y and x."""
+    return store.triples("shape")[store.split(config.data.split)].max(axis=0)
 
 
 def refuse_crop(config: RunConfig, model: Denoiser) -> None:
